@@ -1,0 +1,110 @@
+"""A student's checkpoint: everything to go on training, and everything to use it without flags.
+
+One file per epoch, a dict of tensors, numbers, strings, lists and dicts that `weights_only=True` reads:
+
+    format, version        "dse checkpoint", 1
+    model                  state dict of the Siamese classifier
+    architecture           DSEConfig's fields; `bert` is the encoder's whole configuration
+    tokenizer              the tokenizer's files as texts
+    task, data             the task's line; hashes of data and logits
+    run                    the flags of the run
+    trainer                optimizer, updates, random states, history (Trainer.state_dict)
+    stamp, best            start of the run; file and epoch of the best so far
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dse.config import DSEConfig
+from dse.files import InputError, utc_stamp, write_whole
+from dse.models import DSESiameseClassifier, empty_student
+from dse.pretrained import tokenizer_from_files
+from dse.processors import Task
+
+FORMAT, VERSION = "dse checkpoint", 1
+_ENTRIES = ("model", "architecture", "tokenizer", "task", "data", "run", "trainer", "stamp", "best")
+
+
+def save_checkpoint(path: Path, entries: dict[str, Any]) -> None:
+    """Write a checkpoint whole."""
+    with write_whole(path) as beside:
+        torch.save({"format": FORMAT, "version": VERSION, **entries}, beside)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises InputError for a missing, truncated or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--trainer_checkpoint: there is no file {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a spoiled or foreign file
+        raise InputError(
+            f"--trainer_checkpoint: {path} is truncated or no checkpoint of dse_train_runner.py; take another one"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise InputError(f"--trainer_checkpoint: {path} was not written by dse_train_runner.py, which is expected here")
+    missing = [name for name in _ENTRIES if name not in checkpoint]
+    if checkpoint["version"] != VERSION or missing:
+        raise InputError(
+            f"--trainer_checkpoint: {path} has format version {checkpoint['version']}"
+            f"{' and lacks ' + ', '.join(missing) if missing else ''}; this program reads version {VERSION}"
+        )
+    return checkpoint
+
+
+def check_task(checkpoint: dict[str, Any], task: Task) -> None:
+    """Raise InputError for a checkpoint of another task."""
+    there = checkpoint["task"]
+    if there["name"] != task.name or tuple(there["labels"]) != task.labels:
+        raise InputError(
+            f"--task_name: {task.name} {list(task.labels)} was given, but the checkpoint is of "
+            f"{there['name']} {there['labels']}"
+        )
+
+
+def architecture_of(checkpoint: dict[str, Any]) -> DSEConfig:
+    """The architecture that a checkpoint carries."""
+    entries = checkpoint["architecture"]
+    return DSEConfig(**{**entries, "fc_dims": tuple(entries["fc_dims"])})
+
+
+def architecture_entry(config: DSEConfig) -> dict[str, Any]:
+    """The architecture as a checkpoint stores it."""
+    return {**asdict(config), "fc_dims": list(config.fc_dims)}
+
+
+def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClassifier, Any]:
+    """The student, in evaluation mode on the CPU, and its tokenizer; no pre-trained weights are needed."""
+    model = empty_student(architecture_of(checkpoint))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), tokenizer_from_files(checkpoint["tokenizer"])
+
+
+class CheckpointFolder:
+    """A run's folder of checkpoints: the best by validation score and the newest, one file when they are the same.
+
+    Only files that this run wrote are ever removed, and only after the newer one is whole.
+    """
+
+    def __init__(self, folder: Path, experiment: str) -> None:
+        self.folder, self.experiment = folder, experiment
+        self.files: dict[int, Path] = {}  # by epoch
+
+    def save(self, epoch: int, score: tuple[str, float], best_epoch: int, entries: dict[str, Any]) -> Path:
+        """Write the checkpoint of `epoch`, then remove those that are neither the best nor the newest."""
+        path = self.folder / f"{self.experiment}_{utc_stamp()}_{score[0]}_{score[1]:.3f}_epoch_{epoch}.pt"
+        self.files[epoch] = path
+        save_checkpoint(path, {**entries, "best": {"epoch": best_epoch, "file": self.files[best_epoch].name}})
+        for old in set(self.files) - {epoch, best_epoch}:
+            self.files.pop(old).unlink(missing_ok=True)
+        return path
+
+    def take_over(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Go on in the folder of a checkpoint."""
+        best = checkpoint["best"]
+        self.files[best["epoch"]] = self.folder / best["file"]
+        self.files[len(checkpoint["trainer"]["history"]) - 1] = path

@@ -1,0 +1,207 @@
+"""What the scripts share on the command line: checked flags, one-line errors, logs, device, seed.
+
+Loads no torch at import, so that `-h` and refusals are immediate.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tqdm import tqdm
+
+from dse.config import HEAD_TYPES, POOLER_TYPES
+from dse.files import InputError, check_writable
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, no abbreviations, and errors on one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong on one line and leave with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+@contextlib.contextmanager
+def clear_errors(prog: str) -> Iterator[None]:
+    """Turn a refusal of the user's input into its one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def whole_number(least: int) -> Any:
+    """A flag's type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is below {least}: give {least} or more")
+        return number
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return number
+
+
+def share(text: str) -> float:
+    """A flag's type: a number in [0, 1]."""
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1]")
+    return number
+
+
+def threshold(text: str) -> float:
+    """A flag's type: a number in (0, 1), the ends excluded."""
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1): a probability between the two is expected")
+    return number
+
+
+def positive(text: str) -> float:
+    """A flag's type: a number above 0."""
+    number = _number(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def whole_epochs(text: str) -> float:
+    """A flag's type: epochs, which the original takes as a float; a fraction of an epoch is refused."""
+    number = positive(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of epochs")
+    return number
+
+
+def extra_size(text: str) -> int:
+    """A flag's type: a layer's size, or -1 for no layer."""
+    return -1 if text == "-1" else whole_number(1)(text)
+
+
+def file_word(text: str) -> str:
+    """A flag's type: a name that becomes part of file names."""
+    if not text or text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} becomes part of file names: it must be no path")
+    return text
+
+
+def add_architecture_flags(parser: argparse.ArgumentParser, given_only: bool = False) -> None:
+    """The student's architecture, as dse_train_runner.py and the example take it.
+
+    Args:
+        given_only: leave flags that were not given out of the namespace, so that the given ones can be compared
+            with a checkpoint.
+    """
+
+    def add(name: str, default: Any, help: str, **options: Any) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS if given_only else default,
+                            help=f"{help} (default: {default})" if given_only else help, **options)  # fmt: skip
+
+    add("--bert_model", DEFAULT_BERT, "pre-trained encoder: hub name or folder")
+    add("--do_lower_case", False, "uncased model", action="store_true")
+    add("--pooler_type", "concat_top_mean", "hidden states to embedding", choices=POOLER_TYPES, metavar="POOLER")
+    add("--pooler_num_top_hidden_layers", 4, "layers that the pooler works on, from the top", type=whole_number(1))
+    add("--max_seq_length", 128, "token ids per sentence, with [CLS] and [SEP]", type=whole_number(4))
+    add("--siamese_head_type", "concat", "concat: u, v, u*v, |u-v|; dot: u.v", choices=HEAD_TYPES)
+    add("--additional_embedding_layer_size", -1, "linear layer after the pooler; -1: none", type=extra_size)
+    add(
+        "--fc_dims",
+        [512, 1],
+        "sizes of the head's layers; the last is 1, or 3 for NLI",
+        type=whole_number(1),
+        nargs="+",
+    )
+    add("--freeze_bert", False, "train only the head and the additional layer", action="store_true")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(file: Path | None = None) -> None:
+    """Log to the console and, if given, to a file, whose folder is made."""
+    ours = logging.getLogger("dse")
+    for handler in list(ours.handlers):
+        ours.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    if file is not None:
+        check_writable(file.parent, "--log_dir")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    if file is not None:
+        logger.info("log: %s", file)
+
+
+def select_device(no_gpu: bool, gpu_id: int, fp16: bool = False) -> "torch.device":
+    """CUDA where there is one, unless told otherwise. Raises InputError for a GPU that is not there."""
+    import torch
+
+    if no_gpu or not torch.cuda.is_available():
+        if fp16:
+            raise InputError("--fp16: mixed precision needs a CUDA device, and this run has none: leave the flag out")
+        return torch.device("cpu")
+    if not 0 <= gpu_id < torch.cuda.device_count():
+        raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {torch.cuda.device_count()}, counted from 0")
+    if torch.cuda.device_count() > 1:
+        logger.info("%d GPUs are there, one is used: number %d", torch.cuda.device_count(), gpu_id)
+    return torch.device("cuda", gpu_id)
+
+
+def describe_device(device: "torch.device") -> str:
+    """The device in words, for the log."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"CPU with {torch.get_num_threads()} threads"
+
+
+def seed_everything(seed: int) -> int:
+    """Seed torch and Python; -1 draws a seed. Returns the seed used."""
+    import torch
+
+    if seed == -1:
+        seed = int.from_bytes(os.urandom(4), "little")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return seed

@@ -1,0 +1,135 @@
+"""What the student learns: the loss, and the file of teacher logits with proof of what it belongs to.
+
+    loss = (1 - a) * hard(z, y) + a * mean over pairs of sum over outputs of (z - t)^2
+
+with the student's outputs z, labels y, the teacher's logits t and a = --distillation_coeff. In binary
+tasks the teacher's two logits become one, t = logit[1] - logit[0], the logit of the positive class.
+
+The logits file is a bare float32 tensor (rows in the order of the training file, as wide as the labels);
+the JSON beside it says which task, data, labels and teacher it came from.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dse.files import InputError, read_json, sha256_file, write_text, write_whole
+from dse.processors import BINARY, REGRESSION, Task
+
+logger = logging.getLogger(__name__)
+
+
+def teacher_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of (n, labels) logits, or mean squared error of (n, 1) scores; labels are (n,)."""
+    if kind == REGRESSION:
+        return F.mse_loss(logits[:, 0].float(), labels)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def hard_loss(kind: str, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The student's loss against the labels, mean over examples.
+
+    Binary cross entropy with logits for (n, 1) outputs, cross entropy for (n, labels), or mean squared error.
+    """
+    if kind == BINARY:
+        return F.binary_cross_entropy_with_logits(outputs[:, 0].float(), labels.float())
+    return teacher_loss(kind, outputs, labels)
+
+
+def student_loss(kind: str, outputs: Tensor, labels: Tensor, targets: Tensor, coefficient: float) -> Tensor:
+    """The distillation loss of a batch.
+
+    Args:
+        kind: binary, multiclass or regression.
+        outputs: (n, 1), or (n, labels) for multiclass.
+        labels: (n,), int64 or, for regression, float32.
+        targets: as outputs: the teacher's logits, in binary tasks made one by `distillation_targets`.
+        coefficient: weight of the teacher; 0 leaves its term out.
+    """
+    hard = hard_loss(kind, outputs, labels)
+    if coefficient == 0:
+        return hard
+    soft = ((outputs.float() - targets) ** 2).sum(dim=1).mean()
+    return (1 - coefficient) * hard + coefficient * soft
+
+
+def distillation_targets(kind: str, logits: Tensor) -> Tensor:
+    """What the student's outputs are pulled towards: (n, 2) binary logits become (n, 1); others stay."""
+    return logits[:, 1:] - logits[:, :1] if kind == BINARY else logits
+
+
+def save_logits(path: str | Path, logits: Tensor, about: dict[str, Any]) -> None:
+    """Write the tensor and, beside it, the JSON of `logits_identity` with the tensor file's hash."""
+    path = Path(path)
+    with write_whole(path) as beside:
+        torch.save(logits.to(torch.float32).cpu().contiguous(), beside)
+    write_text(path.with_suffix(".json"), json.dumps({**about, "sha256": sha256_file(path)}, indent=2) + "\n")
+
+
+def logits_identity(task: Task, files: list[dict[str, str]], rows: int) -> dict[str, Any]:
+    """What logits must agree on with the training that uses them."""
+    return {
+        "task": task.name,
+        "labels": list(task.labels),
+        "rows": rows,
+        "width": task.num_logits,
+        "data": files,
+    }
+
+
+def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
+    """Read a logits file, float32, (rows, width), after checking that it belongs to this training.
+
+    `expected` is the training's `logits_identity`. Raises InputError, naming both sides, for logits of another
+    data file, row count, task, labels or width, and for a file that is no whole tensor. A tensor without
+    JSON, as the original writes it, is taken with a warning where rows and width fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"--distillation_logits_path: {path} does not exist; run_distillation_logits_creator.py makes it"
+        )
+    about_path = path.with_suffix(".json")
+    if about_path.is_file():
+        _check_identity(path, read_json(about_path, "the description of the logits"), expected)
+    else:
+        logger.warning("%s: no %s beside it, so only rows and width can be checked", path, about_path.name)
+    try:
+        logits = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a spoiled or foreign file
+        raise InputError(
+            f"{path}: no whole logits file; make it again with run_distillation_logits_creator.py"
+        ) from error
+    wanted = (expected["rows"], expected["width"])
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise InputError(f"{path}: expected a tensor of floats of shape {wanted}, found a {type(logits).__name__}")
+    if tuple(logits.shape) != wanted:
+        raise InputError(
+            f"{path}: logits of shape {tuple(logits.shape)}, but the training data needs {wanted} "
+            "(rows, labels): use the logits made from this data"
+        )
+    if not bool(logits.isfinite().all()):
+        raise InputError(f"{path}: holds NaN or infinite logits; make it again from a sound teacher")
+    return logits.to(torch.float32)
+
+
+_MEANING = {
+    "task": "the task", "labels": "the labels in order", "rows": "the number of rows",
+    "width": "the number of logits per row", "data": "the training data (files and their SHA-256)",
+}  # fmt: skip
+
+
+def _check_identity(path: Path, about: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key, value in expected.items():
+        if about.get(key) != value:
+            raise InputError(
+                f"{path}: made for another training: {_MEANING[key]} is {about.get(key)} there and {value} here; "
+                "make the logits again with run_distillation_logits_creator.py"
+            )
+    if about.get("sha256") != sha256_file(path):
+        raise InputError(f"{path}: not the tensor that {path.with_suffix('.json').name} describes; make both again")

@@ -1,0 +1,322 @@
+"""From texts to token ids, in two forms, and the cache of both.
+
+Joint, for the teacher: `[CLS] a [SEP] b [SEP]` with token types 0 and 1. Separate, for the student:
+`[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, so no
+padding is stored; a batch is padded to its own longest row.
+
+    max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
+    on a tie the second one does: 4+3 -> 3+3 -> 3+2.
+
+A cache is a safetensors file whose header says what it was made from (data by hash, task, tokenizer by
+content, casing, length, form) and the hash of its content; it is remade when any of it differs.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dse.files import InputError, check_writable, write_whole
+from dse.pretrained import tokenizer_key
+from dse.processors import REGRESSION, Examples, Task, task_to_dict
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZE_AT_ONCE = 4096
+_HEADER = "dse_features"
+
+
+@dataclass
+class Ragged:
+    """Rows of different lengths, end to end: row i is ids[offsets[i] : offsets[i + 1]]."""
+
+    ids: np.ndarray  # int32, (total,)
+    offsets: np.ndarray  # int64, (rows + 1,)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row, int64."""
+        return np.diff(self.offsets)
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the given rows, each (len(rows), longest row), int64."""
+        lengths = self.lengths[rows]
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        places = np.where(mask, self.offsets[rows][:, None] + columns, 0)
+        ids = np.where(mask, self.ids[places], pad_id).astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
+@dataclass
+class JointFeatures:
+    """Both texts of each pair in one row, for a cross-encoder."""
+
+    tokens: Ragged
+    first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
+    labels: np.ndarray | None  # (n,), int64 or, for regression, float32
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.first_lengths)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Tokens per pair, int64: what batches of similar length are made by."""
+        return self.tokens.lengths
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """input_ids, attention_mask and token_type_ids of the given pairs, each (len(rows), longest), int64."""
+        ids, mask = self.tokens.padded(rows, self.pad_id)
+        second = torch.arange(ids.shape[1]) >= torch.from_numpy(self.first_lengths[rows].astype(np.int64))[:, None]
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": second.long() * mask}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        return {"ids": self.tokens.ids, "offsets": self.tokens.offsets, "first_lengths": self.first_lengths}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "JointFeatures":
+        """The features that `arrays` took apart."""
+        return cls(Ragged(arrays["ids"], arrays["offsets"]), arrays["first_lengths"], labels, pad_id)
+
+
+@dataclass
+class SeparateFeatures:
+    """Each distinct text once, and which texts make up each pair, for the student."""
+
+    texts: Ragged
+    first: np.ndarray  # int32, (n,): the row of each pair's first text
+    second: np.ndarray  # int32, (n,)
+    labels: np.ndarray | None
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Tokens of the longer text of each pair, int64."""
+        lengths = self.texts.lengths
+        return np.maximum(lengths[self.first], lengths[self.second])
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """input_ids and attention_mask, each (2 * len(rows), longest), int64: first texts, then second texts."""
+        ids, mask = self.texts.padded(np.concatenate([self.first[rows], self.second[rows]]), self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        return {"ids": self.texts.ids, "offsets": self.texts.offsets, "first": self.first, "second": self.second}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "SeparateFeatures":
+        """The features that `arrays` took apart."""
+        return cls(Ragged(arrays["ids"], arrays["offsets"]), arrays["first"], arrays["second"], labels, pad_id)
+
+
+Features = JointFeatures | SeparateFeatures
+FORMS: dict[str, type[JointFeatures] | type[SeparateFeatures]] = {"joint": JointFeatures, "separate": SeparateFeatures}
+
+
+def label_array(task: Task, examples: Examples) -> np.ndarray | None:
+    """Labels as (n,) int64, or float32 for regression; None where the split has none."""
+    if examples.labels is None:
+        return None
+    return np.array(examples.labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
+
+
+def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
+    """Tokenize pairs (or single sentences) together, cut to max_seq_length.
+
+    An empty second text gives `[CLS] a [SEP]`. A second text without pieces gives no second `[SEP]` either,
+    but the first one keeps the budget of a pair, max_seq_length - 3.
+    """
+    seconds = examples.second if examples.second is not None else [""] * len(examples)
+    pieces, places = _distinct_pieces([*examples.first, *seconds], tokenizer)
+    first, second = places[: len(examples)], places[len(examples) :]
+    cls_id, sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+    rows, first_lengths = [], []
+    for i, text in enumerate(seconds):
+        a, b = pieces[first[i]], pieces[second[i]]
+        if text:
+            keep_a, keep_b = truncated_lengths(len(a), len(b), max_seq_length - 3)
+            row = [cls_id, *a[:keep_a], sep_id]
+        else:
+            keep_b, row = 0, [cls_id, *a[: max_seq_length - 2], sep_id]
+        first_lengths.append(len(row))
+        rows.append([*row, *b[:keep_b], sep_id] if keep_b else row)
+    return JointFeatures(
+        _ragged(rows), np.array(first_lengths, dtype=np.int32), label_array(task, examples), tokenizer.pad_token_id
+    )
+
+
+def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
+    """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
+    texts, places = encode_texts([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
+    first, second = places[: len(examples)], places[len(examples) :]
+    return SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
+    """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32."""
+    pieces, places = _distinct_pieces(texts, tokenizer)
+    cls_id, sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return _ragged([[cls_id, *row[: max_seq_length - 2], sep_id] for row in pieces]), places
+
+
+def truncated_lengths(a: int, b: int, budget: int) -> tuple[int, int]:
+    """Pieces kept of two texts that must fit in `budget` together.
+
+    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to.
+
+    >>> truncated_lengths(200, 200, 125)
+    (63, 62)
+    """
+    if a + b > budget:
+        b = min(b, max(budget // 2, budget - a))
+        a = budget - b
+    return a, b
+
+
+def _distinct_pieces(texts: Sequence[str], tokenizer: Any) -> tuple[list[list[int]], np.ndarray]:
+    """Token ids of each distinct text, uncut and without special tokens, and each text's place among them."""
+    seen: dict[str, int] = {}
+    places = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32, count=len(texts))
+    distinct = list(seen)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # tokenizer.json may carry both
+    backend.no_truncation()
+    pieces: list[list[int]] = []
+    with tqdm(total=len(distinct), desc="tokenize", unit="text", disable=None, leave=False) as bar:
+        for start in range(0, len(distinct), _TOKENIZE_AT_ONCE):
+            some = distinct[start : start + _TOKENIZE_AT_ONCE]
+            pieces += [encoded.ids for encoded in backend.encode_batch_fast(some, add_special_tokens=False)]
+            bar.update(len(some))
+    return pieces, places
+
+
+def _ragged(rows: list[list[int]]) -> Ragged:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    ids = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=offsets[-1])
+    return Ragged(ids, offsets)
+
+
+def cached_features(
+    form: str,
+    task: Task,
+    examples: Examples,
+    tokenizer: Any,
+    max_seq_length: int,
+    path: str | Path,
+    chosen: bool,
+) -> Features:
+    """Features from the cache at `path` if it was made from the same, else made now and stored there.
+
+    Args:
+        form: "joint" or "separate".
+        task, examples, tokenizer, max_seq_length: what the features are made from.
+        path: of the cache.
+        chosen: did the user name the path? Then another kind of file there is refused, and so is a place
+            that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
+    """
+    path = Path(path)
+    make = {"joint": joint_features, "separate": separate_features}[form]
+    made_from = {
+        "form": form,
+        "task": task_to_dict(task),
+        "data": examples.files,
+        "tokenizer": tokenizer_key(tokenizer),
+        "do_lower_case": tokenizer.backend_tokenizer.normalizer.lowercase,
+        "max_seq_length": max_seq_length,
+    }
+    arrays = _read_cache(path, made_from, chosen) if path.exists() else None
+    if arrays is not None:
+        logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
+        return FORMS[form].from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
+    features = make(task, examples, tokenizer, max_seq_length)
+    _write_cache(path, features, made_from, chosen)
+    return features
+
+
+def check_cache_path(path: str | Path, form: str) -> None:
+    """Raise InputError when a path that the user named holds anything but a cache of that form, or cannot be written."""
+    path = Path(path)
+    check_writable(path.parent, f"the feature cache {path}")
+    if path.exists():
+        header = _read_header(path)
+        if header is None:
+            raise InputError(
+                f"{path}: no feature cache of this project, so it is not overwritten; remove it or name another path"
+            )
+        if header.get("form") != form:
+            raise InputError(
+                f"{path}: holds {header.get('form')} features, and this stage needs {form} ones; name a path of its own"
+            )
+
+
+def _read_header(path: Path) -> dict[str, Any] | None:
+    """What a cache says it was made from; None for a file that is no whole cache."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {})[_HEADER])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _read_cache(path: Path, made_from: dict[str, Any], chosen: bool) -> dict[str, np.ndarray] | None:
+    if chosen:
+        check_cache_path(path, made_from["form"])
+    header = _read_header(path)
+    if header is None:
+        logger.warning("feature cache %s is spoiled or of another program; remade", path)
+        return None
+    content = header.pop("content", None)
+    changed = [key for key in made_from if header.get(key) != made_from[key]]
+    if changed:
+        logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
+        return None
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if _content_hash(arrays) != content:
+        logger.warning("feature cache %s is spoiled (its content does not match its hash); remade", path)
+        return None
+    return arrays
+
+
+def _write_cache(path: Path, features: Features, made_from: dict[str, Any], chosen: bool) -> None:
+    arrays = features.arrays()
+    header = {**made_from, "content": _content_hash(arrays)}
+    try:
+        with write_whole(path) as beside:
+            save_file(arrays, beside, metadata={_HEADER: json.dumps(header)})
+    except OSError as error:
+        if chosen:
+            raise InputError(f"{path}: cannot write the feature cache ({error.strerror})") from error
+        logger.warning("no feature cache: %s cannot be written (%s)", path, error.strerror)
+        return
+    logger.info("%s features of %d rows stored in %s", made_from["form"], len(features), path)
+
+
+def _content_hash(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+def in_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an order of rows into batches; the last one may be shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,105 @@
+"""Refusals, hashes, and files that are written whole or not at all.
+
+Everything that outlives a process (caches, logits, checkpoints, models, results) goes through
+`write_whole`: the bytes go to a hidden neighbour, are flushed, and only then take the name.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class InputError(Exception):
+    """The user's input cannot be used. The message is one line: what is wrong, what was expected, how to mend it."""
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def write_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
+
+    Whatever stood at `path` stays untouched until then, and for good when the block raises.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file whole."""
+    with write_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Raise InputError unless files can be made in `folder` (or, where it does not exist yet, in its nearest parent).
+
+    Tried rather than asked: permission bits say nothing about read-only mounts or root.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag}: cannot write in {folder} ({error.strerror}): name a folder that can be written"
+        ) from error
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; `what` names the file's role in the error message."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read {what} ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {what} is no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {what} must be a JSON object, found a {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def write_folder_whole(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; its files move into `folder` once the block ends without an error.
+
+    Other files in `folder` stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as beside:
+        yield Path(beside)
+        for path in sorted(Path(beside).iterdir()):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(path, folder / path.name)
+
+
+def utc_stamp() -> str:
+    """Now, as it stands in file names."""
+    return datetime.now(UTC).strftime("%Y_%m_%d-%H_%M_%S")

@@ -1,0 +1,82 @@
+"""Metrics of a whole set at once: arrays in, plain dictionaries out."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore_support
+
+from dse.processors import BINARY, MULTICLASS, REGRESSION
+
+
+def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metrics of fine-tuning that a task names.
+
+    Args:
+        names: of acc, f1, acc_and_f1, mcc, pearson, spearmanr, corr.
+        logits: (n, labels), or (n, 1) for regression.
+        labels: (n,), places of the labels, or scores.
+    """
+    if "pearson" in names:
+        pearson, spearman = correlations(logits[:, 0], labels)
+        values = {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+        return {name: values[name] for name in names}
+    predicted = logits.argmax(axis=1)
+    accuracy = float((predicted == labels).mean())
+    values = {"acc": accuracy}
+    if "f1" in names or "acc_and_f1" in names:
+        values["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
+        values["acc_and_f1"] = (accuracy + values["f1"]) / 2
+    if "mcc" in names:
+        values["mcc"] = float(matthews_corrcoef(labels, predicted))
+    return {name: values[name] for name in names}
+
+
+def student_metrics(
+    kind: str, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (0.5,)
+) -> dict[str, float]:
+    """Metrics of a student.
+
+    Args:
+        kind: binary, multiclass or regression.
+        outputs: (n, 1), or (n, labels) for multiclass.
+        labels: (n,), places of the labels, or scores.
+        thresholds: for binary tasks; a pair is positive where sigmoid(output) > threshold, strictly.
+
+    Returns:
+        binary: accuracy_T, precision_T, recall_T, f1_T per threshold T, 0 where nothing is positive;
+        multiclass: accuracy; regression: pearson, spearman (NaN where the outputs are constant).
+    """
+    if kind == REGRESSION:
+        pearson, spearman = correlations(outputs[:, 0], labels)
+        return {"pearson": pearson, "spearman": spearman}
+    if kind == MULTICLASS:
+        return {"accuracy": float((outputs.argmax(axis=1) == labels).mean())}
+    probability = 0.5 * (1.0 + np.tanh(0.5 * outputs[:, 0].astype(np.float64)))  # the sigmoid, without overflow
+    metrics = {}
+    for threshold in thresholds:
+        predicted = (probability > threshold).astype(np.int64)
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            labels, predicted, average="binary", zero_division=0.0
+        )
+        metrics[f"accuracy_{threshold}"] = float((predicted == labels).mean())
+        metrics |= {f"precision_{threshold}": float(precision), f"recall_{threshold}": float(recall)}
+        metrics[f"f1_{threshold}"] = float(f1)
+    return metrics
+
+
+def best_score(kind: str, metrics: dict[str, float]) -> tuple[str, float]:
+    """Name and value of the score that ranks checkpoints: the best f1 over thresholds, accuracy, or Pearson."""
+    if kind == BINARY:
+        return "f1", max(value for name, value in metrics.items() if name.startswith("f1_"))
+    name = "accuracy" if kind == MULTICLASS else "pearson"
+    return name, metrics[name]
+
+
+def correlations(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Pearson and Spearman; NaN for both where either side is constant, which has no correlation."""
+    if len(labels) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
+        return math.nan, math.nan
+    predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
+    return float(pearsonr(predicted, labels)[0]), float(spearmanr(predicted, labels)[0])

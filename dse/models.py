@@ -1,0 +1,199 @@
+"""The student: a BERT that embeds each sentence alone, and a small head over two embeddings.
+
+    scores = head([u, v, u * v, |u - v|])      (concat), or      head(u . v)      (dot)
+
+after Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding",
+AAAI 2020. Names in the state dict are the original's: `dse_model.bert.bert.…` is the encoder,
+`dse_model.bert.classifier.…` the additional layer, `siamese_head.fc_layers.<i>.…` the head.
+
+The teacher is transformers' BertForSequenceClassification, as it is.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers.utils import logging as transformers_logging
+
+from dse.config import DSEConfig
+from dse.files import InputError
+from dse.poolers import pool
+from dse.pretrained import bert_config
+from dse.processors import Task
+
+logger = logging.getLogger(__name__)
+
+
+class SentenceEncoder(nn.Module):
+    """BERT, a pooler, dropout and, if wanted, a linear layer: token ids to one vector per sentence."""
+
+    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = bert
+        self.dropout = nn.Dropout(bert.config.hidden_dropout_prob)
+        self.classifier = None
+        if config.additional_embedding_layer_size != -1:
+            self.classifier = nn.Linear(config.pooled_size, config.additional_embedding_layer_size)
+        if config.freeze_bert:
+            bert.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, length) ids and mask, int64, to (batch, embedding_size), float32."""
+        pooled = self.dropout(self._pool(input_ids, attention_mask))
+        return pooled if self.classifier is None else self.classifier(pooled)
+
+    def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.config.pooler_type == "cls":
+            return self.bert(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        output = self.bert(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        # hidden_states[0] is the embedding layer; k <= number of layers keeps it out.
+        top = output.hidden_states[-self.config.pooler_num_top_hidden_layers :]
+        return pool(self.config.pooler_type, top, attention_mask)
+
+
+class DSEModel(nn.Module):
+    """Sentences to embeddings. One level more than needed: it gives the state dict the original's names."""
+
+    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
+        super().__init__()
+        self.bert = SentenceEncoder(bert, config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, length) ids and mask, int64, to (batch, embedding_size), float32."""
+        return self.bert(input_ids, attention_mask)
+
+
+class SiameseHead(nn.Module):
+    """Two embeddings to outputs: their blocks, then linear layers with ReLU between them."""
+
+    def __init__(self, config: DSEConfig) -> None:
+        super().__init__()
+        self.head_type = config.siamese_head_type
+        first = 4 * config.embedding_size if self.head_type == "concat" else 1
+        sizes = (first, *config.fc_dims)
+        self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """(batch, embedding_size) twice to (batch, fc_dims[-1])."""
+        if self.head_type == "concat":
+            x = torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
+        else:
+            x = (u * v).sum(dim=-1, keepdim=True)
+        for layer in self.fc_layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.fc_layers[-1](x)
+
+
+class DSESiameseClassifier(nn.Module):
+    """The student: embeds both sentences of each pair with one encoder and scores the pair with the head.
+
+    Args:
+        bert: the encoder, float32; with its tanh pooler for pooler_type `cls`, without it otherwise.
+        config: the architecture. Its additional layer and head start as torch's Linear does.
+    """
+
+    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dse_model = DSEModel(bert, config)
+        self.siamese_head = SiameseHead(config)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, length) ids and mask, int64, to (batch, embedding_size), float32."""
+        return self.dse_model(input_ids, attention_mask)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score B pairs.
+
+        Args:
+            input_ids: (2 * B, length), int64: the first sentences of all pairs, then the second ones, so that
+                one pass of the encoder serves both.
+            attention_mask: (2 * B, length), int64.
+
+        Returns:
+            (B, fc_dims[-1]), float32: logits, or scores for regression.
+        """
+        u, v = self.embed(input_ids, attention_mask).chunk(2)
+        return self.siamese_head(u, v)
+
+
+def empty_student(config: DSEConfig) -> DSESiameseClassifier:
+    """A student without pre-trained weights, to load a state dict into."""
+    bert = BertModel(BertConfig(**config.bert), add_pooling_layer=config.pooler_type == "cls")
+    return DSESiameseClassifier(bert, config)
+
+
+def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Logits (batch, labels) of a BertForSequenceClassification."""
+    return model(**inputs).logits
+
+
+def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]]:
+    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are."""
+    transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = bert_class.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # a spoiled file raises whatever its reader trips over
+        raise InputError(f"{folder}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
+    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
+    if encoder:
+        raise InputError(
+            f"{folder}: no whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
+        )
+    return model, new
+
+
+def new_student(folder: Path, config: DSEConfig) -> DSESiameseClassifier:
+    """A student with the pre-trained encoder of a folder, float32, and an untrained head.
+
+    The encoder has its tanh pooler only where pooler_type `cls` uses it.
+    """
+    bert, new = _load(BertModel, folder, add_pooling_layer=config.pooler_type == "cls")
+    if new:
+        logger.warning("%s has no tanh pooler: --pooler_type cls starts from a random one", folder)
+    return DSESiameseClassifier(bert, config)
+
+
+def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceClassification:
+    """A cross-encoder, float32: BERT, its tanh pooler, dropout and a linear layer to the task's logits.
+
+    Args:
+        fine_tuned: True for a folder that finetune_bert.py made for this task, whose classifier is used as it
+            is; raises InputError for any other. False for training: the classifier starts from
+            N(0, initializer_range), bias 0, even where the folder has one.
+    """
+    labels = list(task.labels) or ["score"]
+    if fine_tuned:
+        _check_teacher_task(folder, task, labels)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model, new = _load(BertForSequenceClassification, folder, num_labels=len(labels), **names)
+    model.config.finetuning_task = task.name
+    if fine_tuned:
+        if new:
+            raise InputError(
+                f"{folder}: no fine-tuned teacher: {', '.join(sorted(new))} missing; finetune_bert.py makes one"
+            )
+        return model
+    if any("pooler." in name for name in new):
+        logger.warning("%s has no tanh pooler: the teacher starts from a random one", folder)
+    nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+    nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
+    """Labels in another order would give logits that mean something else."""
+    config = bert_config(folder, "the teacher")
+    names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    if names and not all(name.startswith("LABEL_") for name in names) and names != labels:
+        raise InputError(f"{folder}: its labels in order are {names}, those of {task.name} are {labels}")
+    if config.get("finetuning_task") not in (None, task.name):
+        logger.warning("%s was fine-tuned on %s and is used for %s", folder, config["finetuning_task"], task.name)

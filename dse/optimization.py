@@ -1,0 +1,95 @@
+"""BertAdam: Adam as BERT was trained with it, which is not torch's AdamW.
+
+Per tensor: its own gradient is clipped to norm 1, there is no bias correction, and the decay is added to
+the update rather than to the gradient:
+
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        p = p - rate (m / (sqrt(v) + e) + wd p)
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
+MAX_GRADIENT_NORM = 1.0
+
+
+def scheduled_rate(rate: float, updates: int, t_total: int, warmup: float) -> float:
+    """The rate after `updates` updates: linear warm-up over `warmup` of t_total, then linear decay to 0.
+
+    >>> [scheduled_rate(1.0, n, 10, 0.2) for n in (0, 1, 2, 6, 10, 11)]
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+    x = updates / t_total
+    if x < warmup:
+        return rate * x / warmup
+    if x >= 1:
+        return 0.0
+    return rate * (x - 1) / (warmup - 1)
+
+
+class BertAdam(torch.optim.Optimizer):
+    """Adam without bias correction, with decoupled decay, per-tensor clipping and a built-in schedule.
+
+    Args:
+        params: parameters, or groups with their own `weight_decay`.
+        lr: the peak rate.
+        t_total: updates over which the schedule runs; later ones have rate 0.
+        warmup: share of t_total with a growing rate, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        t_total: int,
+        warmup: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
+        super().__init__(params, defaults)
+        self.t_total, self.warmup = t_total, warmup
+
+    @property
+    def next_rate(self) -> float:
+        """The rate that the next update will use."""
+        group = self.param_groups[0]
+        return scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Make one update from the gradients; a parameter without gradient is left alone, decay included."""
+        rate = self.next_rate
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, rate, group)
+            group["updates"] += 1
+
+    def _update(self, parameter: nn.Parameter, rate: float, group: dict[str, Any]) -> None:
+        gradient, (b1, b2), state = parameter.grad, group["betas"], self.state[parameter]
+        nn.utils.clip_grad_norm_(parameter, MAX_GRADIENT_NORM)
+        if not state:
+            state["m"] = torch.zeros_like(parameter)
+            state["v"] = torch.zeros_like(parameter)
+        m, v = state["m"], state["v"]
+        m.mul_(b1).add_(gradient, alpha=1 - b1)
+        v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        update = m / (v.sqrt() + group["eps"])
+        if group["weight_decay"]:
+            update.add_(parameter, alpha=group["weight_decay"])
+        parameter.add_(update, alpha=-rate)
+
+
+def make_optimizer(model: nn.Module, lr: float, t_total: int, warmup: float) -> BertAdam:
+    """BertAdam over the model's trainable parameters, without decay for biases and layer norms."""
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (spared if any(part in name for part in NO_DECAY) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
+    return BertAdam(groups, lr=lr, t_total=t_total, warmup=warmup)

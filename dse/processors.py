@@ -1,0 +1,322 @@
+"""The task table and the one reader of its TSV files.
+
+A task is a line of the table: its files, the columns of the two texts and of the label, its labels in
+the order of the logits, its kind and its metrics. Columns are numbers from 0, -1 being the last, or
+names of the header. A user's own task is the same line in a JSON file (see the README).
+
+    >>> task = get_task("MRPC")
+    >>> task.kind, task.labels, task.text_a, task.text_b, task.label
+    ('binary', ('0', '1'), 3, 4, 0)
+
+This module knows neither torch nor tokenizers, so that bad data is refused before either is loaded.
+"""
+
+import hashlib
+import logging
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dse.files import InputError, read_json
+
+logger = logging.getLogger(__name__)
+
+BINARY, MULTICLASS, REGRESSION = KINDS = ("binary", "multiclass", "regression")
+NLI_LABELS = ("contradiction", "entailment", "neutral")
+DEFAULT_METRICS = {
+    BINARY: ("acc", "f1", "acc_and_f1"),
+    MULTICLASS: ("acc",),
+    REGRESSION: ("pearson", "spearmanr", "corr"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of the task table; the fields are also the keys of a user's JSON file."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...] = ()  # in the order of the logits; empty for regression
+    train: str | None = "train.tsv"
+    dev: str | None = "dev.tsv"
+    test: str | None = None
+    text_a: int | str = 0
+    text_b: int | str | None = None  # None: a single-sentence task
+    label: int | str | None = -1
+    header: bool = True  # do train and dev begin with a header line?
+    metrics: tuple[str, ...] = ()  # of fine-tuning; empty: the usual ones of the kind
+    folder: str = ""  # GLUE's name of the data's folder
+    test_text_a: int | str | None = None  # None: as text_a
+    test_text_b: int | str | None = None  # None: as text_b
+    test_label: int | str | None = None  # None: the test file has no labels
+    also_validate: tuple[tuple[str, str], ...] = ()  # (prefix of the metrics, file), student only
+    skip_short_rows: bool = False
+    parts: tuple[str, ...] = ()  # made of these tasks, each in its folder below data_dir
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the teacher's logits."""
+        return 1 if self.kind == REGRESSION else len(self.labels)
+
+    @property
+    def num_student_outputs(self) -> int:
+        """Width of the student's outputs: a binary task has one."""
+        return len(self.labels) if self.kind == MULTICLASS else 1
+
+
+def _nli(name: str, folder: str, text_a: int, text_b: int, **others: Any) -> Task:
+    return Task(name, MULTICLASS, NLI_LABELS, folder=folder, text_a=text_a, text_b=text_b, metrics=("acc",), **others)
+
+
+_MATCHED = {"dev": "dev_matched.tsv", "test": "test_matched.tsv"}
+_MISMATCHED = {"dev": "dev_mismatched.tsv", "test": "test_mismatched.tsv"}
+_ENTAILED = ("entailment", "not_entailment")
+_GLUE: dict[str, Any] = {"test": "test.tsv"}
+_F1, _ACC = ("acc", "f1", "acc_and_f1"), ("acc",)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("mrpc", BINARY, ("0", "1"), folder="MRPC", text_a=3, text_b=4, label=0, metrics=_F1, **_GLUE),
+        Task("qqp", BINARY, ("0", "1"), folder="QQP", text_a=3, text_b=4, label=5, metrics=_F1,
+             test_text_a=1, test_text_b=2, skip_short_rows=True, **_GLUE),
+        Task("qnli", BINARY, _ENTAILED, folder="QNLI", text_a=1, text_b=2, metrics=_ACC, **_GLUE),
+        Task("rte", BINARY, _ENTAILED, folder="RTE", text_a=1, text_b=2, metrics=_ACC, **_GLUE),
+        Task("wnli", BINARY, ("0", "1"), folder="WNLI", text_a=1, text_b=2, metrics=_ACC, **_GLUE),
+        Task("sts-b", REGRESSION, folder="STS-B", text_a=7, text_b=8, metrics=DEFAULT_METRICS[REGRESSION], **_GLUE),
+        _nli("mnli", "MNLI", 8, 9, also_validate=(("mm", _MISMATCHED["dev"]),), **_MATCHED),
+        _nli("mnli-mm", "MNLI", 8, 9, **_MISMATCHED),
+        _nli("snli", "SNLI", 7, 8, test_label=-1, also_validate=(("test", "test.tsv"),), **_GLUE),
+        _nli("allnli", "", 0, 0, parts=("snli", "mnli")),
+        _nli("diagnostic", "diagnostic", 1, 2, train=None, dev=None, test="diagnostic.tsv"),
+        Task("cola", BINARY, ("0", "1"), folder="CoLA", text_a=3, label=1, header=False, test_text_a=1,
+             metrics=("mcc",), **_GLUE),
+        Task("sst-2", BINARY, ("0", "1"), folder="SST-2", text_a=0, label=1, test_text_a=1, metrics=_ACC, **_GLUE),
+    )
+}  # fmt: skip
+
+
+@dataclass
+class Examples:
+    """The rows of a split, in file order.
+
+    `labels` holds the label's place in `task.labels`, or the score for regression; None without labels.
+    `files` tells what the rows were read from: {"file": name below data_dir, "sha256": of its bytes}.
+    """
+
+    first: list[str] = field(default_factory=list)
+    second: list[str] | None = None
+    labels: list[int] | list[float] | None = None
+    files: list[dict[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def extend(self, other: "Examples") -> None:
+        """Append the rows of another split with the same columns."""
+        self.first += other.first
+        self.second = None if self.second is None else self.second + other.second
+        self.labels = None if self.labels is None else self.labels + other.labels
+        self.files += other.files
+
+
+def get_task(name: str) -> Task:
+    """The task of that name (any case), or of the JSON file at that path. Raises InputError."""
+    if name.lower() in TASKS:
+        return TASKS[name.lower()]
+    if name.lower().endswith(".json"):
+        return _task_from_json(Path(name))
+    raise InputError(
+        f"--task_name: unknown task {name!r}; known: {', '.join(TASKS)}, or a JSON file that describes your own"
+    )
+
+
+def task_to_dict(task: Task) -> dict[str, Any]:
+    """The task's line as JSON values, for files that must know which task they belong to."""
+    line = asdict(task)
+    line["also_validate"] = [list(pair) for pair in task.also_validate]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in line.items()}
+
+
+def check_sentence_pairs(task: Task) -> None:
+    """Raise InputError for a task that a Siamese student cannot learn."""
+    if task.text_b is None:
+        raise InputError(
+            f"--task_name: {task.name} has one sentence per row, and DSE scores pairs: "
+            "only finetune_bert.py (the teacher) takes it"
+        )
+
+
+_COLUMN = (int, str)
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,), "kind": (str,), "labels": (list,), "train": (str,), "dev": (str,), "test": (str, type(None)),
+    "text_a": _COLUMN, "text_b": (*_COLUMN, type(None)), "label": _COLUMN, "header": (bool,), "metrics": (list,),
+    "test_text_a": (*_COLUMN, type(None)), "test_text_b": (*_COLUMN, type(None)),
+    "test_label": (*_COLUMN, type(None)), "skip_short_rows": (bool,),
+}  # fmt: skip
+
+
+def _task_from_json(path: Path) -> Task:
+    line = {"name": path.stem, **read_json(path, "the task description")}
+    for key, value in line.items():
+        if key not in _JSON_TYPES:
+            raise InputError(f"{path}: unknown key {key!r}; known: {', '.join(_JSON_TYPES)}")
+        if not isinstance(value, _JSON_TYPES[key]) or (isinstance(value, bool) and bool not in _JSON_TYPES[key]):
+            expected = " or ".join("null" if t is type(None) else t.__name__ for t in _JSON_TYPES[key])
+            raise InputError(f"{path}: {key!r} must be {expected}, found {value!r}")
+    missing = [key for key in ("kind", "text_a", "label") if key not in line]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing; a task needs kind, text_a, label and text_b for pairs")
+    line["labels"] = tuple(str(label) for label in line.get("labels", ()))
+    line["metrics"] = tuple(line.get("metrics", ()))
+    task = Task(**line)
+    _check_own_task(path, task)
+    return task if task.metrics else replace(task, metrics=DEFAULT_METRICS[task.kind])
+
+
+def _check_own_task(path: Path, task: Task) -> None:
+    if task.kind not in KINDS:
+        raise InputError(f"{path}: kind {task.kind!r} is none of {', '.join(KINDS)}")
+    count, least = len(set(task.labels)), {BINARY: 2, MULTICLASS: 2, REGRESSION: 0}[task.kind]
+    if count != len(task.labels) or count < least or (task.kind != MULTICLASS and count > least):
+        wanted = {BINARY: "two labels, the negative first", MULTICLASS: "two or more labels", REGRESSION: "no labels"}
+        raise InputError(f"{path}: a {task.kind} task needs {wanted[task.kind]}, found {list(task.labels)}")
+    known = (*DEFAULT_METRICS[task.kind], "mcc") if task.kind == BINARY else DEFAULT_METRICS[task.kind]
+    if not set(task.metrics) <= set(known):
+        raise InputError(f"{path}: metrics {list(task.metrics)}: a {task.kind} task knows {', '.join(known)}")
+    if not re.fullmatch(r"[\w.-]+", task.name) or task.name.lower() in TASKS:
+        raise InputError(f"{path}: name {task.name!r} must be letters, digits, '_', '.', '-' and no name of the table")
+    columns = [getattr(task, key) for key, types in _JSON_TYPES.items() if int in types]
+    if not task.header and any(isinstance(column, str) for column in columns):
+        raise InputError(f'{path}: columns by name need a header line; give numbers from 0, or "header": true')
+    if any(isinstance(column, int) and column < -1 for column in columns):
+        raise InputError(f"{path}: column numbers start at 0, and -1 is the last; found {columns}")
+
+
+def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
+    """Read a split in file order.
+
+    Args:
+        task: a line of the task table.
+        data_dir: the folder of the task's files; for allnli the parent of SNLI and MNLI.
+        split: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
+
+    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns, a label
+    that is none of the task's, a score that is no number, and bytes that are no UTF-8.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"--data_dir: {data_dir} is no folder; expected the folder of {task.name}'s files")
+    if task.parts:
+        return _read_parts(task, data_dir, split)
+    name = dict(task.also_validate).get(split) or getattr(task, split)
+    if name is None:
+        raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
+    if name == task.test:
+        text_a, text_b = (
+            own if test is None else test
+            for test, own in ((task.test_text_a, task.text_a), (task.test_text_b, task.text_b))
+        )
+        return _read_tsv(data_dir / name, task, text_a, text_b, task.test_label, header=True)
+    return _read_tsv(data_dir / name, task, task.text_a, task.text_b, task.label, task.header)
+
+
+def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
+    """allnli: the corpora one after the other."""
+    if split not in ("train", "dev"):
+        raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
+    whole = Examples(second=[], labels=[])
+    for part in (TASKS[name] for name in task.parts):
+        rows = read_examples(part, data_dir / part.folder, split)
+        for entry in rows.files:
+            entry["file"] = f"{part.folder}/{entry['file']}"
+        whole.extend(rows)
+    return whole
+
+
+def _read_tsv(
+    path: Path, task: Task, text_a: int | str, text_b: int | str | None, label: int | str | None, header: bool
+) -> Examples:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the data of {task.name} ({error.strerror}); see --data_dir") from error
+    lines = split_lines(raw, path)
+    places = _find_columns(path, lines[0] if header and lines else None, (text_a, text_b, label))
+    start = 1 if header else 0
+    if len(lines) <= start:
+        raise InputError(f"{path}: no rows of data in it; expected one pair per line")
+    place_a, place_b, place_label = places
+    used = [place for place in places if place is not None]
+    needed = max(used) + (2 if -1 in used else 1)  # the last column must be one of its own
+    rows = Examples(
+        second=None if text_b is None else [],
+        labels=None if label is None else [],
+        files=[{"file": path.name, "sha256": hashlib.sha256(raw).hexdigest()}],
+    )
+    skipped = 0
+    for number, line in enumerate(lines[start:], start + 1):
+        cells = line.split("\t")
+        if len(cells) < needed:
+            if not task.skip_short_rows:
+                raise InputError(
+                    f"{path}, line {number}: at least {needed} columns expected, found {len(cells)}: {line[:80]!r}"
+                )
+            skipped += 1
+            continue
+        rows.first.append(cells[place_a])
+        if place_b is not None:
+            rows.second.append(cells[place_b])
+        if place_label is not None:
+            rows.labels.append(_parse_label(task, cells[place_label], path, number))
+    if skipped:
+        logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
+    if not len(rows):
+        raise InputError(f"{path}: no row has the {needed} columns that {task.name} needs")
+    return rows
+
+
+def split_lines(raw: bytes, path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file, with or without byte-order mark; only \\n, \\r\\n and \\r end a line."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        raise InputError(
+            f"{path}, line {before.count(10) + 1}: byte 0x{raw[error.start]:02x} is no valid UTF-8; save the file as UTF-8"
+        ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return lines
+
+
+def _find_columns(path: Path, header: str | None, columns: tuple[int | str | None, ...]) -> list[int | None]:
+    """Numbers of the columns; names are looked up in the header line."""
+    names = header.split("\t") if header is not None else []
+    places: list[int | None] = []
+    for column in columns:
+        if isinstance(column, str):
+            if column not in names:
+                raise InputError(f"{path}, line 1: no column {column!r} in the header, which has {', '.join(names)}")
+            column = names.index(column)
+        places.append(column)
+    return places
+
+
+def _parse_label(task: Task, text: str, path: Path, number: int) -> int | float:
+    if task.kind != REGRESSION:
+        if text not in task.labels:
+            raise InputError(
+                f"{path}, line {number}: label {text!r} is none of {task.name}'s: {', '.join(task.labels)}"
+            )
+        return task.labels.index(text)
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise InputError(f"{path}, line {number}: score {text!r} is no number")
+    return score

@@ -1,0 +1,59 @@
+"""What is told of a training: log lines, one JSON line per epoch, curves."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dse.files import InputError
+
+Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics if any, updates, rate, seconds
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Metrics on one line, four decimals."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def format_record(record: Record) -> str:
+    """An epoch's record on one line."""
+    parts = [f"{record['seconds']:.1f} s, rate {record['rate']:.3g}"]
+    parts += [f"{part}: {format_metrics(record[part])}" for part in ("train", "validation") if part in record]
+    return "; ".join(parts)
+
+
+def append_json_line(path: Path, record: Record) -> None:
+    """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(_without_nan(record)) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_can_plot() -> None:
+    """Raise InputError where matplotlib, which only --plot_metrics needs, is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot_metrics: matplotlib is not installed: pip install matplotlib, or leave the flag out")
+
+
+def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
+    """Write `<experiment>_<metric>.png` per metric: train and validation by epoch."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {name for record in history for part in ("train", "validation") for name in record.get(part, {})}
+    for name in sorted(names):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="epoch", ylabel=name, title=f"{experiment}: {name}")
+        for part in ("train", "validation"):
+            points = [(record["epoch"], record[part][name]) for record in history if name in record.get(part, {})]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=part)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+        figure.savefig(folder / f"{experiment}_{name}.png", dpi=100)

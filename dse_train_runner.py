@@ -1,0 +1,356 @@
+#!/usr/bin/env python3
+"""Stage 4: train the Siamese student on labels and teacher logits.
+
+    python dse_train_runner.py --task_name mrpc --data_dir glue_data/MRPC --do_lower_case --file_log --epochs 8 \\
+        --distillation_logits_path outputs/logits/large_uncased_finetuned_mrpc_logits.pt --store_checkpoints --fc_dims 512 1
+
+With --store_checkpoints the best and the newest checkpoint are kept; with the same flags and
+--trainer_checkpoint <newest> a stopped run goes on, and ends as if it had never stopped.
+"""
+
+import argparse
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dse import cli
+from dse.config import DSEConfig, check_fc_dims, check_fits_bert
+from dse.files import InputError, check_writable, utc_stamp
+from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
+from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
+from dse.reporting import Record, append_json_line, check_can_plot, format_metrics, plot_metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from dse.features import Features
+    from dse.models import DSESiameseClassifier
+    from dse.trainer import Trainer
+
+PROG = "dse_train_runner.py"
+logger = logging.getLogger("dse.dse_train_runner")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description="Train the Siamese student on labels and teacher logits.")
+    add = parser.add_argument
+    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
+    add("--data_dir", required=True, help="folder of the task's files")
+    add("--distillation_logits_path", required=True, help="file of run_distillation_logits_creator.py")
+    add("--train_features_path", default="", help="cache of the training features; empty: a name beside the data")
+    add("--dev_features_path", default="", help="cache of the dev features; empty: a name beside the data")
+    cli.add_architecture_flags(parser)
+    add("--experiment_name", type=cli.file_word, default="bert_distillation", help="begins the names of all outputs")
+    add("--file_log", action="store_true", help="log to a file too, and a JSON line per epoch beside it")
+    add("--log_dir", default="outputs/logs", help="folder of the log files")
+    add("--store_checkpoints", action="store_true", help="keep the best and the newest checkpoint")
+    add("--checkpoint_dir", default="outputs/checkpoints", help="folder of the runs' checkpoint folders")
+    add("--plot_metrics", action="store_true", help="draw the metrics by epoch (needs matplotlib)")
+    add("--plots_dir", default="outputs/plots", help="folder of the runs' plots")
+    add("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
+    add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
+    add("--trainer_checkpoint", default="", help="go on from this checkpoint, to a total of --epochs")
+    add("--random_seed", type=cli.whole_number(-1), default=42, help="seed; -1: a new one each run")
+    add("--epochs", type=cli.whole_number(1), default=5, help="epochs in all")
+    add("--validate_every", type=cli.whole_number(1), default=1, help="epochs between validations (and checkpoints)")
+    add("--patience", type=cli.whole_number(1), help="stop after so many validations without a better score")
+    add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step (not per update)")
+    add("--val_batch_size", type=cli.whole_number(1), default=128, help="pairs per step of the validation")
+    add("--gradient_accumulation_steps", type=cli.whole_number(1), default=2, help="batches per update")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--fp16", action="store_true", help="mixed precision, CUDA only")
+    add("--lr", type=cli.positive, default=2e-5, help="peak rate of BertAdam")
+    add("--warmup_proportion", type=cli.share, default=0.1, help="share of the schedule with a growing rate")
+    add(
+        "--schedule_in_updates",
+        action="store_true",
+        help="let the schedule count updates, not batches as the original's",
+    )
+    add("--distillation_coeff", type=cli.share, default=0.5, help="weight of the teacher's logits against the labels")
+    add("--tune_positive_thresholds", type=cli.threshold, nargs="+", default=[0.5], help="binary: positive above these")
+    add("--run_evaluation_before_fine_tune", action="store_true", help="log an evaluation before training")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Start:
+    """What a run starts from: the pre-trained encoder, or a checkpoint."""
+
+    tokenizer: Any
+    stamp: str  # names the run's folders
+    bert_folder: Path | None = None
+    config: DSEConfig | None = None
+    checkpoint: dict[str, Any] | None = None
+
+
+def check_flags(args: argparse.Namespace, task: Task) -> None:
+    """Refuse what the flags alone tell."""
+    check_sentence_pairs(task)
+    check_fc_dims(args.fc_dims, task)
+    if args.plot_metrics:
+        check_can_plot()
+        check_writable(args.plots_dir, "--plots_dir")
+    if args.store_checkpoints:
+        check_writable(args.checkpoint_dir, "--checkpoint_dir")
+    for path in filter(None, (args.train_features_path, args.dev_features_path)):
+        check_writable(Path(path).parent, f"the feature cache {path}")
+
+
+def start_fresh(args: argparse.Namespace, stamp: str) -> Start:
+    folder = find_bert(args.bert_model, "--bert_model")
+    bert = bert_config(folder, "--bert_model")
+    check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
+    tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+    return Start(tokenizer, stamp, bert_folder=folder, config=DSEConfig.from_flags(args, bert))
+
+
+def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start:
+    """Go on with a checkpoint; anything that changed but --epochs would make another run, and is refused."""
+    from dse.checkpoint import architecture_of, check_task, load_checkpoint
+    from dse.pretrained import tokenizer_from_files
+
+    checkpoint = load_checkpoint(args.trainer_checkpoint)
+    check_task(checkpoint, task)
+    for flag, value in run_flags(args).items():
+        if flag != "epochs" and flag in checkpoint["run"] and checkpoint["run"][flag] != value:
+            raise InputError(
+                f"--{flag}: {value} now, {checkpoint['run'][flag]} in the run of {args.trainer_checkpoint}: going on needs "
+                "the same flags, --epochs excepted"
+            )
+    for split, files in checkpoint["data"]["files"].items():
+        if files != data["files"].get(split):
+            raise InputError(
+                f"--data_dir: the {split} data is {data['files'].get(split)} now, and was {files} in the run"
+            )
+    return Start(
+        tokenizer_from_files(checkpoint["tokenizer"]),
+        checkpoint["stamp"],
+        config=architecture_of(checkpoint),
+        checkpoint=checkpoint,
+    )
+
+
+def run_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that a checkpoint remembers."""
+    return {flag: value for flag, value in vars(args).items() if flag != "trainer_checkpoint"}
+
+
+def make_features(
+    args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any
+) -> dict[str, "Features"]:
+    """Separate features of each split, from caches whose names the user gave or that lie beside the data."""
+    from dse.features import cached_features, check_cache_path
+
+    suffix = f"{last_part(args.bert_model)}_{args.max_seq_length}_{task.name}_separate"
+    paths: dict[str, tuple[Path, bool]] = {}
+    for split in examples:
+        chosen = args.train_features_path if split == "train" else args.dev_features_path
+        if chosen:
+            paths[split] = Path(chosen if split in ("train", "dev") else f"{chosen}_{split}"), True
+            check_cache_path(paths[split][0], "separate")
+        else:
+            paths[split] = Path(args.data_dir) / f"{split}_{suffix}", False
+    return {
+        split: cached_features("separate", task, rows, tokenizer, args.max_seq_length, paths[split][0], paths[split][1])
+        for split, rows in examples.items()
+    }
+
+
+def make_model(args: argparse.Namespace, start: Start) -> "DSESiameseClassifier":
+    from dse.checkpoint import student_from_checkpoint
+    from dse.models import new_student
+
+    if start.checkpoint is not None:
+        model, _ = student_from_checkpoint(start.checkpoint)
+    else:
+        model = new_student(start.bert_folder, start.config)
+    if args.gradient_checkpointing:
+        model.dse_model.bert.bert.activation_checkpointing_enable()
+    return model
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    task: Task,
+    model: "DSESiameseClassifier",
+    features: "Features",
+    logits: "torch.Tensor",
+    device: "torch.device",
+    seed: int,
+) -> "Trainer":
+    import torch
+
+    from dse.distillation import distillation_targets, student_loss
+    from dse.evaluation import measure_student
+    from dse.optimization import make_optimizer
+    from dse.trainer import Trainer, count_updates
+
+    # The original's schedule counts batches, though updates are fewer; the paper's numbers rest on it.
+    per_update = args.gradient_accumulation_steps if args.schedule_in_updates else 1
+    t_total = count_updates(len(features), args.batch_size, per_update) * args.epochs
+    labels = torch.from_numpy(features.labels).to(device)
+    targets = distillation_targets(task.kind, logits).to(device)
+    return Trainer(
+        model,
+        forward=lambda inputs: model(**inputs),
+        loss=lambda outputs, rows: student_loss(
+            task.kind, outputs, labels[rows], targets[rows], args.distillation_coeff
+        ),
+        measure=measure_student(task, args.tune_positive_thresholds),
+        features=features,
+        optimizer=make_optimizer(model, args.lr, t_total, args.warmup_proportion),
+        batch_size=args.batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        seed=seed,
+        device=device,
+        fp16=args.fp16,
+    )
+
+
+def make_validate(
+    args: argparse.Namespace, task: Task, trainer: "Trainer", features: dict[str, "Features"]
+) -> Callable[[], dict[str, float]]:
+    """Metrics on dev and, with a prefix, on the task's other validation sets (mm_…, test_…)."""
+    from dse.evaluation import measure_student, predict
+
+    measure = measure_student(task, args.tune_positive_thresholds)
+
+    def validate() -> dict[str, float]:
+        metrics = {}
+        for split, rows in features.items():
+            if split == "train":
+                continue
+            outputs = predict(
+                trainer.model, trainer.forward, rows, args.val_batch_size, trainer.device, f"validate {split}"
+            )
+            prefix = "" if split == "dev" else f"{split}_"
+            metrics |= {prefix + name: value for name, value in measure(outputs, rows.labels).items()}
+        return metrics
+
+    return validate
+
+
+def score_of(task: Task, record: Record) -> tuple[str, float]:
+    """Name and value of the score that ranks checkpoints; NaN, of constant outputs, ranks last."""
+    from dse.metrics import best_score
+
+    name, value = best_score(task.kind, record["validation"])
+    return name, -math.inf if math.isnan(value) else value
+
+
+def best_record(task: Task, history: list[Record]) -> Record:
+    """The validated epoch with the best score, the first of equals."""
+    return max((record for record in history if "validation" in record), key=lambda record: score_of(task, record)[1])
+
+
+def out_of_patience(task: Task, history: list[Record], patience: int | None) -> bool:
+    validated = [record["epoch"] for record in history if "validation" in record]
+    if patience is None or not validated:
+        return False
+    return sum(epoch > best_record(task, history)["epoch"] for epoch in validated) >= patience
+
+
+def make_after_epoch(
+    args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any], log_file: Path | None
+) -> Callable[[Record], bool]:
+    """After each epoch: JSON line, checkpoint, plots; True ends the training early."""
+    from dse.checkpoint import CheckpointFolder, architecture_entry
+
+    run_name = f"{args.experiment_name}_{start.stamp}"
+    if start.checkpoint is not None:  # into the same folder
+        path = Path(args.trainer_checkpoint)
+        checkpoints = CheckpointFolder(path.parent, args.experiment_name)
+        checkpoints.take_over(path, start.checkpoint)
+    else:
+        checkpoints = CheckpointFolder(Path(args.checkpoint_dir) / run_name, args.experiment_name)
+    unchanging = {
+        "architecture": architecture_entry(start.config),
+        "tokenizer": tokenizer_to_files(start.tokenizer),
+        "task": task_to_dict(task),
+        "data": data,
+        "run": run_flags(args),
+        "stamp": start.stamp,
+    }
+
+    def after_epoch(record: Record) -> bool:
+        if log_file is not None:
+            append_json_line(log_file.with_suffix(".jsonl"), record)
+        if args.store_checkpoints and "validation" in record:
+            best = best_record(task, trainer.history)["epoch"]
+            state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict()}
+            path = checkpoints.save(record["epoch"], score_of(task, record), best, {**unchanging, **state})
+            logger.info("checkpoint %s", path)
+        if args.plot_metrics:
+            plot_metrics(trainer.history, Path(args.plots_dir) / run_name, args.experiment_name)
+        stop = out_of_patience(task, trainer.history, args.patience)
+        if stop:
+            logger.info("no better score in %d validations: stopped early", args.patience)
+        return stop
+
+    return after_epoch
+
+
+def report_best(task: Task, history: list[Record]) -> None:
+    best = best_record(task, history)
+    name, value = score_of(task, best)
+    logger.info("best %s %.4f at epoch %d", name, value, best["epoch"])
+    logger.info("its train metrics: %s", format_metrics(best["train"]))
+    logger.info("its validation metrics: %s", format_metrics(best["validation"]))
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
+    task, stamp = get_task(args.task_name), utc_stamp()
+    check_flags(args, task)
+    log_file = Path(args.log_dir) / f"{args.experiment_name}_{stamp}.log" if args.file_log else None
+    cli.set_up_logging(log_file)
+    splits = ["train", "dev", *(split for split, _ in task.also_validate)]
+    examples = {split: read_examples(task, args.data_dir, split) for split in splits}
+    data = {"files": {split: rows.files for split, rows in examples.items()}}
+    start = start_from_checkpoint(args, task, data) if args.trainer_checkpoint else start_fresh(args, stamp)
+
+    # 2. Teacher logits that belong to this data; features; device and seed.
+    from dse.distillation import load_logits, logits_identity
+
+    logits = load_logits(
+        args.distillation_logits_path, logits_identity(task, examples["train"].files, len(examples["train"]))
+    )
+    device = cli.select_device(args.disable_gpu, args.gpu_id, args.fp16)
+    features = make_features(args, task, examples, start.tokenizer)
+    seed = cli.seed_everything(args.random_seed)
+
+    # 3. Student and trainer.
+    model = make_model(args, start).to(device)
+    trainer = make_trainer(args, task, model, features["train"], logits, device, seed)
+    if start.checkpoint is not None:
+        trainer.load_state_dict(start.checkpoint["trainer"])
+        logger.info("going on after epoch %d of %s", len(trainer.history) - 1, args.trainer_checkpoint)
+    logger.info(
+        "device %s, seed %d, task %s, %s, embeddings of %d",
+        cli.describe_device(device), trainer.seed, task.name,
+        ", ".join(f"{split} {len(rows)}" for split, rows in features.items()), start.config.embedding_size,
+    )  # fmt: skip
+
+    # 4. Train.
+    validate = make_validate(args, task, trainer, features)
+    if args.run_evaluation_before_fine_tune:
+        logger.info("before training: %s", format_metrics(validate()))
+    if not out_of_patience(task, trainer.history, args.patience):
+        after_epoch = make_after_epoch(args, task, trainer, start, data, log_file)
+        trainer.fit(args.epochs, validate, args.validate_every, after_epoch)
+
+    # 5. The best epoch.
+    report_best(task, trainer.history)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    main()

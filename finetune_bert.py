@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Stage 2: fine-tune a BERT cross-encoder on a task. It becomes the teacher.
+
+    python finetune_bert.py --bert_model bert-large-uncased-whole-word-masking --task_name mrpc --do_train --do_eval \\
+        --do_lower_case --data_dir glue_data/MRPC --output_dir outputs/large_uncased_finetuned_mrpc
+
+Writes to --output_dir a folder that transformers' `from_pretrained` loads, and eval_results.txt.
+With --do_eval alone, --bert_model names a folder that this script made.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dse import cli
+from dse.config import check_fits_bert
+from dse.files import InputError, check_writable, utc_stamp, write_folder_whole, write_text
+from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer
+from dse.processors import Examples, Task, get_task, read_examples
+
+PROG = "finetune_bert.py"
+logger = logging.getLogger("dse.finetune_bert")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description="Fine-tune a BERT cross-encoder, the teacher.")
+    add = parser.add_argument
+    add("--data_dir", required=True, help="folder of the task's files")
+    add("--bert_model", required=True, help="hub name or folder of a BERT")
+    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
+    add("--output_dir", required=True, help="where the teacher and its results go")
+    add("--cache_dir", default="", help="where downloaded models are kept; empty: the hub library's place")
+    add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
+    add("--do_train", action="store_true", help="train and save the teacher")
+    add("--do_eval", action="store_true", help="evaluate on the dev set, after each epoch when training")
+    add("--do_lower_case", action="store_true", help="uncased model")
+    add("--train_batch_size", type=cli.whole_number(1), default=32, help="pairs per update")
+    add("--eval_batch_size", type=cli.whole_number(1), default=8, help="pairs per step of the evaluation")
+    add("--learning_rate", type=cli.positive, default=5e-5, help="peak rate of BertAdam")
+    add("--num_train_epochs", type=cli.whole_epochs, default=3.0, help="epochs")
+    add("--warmup_proportion", type=cli.share, default=0.1, help="share of the updates with a growing rate")
+    add("--no_cuda", action="store_true", help="use the CPU though there is a GPU")
+    add("--no_parallel", action="store_true", help="accepted for the original's sake: one device is used in any case")
+    add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
+    add("--overwrite_output_dir", action="store_true", help="train into a folder that is not empty")
+    add("--seed", type=cli.whole_number(-1), default=42, help="seed; -1: a new one each run")
+    add("--gradient_accumulation_steps", type=cli.whole_number(1), default=1, help="batches per update")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--fp16", action="store_true", help="mixed precision, CUDA only")
+    add("--file_log", action="store_true", help="log to a file too, and a JSON line per epoch beside it")
+    add("--log_dir", default="outputs/logs", help="folder of the log files")
+    add("--save_checkpoint_every_epoch", action="store_true", help="refresh --output_dir after each epoch")
+    args = parser.parse_args(argv)
+    if not (args.do_train or args.do_eval):
+        parser.error("nothing to do: give --do_train, --do_eval or both")
+    if args.train_batch_size < args.gradient_accumulation_steps:
+        parser.error(
+            f"--train_batch_size {args.train_batch_size} is divided by --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps}, which leaves no pair per step: raise the first or lower the second"
+        )
+    return args
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir)
+    check_writable(output_dir, "--output_dir")
+    if args.do_train and not args.overwrite_output_dir and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise InputError(
+            f"--output_dir: {output_dir} is not empty; give --overwrite_output_dir to train into it, or another folder"
+        )
+
+
+def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
+    """The splits that the flags ask for; `mm` is MNLI's mismatched dev set."""
+    splits = ["train"] if args.do_train else []
+    splits += ["dev", *(["mm"] if "mm" in dict(task.also_validate) else [])] if args.do_eval else []
+    return {split: read_examples(task, args.data_dir, split) for split in splits}
+
+
+def make_features(args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any) -> dict[str, Any]:
+    from dse.features import cached_features
+
+    suffix = f"{last_part(args.bert_model)}_{args.max_seq_length}_{task.name}"
+    return {
+        split: cached_features(
+            "joint",
+            task,
+            examples,
+            tokenizer,
+            args.max_seq_length,
+            Path(args.data_dir) / f"{split}_{suffix}",
+            chosen=False,
+        )
+        for split, examples in data.items()
+    }
+
+
+def make_trainer(args: argparse.Namespace, task: Task, model: Any, features: Any, device: Any, seed: int) -> Any:
+    import torch
+
+    from dse.distillation import teacher_loss
+    from dse.evaluation import measure_teacher
+    from dse.models import teacher_logits
+    from dse.optimization import make_optimizer
+    from dse.trainer import Trainer, count_updates
+
+    batch_size = args.train_batch_size // args.gradient_accumulation_steps
+    if batch_size * args.gradient_accumulation_steps != args.train_batch_size:
+        logger.warning(
+            "--train_batch_size %d is no multiple of %d: an update takes %d pairs",
+            args.train_batch_size, args.gradient_accumulation_steps, batch_size * args.gradient_accumulation_steps,
+        )  # fmt: skip
+    updates = count_updates(len(features), batch_size, args.gradient_accumulation_steps) * int(args.num_train_epochs)
+    labels = torch.from_numpy(features.labels).to(device)
+    logger.info("%d pairs, %d per batch, %d updates in all", len(features), batch_size, updates)
+    return Trainer(
+        model,
+        forward=lambda inputs: teacher_logits(model, inputs),
+        loss=lambda logits, rows: teacher_loss(task.kind, logits, labels[rows]),
+        measure=measure_teacher(task),
+        features=features,
+        optimizer=make_optimizer(model, args.learning_rate, updates, args.warmup_proportion),
+        batch_size=batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        seed=seed,
+        device=device,
+        fp16=args.fp16,
+    )
+
+
+def evaluate(
+    args: argparse.Namespace, task: Task, model: Any, features: Any, device: Any, split: str
+) -> dict[str, float]:
+    from dse.evaluation import measure_teacher, predict
+    from dse.models import teacher_logits
+
+    logits = predict(
+        model, lambda inputs: teacher_logits(model, inputs), features, args.eval_batch_size, device, f"evaluate {split}"
+    )
+    return measure_teacher(task)(logits, features.labels)
+
+
+def save_teacher(model: Any, tokenizer: Any, output_dir: str) -> None:
+    with write_folder_whole(output_dir) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    logger.info("teacher saved in %s", output_dir)
+
+
+def write_results(folder: str, metrics: dict[str, float], updates: int, train_loss: float | None) -> None:
+    results = {**metrics, "eval_loss": metrics["loss"], "global_step": updates, "loss": train_loss}
+    lines = [f"{key} = {value}" for key, value in sorted(results.items())]
+    write_text(Path(folder) / "eval_results.txt", "\n".join(lines) + "\n")
+    logger.info("%s: %s", Path(folder) / "eval_results.txt", ", ".join(lines))
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
+    task = get_task(args.task_name)
+    check_output_dir(args)
+    log_file = Path(args.log_dir) / f"run_classifier_{task.name}_{utc_stamp()}.log" if args.file_log else None
+    cli.set_up_logging(log_file)
+    data = read_data(args, task)
+    bert_folder = find_bert(args.bert_model, "--bert_model", args.cache_dir)
+    check_fits_bert(bert_config(bert_folder, "--bert_model"), args.max_seq_length)
+    tokenizer = load_tokenizer(bert_folder, args.do_lower_case, "--bert_model")
+
+    # 2. Device, seed, features, model.
+    from dse.models import load_teacher
+    from dse.reporting import append_json_line, format_metrics
+
+    device, seed = cli.select_device(args.no_cuda, args.gpu_id, args.fp16), cli.seed_everything(args.seed)
+    logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
+    features = make_features(args, task, data, tokenizer)
+    model = load_teacher(bert_folder, task, fine_tuned=not args.do_train).to(device)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+
+    # 3. Train, evaluating on dev after each epoch.
+    updates, train_loss = 0, None
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        trainer = make_trainer(args, task, model, features["train"], device, seed)
+
+        def after_epoch(record: dict[str, Any]) -> None:
+            if log_file is not None:
+                append_json_line(log_file.with_suffix(".jsonl"), record)
+            if args.save_checkpoint_every_epoch and len(trainer.history) < args.num_train_epochs:
+                save_teacher(model, tokenizer, args.output_dir)
+
+        validate = (lambda: evaluate(args, task, model, features["dev"], device, "dev")) if args.do_eval else None
+        history = trainer.fit(int(args.num_train_epochs), validate, after_epoch=after_epoch)
+        updates, train_loss, metrics = trainer.updates, history[-1]["train"]["loss"], history[-1].get("validation", {})
+        save_teacher(model, tokenizer, args.output_dir)
+
+    # 4. Results of the last epoch's teacher.
+    if args.do_eval:
+        metrics = metrics or evaluate(args, task, model, features["dev"], device, "dev")
+        write_results(args.output_dir, metrics, updates, train_loss)
+        if "mm" in features:
+            mismatched = evaluate(args, task, model, features["mm"], device, "mm")
+            write_results(f"{args.output_dir}-MM", mismatched, updates, train_loss)
+    logger.info("done: %s", format_metrics(metrics) or "no evaluation asked for")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Stage 5: load a student and embed sentences with it. Copy from here.
+
+    python load_dse_checkpoint_example.py --task_name mrpc --trainer_checkpoint <path_to_saved_checkpoint>
+
+A checkpoint carries its architecture, casing and tokenizer; flags that are given as well must agree with it.
+Without a checkpoint the encoder is the pre-trained one and the head is untrained.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dse import cli
+from dse.config import DSEConfig, check_fc_dims, check_fits_bert
+from dse.files import InputError
+from dse.pretrained import bert_config, find_bert, load_tokenizer
+from dse.processors import Task, check_sentence_pairs, get_task
+
+PROG = "load_dse_checkpoint_example.py"
+SENTENCES = ("The student embeds each sentence alone.", "Every sentence is embedded on its own by the student.")
+DEFAULTS = cli.Parser()
+cli.add_architecture_flags(DEFAULTS)
+logger = logging.getLogger("dse.load_dse_checkpoint_example")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description="Load a student and embed two sentences.")
+    parser.add_argument("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
+    parser.add_argument("--trainer_checkpoint", default="", help="a checkpoint of dse_train_runner.py")
+    cli.add_architecture_flags(parser, given_only=True)
+    return parser.parse_args(argv)
+
+
+def load_trained(path: str, task: Task, given: dict[str, Any]) -> tuple[Any, Any, int]:
+    """Student, tokenizer and length of a checkpoint; flags that disagree with it are refused."""
+    from dse.checkpoint import check_task, load_checkpoint, student_from_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    check_task(checkpoint, task)
+    for flag, value in given.items():
+        if checkpoint["run"][flag] != value:
+            raise InputError(
+                f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint['run'][flag]}; "
+                "leave the flag out, the checkpoint knows it"
+            )
+    model, tokenizer = student_from_checkpoint(checkpoint)
+    return model, tokenizer, checkpoint["run"]["max_seq_length"]
+
+
+def build_untrained(task: Task, given: dict[str, Any]) -> tuple[Any, Any, int]:
+    """A student with a pre-trained encoder and an untrained head, by the flags and their defaults."""
+    args = argparse.Namespace(**{**vars(DEFAULTS.parse_args([])), **given})
+    check_fc_dims(args.fc_dims, task)
+    folder = find_bert(args.bert_model, "--bert_model")
+    bert = bert_config(folder, "--bert_model")
+    check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
+    tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+
+    from dse.models import new_student
+
+    logger.warning("no --trainer_checkpoint: the encoder is pre-trained, but the head is UNTRAINED")
+    return new_student(folder, DSEConfig.from_flags(args, bert)).eval(), tokenizer, args.max_seq_length
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. What was asked for.
+    task = get_task(args.task_name)
+    check_sentence_pairs(task)
+    cli.set_up_logging()
+    given = {name: value for name, value in vars(args).items() if name not in ("task_name", "trainer_checkpoint")}
+
+    # 2. The student: from the checkpoint alone, or with an untrained head.
+    if args.trainer_checkpoint:
+        model, tokenizer, max_seq_length = load_trained(args.trainer_checkpoint, task, given)
+    else:
+        model, tokenizer, max_seq_length = build_untrained(task, given)
+
+    # 3. Sentences to embeddings.
+    import torch
+
+    from dse.features import encode_texts
+
+    texts, places = encode_texts(SENTENCES, tokenizer, max_seq_length)
+    ids, mask = texts.padded(places, tokenizer.pad_token_id)
+    with torch.inference_mode():
+        embeddings = model.embed(ids, mask)
+    for sentence, embedding in zip(SENTENCES, embeddings, strict=True):
+        print(f"Sentence: {sentence}")
+        print(f"Embedding: {embedding}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the example; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Stage 3: write the teacher's logits for every training pair, in the order of the training file.
+
+    python run_distillation_logits_creator.py --task_name mrpc --data_dir glue_data/MRPC --do_lower_case \\
+        --train_features_path glue_data/MRPC/train_bert-large-uncased-whole-word-masking_128_mrpc \\
+        --bert_checkpoint_dir outputs/large_uncased_finetuned_mrpc
+
+Writes <output_dir>/<last part of bert_checkpoint_dir>_logits.pt, a bare float32 tensor (rows, labels), and
+beside it a .json that says which task, data and teacher the logits belong to.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dse import cli
+from dse.config import check_fits_bert
+from dse.files import check_writable, sha256_file, utc_stamp
+from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer
+from dse.processors import check_sentence_pairs, get_task, read_examples
+
+PROG = "run_distillation_logits_creator.py"
+logger = logging.getLogger("dse.run_distillation_logits_creator")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description="Write the teacher's logits for the training pairs.")
+    add = parser.add_argument
+    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
+    add("--data_dir", required=True, help="folder of the task's files")
+    add(
+        "--train_features_path",
+        required=True,
+        help="cache of joint features, as finetune_bert.py leaves it; made if absent",
+    )
+    add("--bert_checkpoint_dir", required=True, help="the teacher: a folder that finetune_bert.py made")
+    add("--do_lower_case", action="store_true", help="uncased model")
+    add("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
+    add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
+    add("--output_dir", default="outputs/logits", help="folder of the logits file")
+    add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
+    add("--batch_size", type=cli.whole_number(1), default=256, help="pairs per step")
+    return parser.parse_args(argv)
+
+
+def teacher_identity(folder: Path) -> dict[str, str]:
+    """The teacher by content: name and SHA-256 of its weights' files."""
+    weights = sorted(path for path in folder.iterdir() if path.name.startswith(("model", "pytorch_model")))
+    return {"name": last_part(str(folder)), **{path.name: sha256_file(path) for path in weights}}
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
+    task = get_task(args.task_name)
+    check_sentence_pairs(task)
+    check_writable(args.output_dir, "--output_dir")
+    cli.set_up_logging()
+    examples = read_examples(task, args.data_dir, "train")
+    teacher_dir = find_bert(args.bert_checkpoint_dir, "--bert_checkpoint_dir", hub=False)
+    check_fits_bert(bert_config(teacher_dir, "--bert_checkpoint_dir"), args.max_seq_length)
+    tokenizer = load_tokenizer(teacher_dir, args.do_lower_case, "--bert_checkpoint_dir")
+
+    # 2. Features and teacher.
+    import torch
+
+    from dse.distillation import logits_identity, save_logits
+    from dse.evaluation import predict
+    from dse.features import cached_features, check_cache_path
+    from dse.models import load_teacher, teacher_logits
+
+    check_cache_path(args.train_features_path, "joint")
+    device = cli.select_device(args.disable_gpu, args.gpu_id)
+    teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
+    features = cached_features(
+        "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, chosen=True
+    )
+    logger.info("device %s, %d pairs of %s", cli.describe_device(device), len(features), task.name)
+
+    # 3. Logits, in file order.
+    logits = predict(
+        teacher, lambda inputs: teacher_logits(teacher, inputs), features, args.batch_size, device, "teacher logits"
+    )
+
+    # 4. The file, and what it belongs to.
+    path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
+    about = {
+        **logits_identity(task, examples.files, len(examples)),
+        "teacher": teacher_identity(teacher_dir),
+        "max_seq_length": args.max_seq_length,
+        "do_lower_case": args.do_lower_case,
+        "created": utc_stamp(),
+    }
+    save_logits(path, torch.from_numpy(logits), about)
+    logger.info("logits %s written to %s", tuple(logits.shape), path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    main()
