@@ -2,7 +2,8 @@
 """Stage 4: train the Siamese student on labels and teacher logits.
 
     python dse_train_runner.py --task_name mrpc --data_dir glue_data/MRPC --do_lower_case --file_log --epochs 8 \\
-        --distillation_logits_path outputs/logits/large_uncased_finetuned_mrpc_logits.pt --store_checkpoints --fc_dims 512 1
+        --store_checkpoints --fc_dims 512 1 \\
+        --distillation_logits_path outputs/logits/large_uncased_finetuned_mrpc_logits.pt
 
 With --store_checkpoints the best and the newest checkpoint are kept; with the same flags and
 --trainer_checkpoint <newest> a stopped run goes on, and ends as if it had never stopped.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dse import cli
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.files import InputError, check_writable, utc_stamp
+from dse.files import InputError, check_file, check_writable, sha256_file, utc_stamp
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
 from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
 from dse.reporting import Record, append_json_line, check_can_plot, format_metrics, plot_metrics
@@ -90,6 +91,11 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
     """Refuse what the flags alone tell."""
     check_sentence_pairs(task)
     check_fc_dims(args.fc_dims, task)
+    check_file(
+        args.distillation_logits_path, "--distillation_logits_path", "run_distillation_logits_creator.py makes it"
+    )
+    if args.trainer_checkpoint:
+        check_file(args.trainer_checkpoint, "--trainer_checkpoint", "--store_checkpoints writes it")
     if args.plot_metrics:
         check_can_plot()
         check_writable(args.plots_dir, "--plots_dir")
@@ -117,14 +123,19 @@ def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, 
     for flag, value in run_flags(args).items():
         if flag != "epochs" and flag in checkpoint["run"] and checkpoint["run"][flag] != value:
             raise InputError(
-                f"--{flag}: {value} now, {checkpoint['run'][flag]} in the run of {args.trainer_checkpoint}: going on needs "
-                "the same flags, --epochs excepted"
+                f"--{flag}: {value} now, {checkpoint['run'][flag]} in the run of {args.trainer_checkpoint}: "
+                "going on needs the same flags, --epochs excepted"
             )
     for split, files in checkpoint["data"]["files"].items():
         if files != data["files"].get(split):
             raise InputError(
                 f"--data_dir: the {split} data is {data['files'].get(split)} now, and was {files} in the run"
             )
+    if data["logits"] != checkpoint["data"]["logits"]:
+        raise InputError(
+            f"--distillation_logits_path: SHA-256 is {data['logits']} now, "
+            f"and was {checkpoint['data']['logits']} in the run"
+        )
     return Start(
         tokenizer_from_files(checkpoint["tokenizer"]),
         checkpoint["stamp"],
@@ -309,7 +320,8 @@ def run(args: argparse.Namespace) -> None:
     cli.set_up_logging(log_file)
     splits = ["train", "dev", *(split for split, _ in task.also_validate)]
     examples = {split: read_examples(task, args.data_dir, split) for split in splits}
-    data = {"files": {split: rows.files for split, rows in examples.items()}}
+    files = {split: rows.files for split, rows in examples.items()}
+    data = {"files": files, "logits": sha256_file(args.distillation_logits_path)}
     start = start_from_checkpoint(args, task, data) if args.trainer_checkpoint else start_fresh(args, stamp)
 
     # 2. Teacher logits that belong to this data; features; device and seed.

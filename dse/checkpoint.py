@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dse.config import DSEConfig
-from dse.files import InputError, utc_stamp, write_whole
+from dse.files import InputError, check_file, utc_stamp, write_whole
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
 from dse.processors import Task
@@ -37,8 +37,7 @@ def save_checkpoint(path: Path, entries: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises InputError for a missing, truncated or foreign file."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--trainer_checkpoint: there is no file {path}")
+    check_file(path, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a spoiled or foreign file

@@ -55,7 +55,7 @@ def check_fc_dims(fc_dims: list[int] | tuple[int, ...], task: Task) -> None:
     """Raise InputError unless the head's last layer is as wide as the task's outputs."""
     if fc_dims[-1] != task.num_student_outputs:
         raise InputError(
-            f"--fc_dims: the last size is {fc_dims[-1]}, but {task.name} ({task.kind}) needs {task.num_student_outputs}: "
+            f"--fc_dims: the last size is {fc_dims[-1]}, {task.name} ({task.kind}) needs {task.num_student_outputs}: "
             f"try --fc_dims {' '.join(map(str, [*fc_dims[:-1], task.num_student_outputs]))}"
         )
 
@@ -69,5 +69,6 @@ def check_fits_bert(bert: dict[str, Any], max_seq_length: int, num_top_layers: i
         )
     if num_top_layers > layers:
         raise InputError(
-            f"--pooler_num_top_hidden_layers: {num_top_layers} is above the model's {layers} layers: give {layers} or less"
+            f"--pooler_num_top_hidden_layers: {num_top_layers} is above the model's {layers} layers: "
+            f"give {layers} or less"
         )

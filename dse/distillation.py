@@ -90,10 +90,6 @@ def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
     JSON, as the original writes it, is taken with a warning where rows and width fit.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"--distillation_logits_path: {path} does not exist; run_distillation_logits_creator.py makes it"
-        )
     about_path = path.with_suffix(".json")
     if about_path.is_file():
         _check_identity(path, read_json(about_path, "the description of the logits"), expected)

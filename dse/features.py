@@ -50,7 +50,7 @@ class Ragged:
 
     def padded(self, rows: np.ndarray, pad_id: int) -> tuple[Tensor, Tensor]:
         """Ids and mask of the given rows, each (len(rows), longest row), int64."""
-        lengths = self.lengths[rows]
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]
         places = np.where(mask, self.offsets[rows][:, None] + columns, 0)
@@ -251,7 +251,7 @@ def cached_features(
 
 
 def check_cache_path(path: str | Path, form: str) -> None:
-    """Raise InputError when a path that the user named holds anything but a cache of that form, or cannot be written."""
+    """Raise InputError when a path that the user named holds anything but a cache of that form, or is unwritable."""
     path = Path(path)
     check_writable(path.parent, f"the feature cache {path}")
     if path.exists():
@@ -317,6 +317,6 @@ def _content_hash(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def in_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut an order of rows into batches; the last one may be shorter."""
+def in_batches(order: Any, size: int) -> list[Any]:
+    """Cut a sequence (an array of rows, a list of batches) into pieces of `size`; the last one may be shorter."""
     return [order[start : start + size] for start in range(0, len(order), size)]

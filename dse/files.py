@@ -43,7 +43,7 @@ def write_whole(path: str | Path) -> Iterator[Path]:
         yield beside
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -52,6 +52,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole."""
     with write_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def check_file(path: str | Path, flag: str, hint: str) -> None:
+    """Raise InputError unless `path` is a file; `hint` says where it comes from."""
+    if not Path(path).is_file():
+        raise InputError(f"{flag}: there is no file {path}; {hint}")
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
@@ -97,7 +103,7 @@ def write_folder_whole(folder: str | Path) -> Iterator[Path]:
         for path in sorted(Path(beside).iterdir()):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
 
 
 def utc_stamp() -> str:

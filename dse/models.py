@@ -10,6 +10,7 @@ The teacher is transformers' BertForSequenceClassification, as it is.
 """
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class SiameseHead(nn.Module):
         self.head_type = config.siamese_head_type
         first = 4 * config.embedding_size if self.head_type == "concat" else 1
         sizes = (first, *config.fc_dims)
-        self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         """(batch, embedding_size) twice to (batch, fc_dims[-1])."""

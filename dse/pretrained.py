@@ -111,7 +111,8 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     normalizer = tokenizer.backend_tokenizer.normalizer
     if getattr(normalizer, "lowercase", None) is not do_lower_case:
         raise InputError(
-            f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: its normalizer is {normalizer}"
+            f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: "
+            f"its normalizer is {normalizer}"
         )
     tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token]
     vocabulary = tokenizer.get_vocab()

@@ -244,10 +244,10 @@ def _read_tsv(
     except OSError as error:
         raise InputError(f"{path}: cannot read the data of {task.name} ({error.strerror}); see --data_dir") from error
     lines = split_lines(raw, path)
-    places = _find_columns(path, lines[0] if header and lines else None, (text_a, text_b, label))
     start = 1 if header else 0
     if len(lines) <= start:
         raise InputError(f"{path}: no rows of data in it; expected one pair per line")
+    places = _find_columns(path, lines[0] if header else None, (text_a, text_b, label))
     place_a, place_b, place_label = places
     used = [place for place in places if place is not None]
     needed = max(used) + (2 if -1 in used else 1)  # the last column must be one of its own
@@ -285,7 +285,8 @@ def split_lines(raw: bytes, path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         before = raw[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         raise InputError(
-            f"{path}, line {before.count(10) + 1}: byte 0x{raw[error.start]:02x} is no valid UTF-8; save the file as UTF-8"
+            f"{path}, line {before.count(10) + 1}: byte 0x{raw[error.start]:02x} is no valid UTF-8; "
+            "save the file as UTF-8"
         ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if lines[-1] == "":

@@ -13,7 +13,7 @@ numbers in `state_dict` to make the same updates as one that never stopped.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,12 +115,10 @@ class Trainer:
                 self.update()
         return self.measure(outputs, self.features.labels)
 
-    def groups(self, epoch: int) -> Iterator[list[np.ndarray]]:
+    def groups(self, epoch: int) -> list[list[np.ndarray]]:
         """The epoch's batches of rows, by update."""
         order = epoch_order(len(self.features), self.seed, epoch)
-        batches = in_batches(order, self.batch_size)
-        for start in range(0, len(batches), self.accumulation_steps):
-            yield batches[start : start + self.accumulation_steps]
+        return in_batches(in_batches(order, self.batch_size), self.accumulation_steps)
 
     def backward(self, rows: np.ndarray, group_size: int) -> np.ndarray:
         """Add one batch's share of the gradient; its outputs, (batch, width)."""

@@ -1,0 +1,193 @@
+"""A tiny BERT and tiny data in every task's layout, made once per session; nothing is downloaded."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dse.processors import REGRESSION, TASKS, Task, get_task
+from dse.synthetic import make_pair, write_tiny_bert
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def write_task(folder: Path, task: Task, rows: int = 24) -> Path:
+    """Write all labelled files of a task below `folder`, made-up sentences in the task's columns."""
+    if task.parts:
+        for part in task.parts:
+            write_task(folder / TASKS[part].folder, TASKS[part], rows)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [task.train, task.dev, *(file for _, file in task.also_validate)]
+    for seed, file in enumerate(filter(None, files)):
+        rng = random.Random(seed)
+        lines = ["\t".join(f"column{i}" for i in range(11))] if task.header else []
+        for _ in range(rows):
+            positive, first, second = make_pair(rng)
+            cells = [""] * 11
+            cells[task.text_a] = first
+            if task.text_b is not None:
+                cells[task.text_b] = second
+            if task.kind == REGRESSION:
+                cells[task.label] = f"{2.0 + 2 * positive + rng.random():.2f}"
+            else:
+                cells[task.label] = task.labels[positive if len(task.labels) == 2 else rng.randrange(3)]
+            lines.append("\t".join(cells))
+        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> Path:
+    """A tiny uncased BERT: 2 layers, hidden size 32, dropout 0.05."""
+    folder = tmp_path_factory.mktemp("models") / "tiny_bert"
+    write_tiny_bert(folder, seed=0, hidden_size=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A function from a task's name to a folder of its tiny data, made once. Tests that spoil it copy it first."""
+    made: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in made:
+            made[name] = write_task(tmp_path_factory.mktemp("data") / name, get_task(name))
+        return made[name]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def logits(tmp_path_factory, data):
+    """A function from a task's name to random teacher logits that belong to its tiny data."""
+    from dse.distillation import logits_identity, save_logits
+    from dse.processors import read_examples
+
+    folder = tmp_path_factory.mktemp("logits")
+
+    def path_of(name: str) -> Path:
+        path = folder / f"{name}_logits.pt"
+        if not path.exists():
+            task = get_task(name)
+            examples = read_examples(task, data(name), "train")
+            values = torch.randn(len(examples), task.num_logits, generator=torch.Generator().manual_seed(0))
+            save_logits(path, values, logits_identity(task, examples.files, len(examples)))
+        return path
+
+    return path_of
+
+
+@pytest.fixture
+def student_flags(bert, data, logits, tmp_path):
+    """A function from a task's name to flags with which dse_train_runner trains a tiny student in a second."""
+
+    def flags(name: str = "mrpc", **changes: object) -> list[str]:
+        values: dict[str, object] = {
+            "task_name": name,
+            "data_dir": data(name),
+            "distillation_logits_path": logits(name),
+            "bert_model": bert,
+            "do_lower_case": True,
+            "max_seq_length": 32,
+            "pooler_num_top_hidden_layers": 2,
+            "fc_dims": [8, get_task(name).num_student_outputs],
+            "epochs": 2,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "store_checkpoints": True,
+            "checkpoint_dir": tmp_path / "checkpoints",
+            "log_dir": tmp_path / "logs",
+            **changes,
+        }
+        return as_flags(values)
+
+    return flags
+
+
+@pytest.fixture
+def teacher_flags(bert, data, tmp_path):
+    """The same for finetune_bert.py."""
+
+    def flags(name: str = "mrpc", **changes: object) -> list[str]:
+        values: dict[str, object] = {
+            "task_name": name,
+            "data_dir": data(name),
+            "bert_model": bert,
+            "do_lower_case": True,
+            "max_seq_length": 48,
+            "do_train": True,
+            "do_eval": True,
+            "train_batch_size": 8,
+            "num_train_epochs": 1,
+            "learning_rate": 1e-3,
+            "output_dir": tmp_path / "teacher",
+            "log_dir": tmp_path / "logs",
+            **changes,
+        }
+        return as_flags(values)
+
+    return flags
+
+
+def as_flags(values: dict[str, object]) -> list[str]:
+    """{"epochs": 2, "fp16": True, "seed": None} to ["--epochs", "2", "--fp16"]."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        flags.append(f"--{name}")
+        if value is not True:
+            flags += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return flags
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that runs a script's main and gives the one line with which it refuses, after checking exit code 2."""
+
+    def line_of(main, argv: list[str]) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(flag) for flag in argv])
+        assert stop.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+        assert len(lines) == 1
+        return lines[0]
+
+    return line_of
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A function that copies a folder so that a test can spoil it."""
+
+    def copy(folder: Path, name: str = "copy") -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    return copy
+
+
+@pytest.fixture
+def edit_json():
+    """A function that changes entries of a JSON file; None removes one."""
+
+    def edit(path: Path, **changes: object) -> None:
+        values = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return edit
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A function that lists the checkpoints below the test's folder, by epoch."""
+
+    def listed(folder: str = "checkpoints") -> list[Path]:
+        paths = (tmp_path / folder).glob("*/*.pt")
+        return sorted(paths, key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+
+    return listed

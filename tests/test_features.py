@@ -1,0 +1,168 @@
+"""Token ids, truncation, and caches that know what they were made from."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from dse.features import cached_features, encode_texts, joint_features, separate_features, truncated_lengths
+from dse.files import InputError
+from dse.pretrained import load_tokenizer
+from dse.processors import Examples, get_task
+
+MRPC = get_task("mrpc")
+CLS, SEP, PAD = 2, 3, 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bert):
+    return load_tokenizer(bert, True, "--bert_model")
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    """The second way: word by word from the vocabulary, which holds every word of the made-up sentences."""
+    return [tokenizer.get_vocab().get(word, tokenizer.get_vocab()["[UNK]"]) for word in text.lower().split()]
+
+
+def test_truncation_equals_dropping_piece_by_piece():
+    for budget in (1, 4, 5, 125):
+        for a in range(0, 2 * budget + 2, max(1, budget // 9)):
+            for b in range(0, 2 * budget + 2, max(1, budget // 9)):
+                kept_a, kept_b = a, b
+                while kept_a + kept_b > budget:
+                    if kept_a > kept_b:
+                        kept_a -= 1
+                    else:
+                        kept_b -= 1
+                assert truncated_lengths(a, b, budget) == (kept_a, kept_b), (a, b, budget)
+
+
+def test_joint_rows_by_hand(tokenizer):
+    words = "doctor bought a car"
+    d, b, a, c = ids_of(tokenizer, words)
+    pairs = Examples([words, words, words, "", words], ["car a", "", "\u200b", "car", "doctor doctor doctor"])
+    features = joint_features(MRPC, pairs, tokenizer, 6)
+    rows = np.split(features.tokens.ids, features.tokens.offsets[1:-1])
+    assert [list(row) for row in rows] == [
+        [CLS, d, b, SEP, c, SEP],  # 4 + 2 in a budget of 3: 3 + 2 is still over, 2 + 2 ties, the second loses
+        [CLS, d, b, a, c, SEP],  # an empty second text: budget 6 - 2
+        [CLS, d, b, a, SEP],  # a second text without pieces: no second [SEP], budget 6 - 3
+        [CLS, SEP, c, SEP],
+        [CLS, d, b, SEP, d, SEP],
+    ]
+    batch = features.batch(np.array([3, 0]))
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert batch["input_ids"].tolist()[0] == [CLS, SEP, c, SEP, PAD, PAD]
+
+
+def test_separate_texts_are_embedded_once_each(tokenizer):
+    pairs = Examples(["a car", "the town", "a car"], ["the town", "the town", ""], [1, 0, 1])
+    features = separate_features(MRPC, pairs, tokenizer, 4)
+    assert len(features.texts.lengths) == 3
+    batch = features.batch(np.array([2, 0]))
+    a, car = ids_of(tokenizer, "a car")
+    the, town = ids_of(tokenizer, "the town")
+    assert batch["input_ids"].tolist() == [
+        [CLS, a, car, SEP], [CLS, a, car, SEP], [CLS, SEP, PAD, PAD], [CLS, the, town, SEP],
+    ]  # fmt: skip
+    assert features.costs.tolist() == [4, 4, 4]
+    assert features.labels.tolist() == [1, 0, 1]
+
+
+def test_a_separate_text_is_cut_to_length(tokenizer):
+    texts, places = encode_texts(["car " * 50], tokenizer, 6)
+    (car,) = ids_of(tokenizer, "car")
+    assert (texts.ids.tolist(), places.tolist()) == ([CLS, car, car, car, car, SEP], [0])
+
+
+def test_casing_reaches_the_normalizer(bert):
+    for lower, expected in ((True, "car"), (False, "[UNK]")):
+        tokenizer = load_tokenizer(bert, lower, "--bert_model")
+        texts, _ = encode_texts(["CAR"], tokenizer, 8)
+        assert texts.ids.tolist() == [CLS, tokenizer.get_vocab()[expected], SEP]
+
+
+def test_an_unlike_casing_is_a_warning(bert, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_tokenizer(bert, True, "--bert_model")
+        assert caplog.text == ""
+        load_tokenizer(bert, False, "--bert_model")
+    assert "was saved with --do_lower_case (uncased), and this run uses no --do_lower_case (cased)" in caplog.text
+
+
+PAIRS = Examples(["a car", "the town"], ["a ship", "the city"], [1, 0], [{"file": "train.tsv", "sha256": "1" * 64}])
+
+
+def make(tokenizer, path, form="separate", task=MRPC, examples=PAIRS, length=16, chosen=False):
+    return cached_features(form, task, examples, tokenizer, length, path, chosen)
+
+
+@pytest.mark.parametrize("form", ["joint", "separate"])
+def test_a_cache_gives_the_same_features_without_tokenizing(form, tokenizer, tmp_path, monkeypatch):
+    made = make(tokenizer, tmp_path / "cache", form)
+    monkeypatch.setattr("dse.features._distinct_pieces", None)  # calling it would fail
+    read = make(tokenizer, tmp_path / "cache", form)
+    for name, array in made.arrays().items():
+        np.testing.assert_array_equal(array, read.arrays()[name])
+        assert array.dtype == read.arrays()[name].dtype
+    np.testing.assert_array_equal(made.labels, read.labels)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"length": 4}, "max_seq_length"),
+        ({"task": get_task("rte")}, "task"),
+        (
+            {"examples": Examples(PAIRS.first, PAIRS.second, [1, 0], [{"file": "train.tsv", "sha256": "2" * 64}])},
+            "data",
+        ),
+        ({"form": "joint"}, "form"),
+    ],
+)
+def test_a_cache_is_remade_when_its_source_changed(changed, what, tokenizer, tmp_path, caplog):
+    make(tokenizer, tmp_path / "cache")
+    with caplog.at_level(logging.INFO):
+        features = make(tokenizer, tmp_path / "cache", **changed)
+    assert f"was made with another {what}; remade" in caplog.text
+    fresh = make(tokenizer, tmp_path / "fresh", **changed)
+    np.testing.assert_array_equal(next(iter(features.arrays().values())), next(iter(fresh.arrays().values())))
+
+
+def test_a_cache_is_remade_for_another_casing(bert, tokenizer, tmp_path, caplog):
+    make(tokenizer, tmp_path / "cache")
+    with caplog.at_level(logging.INFO):
+        make(load_tokenizer(bert, False, "--bert_model"), tmp_path / "cache")
+    assert "another tokenizer, do_lower_case; remade" in caplog.text
+
+
+@pytest.mark.parametrize("place", [0.5, -8])
+def test_a_spoiled_cache_is_remade(place, tokenizer, tmp_path, caplog):
+    path = tmp_path / "cache"
+    expected = make(tokenizer, path).texts.ids.tolist()
+    raw = bytearray(path.read_bytes())
+    raw[place if place < 0 else int(len(raw) * place)] ^= 1
+    path.write_bytes(raw)
+    with caplog.at_level(logging.INFO):
+        assert make(tokenizer, path).texts.ids.tolist() == expected
+    assert "remade" in caplog.text
+
+
+def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="no feature cache of this project"):
+        make(tokenizer, tmp_path / "notes.txt", chosen=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    make(tokenizer, tmp_path / "joint", "joint", chosen=True)
+    before = (tmp_path / "joint").read_bytes()
+    with pytest.raises(InputError, match="holds joint features, and this stage needs separate ones"):
+        make(tokenizer, tmp_path / "joint", "separate", chosen=True)
+    assert (tmp_path / "joint").read_bytes() == before
+
+
+def test_no_cache_where_the_folder_cannot_be_written(tokenizer, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    features = make(tokenizer, tmp_path / "file" / "cache")
+    assert len(features) == 2
+    assert "no feature cache" in caplog.text

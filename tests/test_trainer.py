@@ -1,0 +1,90 @@
+"""The shared loop: groups, modes, metrics of the batches as they passed, order."""
+
+import numpy as np
+import torch
+
+from dse.evaluation import predict
+from dse.optimization import make_optimizer
+from dse.trainer import Trainer, count_updates, epoch_order
+
+
+class Line:
+    """Features of a model w * x with w = 0: row i has x = i + 1."""
+
+    def __init__(self, rows: int) -> None:
+        self.labels = np.zeros(rows, dtype=np.int64)
+        self.costs = np.arange(rows)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"x": torch.from_numpy(rows + 1.0).float()[:, None]}
+
+
+def trainer_of(rows: int, batch_size: int, accumulation: int, **options) -> tuple[Trainer, list[float]]:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = make_optimizer(model, 1e-9, 100, 0.0)
+    gradients: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(model.weight.grad.item()))
+    trainer = Trainer(
+        model,
+        forward=lambda inputs: model(inputs["x"]),
+        loss=lambda outputs, rows: outputs.mean(),
+        measure=lambda outputs, labels: {"rows": float(len(outputs))},
+        features=Line(rows),
+        optimizer=optimizer,
+        batch_size=batch_size,
+        accumulation_steps=accumulation,
+        seed=5,
+        device=torch.device("cpu"),
+        **options,
+    )
+    return trainer, gradients
+
+
+def test_each_group_has_its_own_update_and_no_gradient_leaks():
+    """The gradient of mean(w * x) is the mean of x, so each update's is the mean over its group's batch means."""
+    trainer, gradients = trainer_of(rows=9, batch_size=2, accumulation=2)
+    trainer.fit(2)
+    expected = []
+    for epoch in (0, 1):
+        x = epoch_order(9, 5, epoch) + 1.0
+        expected += [(x[0:2].mean() + x[2:4].mean()) / 2, (x[4:6].mean() + x[6:8].mean()) / 2, x[8]]
+    np.testing.assert_allclose(gradients, expected, rtol=1e-6)
+    assert trainer.updates == 6 == 2 * count_updates(9, 2, 2)
+
+
+def test_the_order_changes_by_epoch_and_seed_and_holds_every_row():
+    orders = [tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert tuple(epoch_order(50, 1, 0)) == orders[0]
+
+
+def test_training_mode_returns_after_validation():
+    trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
+    modes = []
+    trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    trainer.fit(2, lambda: {"n": float(len(predict(trainer.model, trainer.forward, Line(3), 3, trainer.device, "v")))})
+    assert modes == [True, True, False, True, True, False]
+
+
+def test_validation_every_second_epoch_and_after_the_last():
+    trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
+    history = trainer.fit(5, lambda: {"n": 1.0}, validate_every=2)
+    assert [record["epoch"] for record in history if "validation" in record] == [1, 3, 4]
+    assert [record["updates"] for record in history] == [2, 4, 6, 8, 10]
+
+
+def test_after_epoch_can_end_the_training():
+    trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
+    assert len(trainer.fit(9, after_epoch=lambda record: record["epoch"] == 1)) == 2
+
+
+def test_predictions_come_back_in_file_order():
+    trainer, _ = trainer_of(rows=7, batch_size=2, accumulation=1)
+    torch.nn.init.ones_(trainer.model.weight)
+    outputs = predict(trainer.model, trainer.forward, Line(7), 3, trainer.device, "p")
+    assert outputs[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
