@@ -65,10 +65,12 @@ def test_the_order_changes_by_epoch_and_seed_and_holds_every_row():
 
 def test_training_mode_returns_after_validation():
     trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
+    trainer.model.eval()  # as from_pretrained leaves it
     modes = []
     trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
     trainer.fit(2, lambda: {"n": float(len(predict(trainer.model, trainer.forward, Line(3), 3, trainer.device, "v")))})
     assert modes == [True, True, False, True, True, False]
+    assert trainer.model.training, "an evaluation left the model in evaluation mode"
 
 
 def test_validation_every_second_epoch_and_after_the_last():
