@@ -180,7 +180,7 @@ def get_task(task: str, args: argparse.Namespace) -> str:
     data_dir.mkdir(parents=True, exist_ok=True)
     folder_name = ZIPS[task][1] if task in ZIPS else task
     target = data_dir / folder_name
-    if target.exists():
+    if any(target.glob("*.tsv")) and (task != "MRPC" or (target / "train.tsv").exists()):
         return "already there"
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{folder_name}-") as work:
         if task in ZIPS:
@@ -189,7 +189,11 @@ def get_task(task: str, args: argparse.Namespace) -> str:
             made = get_mrpc(args.path_to_mrpc, Path(work))
         else:
             made = get_snli(Path(work)) if task == "SNLI" else get_diagnostic(Path(work))
-        made.rename(target)
+        if target.exists():  # MRPC's raw files may lie where its splits belong
+            for path in made.iterdir():
+                path.replace(target / path.name)
+        else:
+            made.rename(target)
     return "done"
 
 

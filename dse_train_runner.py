@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dse import cli
+from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
 from dse.files import InputError, check_file, check_writable, sha256_file, utc_stamp
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
@@ -54,9 +55,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
     add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
     add("--trainer_checkpoint", default="", help="go on from this checkpoint, to a total of --epochs")
-    add("--random_seed", type=cli.whole_number(-1), default=42, help="seed; -1: a new one each run")
+    add("--random_seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
     add("--epochs", type=cli.whole_number(1), default=5, help="epochs in all")
-    add("--validate_every", type=cli.whole_number(1), default=1, help="epochs between validations (and checkpoints)")
+    add(
+        "--validate_every",
+        type=cli.whole_number(1),
+        default=1,
+        help="epochs between validations (and checkpoints); the last epoch has one too",
+    )
     add("--patience", type=cli.whole_number(1), help="stop after so many validations without a better score")
     add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step (not per update)")
     add("--val_batch_size", type=cli.whole_number(1), default=128, help="pairs per step of the validation")
@@ -99,10 +105,33 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
     if args.plot_metrics:
         check_can_plot()
         check_writable(args.plots_dir, "--plots_dir")
-    if args.store_checkpoints:
+    if args.store_checkpoints and args.trainer_checkpoint:
+        check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint")
+    elif args.store_checkpoints:
         check_writable(args.checkpoint_dir, "--checkpoint_dir")
-    for path in filter(None, (args.train_features_path, args.dev_features_path)):
-        check_writable(Path(path).parent, f"the feature cache {path}")
+    paths = [path for path, chosen in features_paths(args, task).values() if chosen]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"--dev_features_path: {args.dev_features_path} serves two sets; name a path of its own")
+    for path in paths:
+        check_cache_path(path, "separate")
+
+
+def features_paths(args: argparse.Namespace, task: Task) -> dict[str, tuple[Path, bool]]:
+    """Each split's feature cache, and whether the user chose its path."""
+    paths = {}
+    for split in splits_of(task):
+        chosen = args.train_features_path if split == "train" else args.dev_features_path
+        if chosen:
+            paths[split] = Path(chosen if split in ("train", "dev") else f"{chosen}_{split}"), True
+        else:
+            name = cache_name(split, last_part(args.bert_model), args.max_seq_length, task.name, "separate")
+            paths[split] = Path(args.data_dir) / name, False
+    return paths
+
+
+def splits_of(task: Task) -> list[str]:
+    """The training set, the dev set, and the other sets that the task validates on."""
+    return ["train", "dev", *(split for split, _ in task.also_validate)]
 
 
 def start_fresh(args: argparse.Namespace, stamp: str) -> Start:
@@ -120,8 +149,13 @@ def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, 
 
     checkpoint = load_checkpoint(args.trainer_checkpoint)
     check_task(checkpoint, task)
+    for key, value in task_to_dict(task).items():
+        if checkpoint["task"].get(key) != value:
+            raise InputError(
+                f"--task_name: {key} of {task.name} is {value} now, and was {checkpoint['task'].get(key)} in the run"
+            )
     for flag, value in run_flags(args).items():
-        if flag != "epochs" and flag in checkpoint["run"] and checkpoint["run"][flag] != value:
+        if flag != "epochs" and not cli.same_value(checkpoint["run"].get(flag, value), value):
             raise InputError(
                 f"--{flag}: {value} now, {checkpoint['run'][flag]} in the run of {args.trainer_checkpoint}: "
                 "going on needs the same flags, --epochs excepted"
@@ -146,26 +180,18 @@ def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, 
 
 def run_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that a checkpoint remembers."""
-    return {flag: value for flag, value in vars(args).items() if flag != "trainer_checkpoint"}
+    return {flag: value for flag, value in vars(args).items() if flag not in ("trainer_checkpoint", "task_name")}
 
 
 def make_features(
     args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any
 ) -> dict[str, "Features"]:
     """Separate features of each split, from caches whose names the user gave or that lie beside the data."""
-    from dse.features import cached_features, check_cache_path
+    from dse.features import cached_features
 
-    suffix = f"{last_part(args.bert_model)}_{args.max_seq_length}_{task.name}_separate"
-    paths: dict[str, tuple[Path, bool]] = {}
-    for split in examples:
-        chosen = args.train_features_path if split == "train" else args.dev_features_path
-        if chosen:
-            paths[split] = Path(chosen if split in ("train", "dev") else f"{chosen}_{split}"), True
-            check_cache_path(paths[split][0], "separate")
-        else:
-            paths[split] = Path(args.data_dir) / f"{split}_{suffix}", False
+    paths = features_paths(args, task)
     return {
-        split: cached_features("separate", task, rows, tokenizer, args.max_seq_length, paths[split][0], paths[split][1])
+        split: cached_features("separate", task, rows, tokenizer, args.max_seq_length, *paths[split])
         for split, rows in examples.items()
     }
 
@@ -278,7 +304,7 @@ def make_after_epoch(
     else:
         checkpoints = CheckpointFolder(Path(args.checkpoint_dir) / run_name, args.experiment_name)
     unchanging = {
-        "architecture": architecture_entry(start.config),
+        "architecture": architecture_entry(trainer.model.config),
         "tokenizer": tokenizer_to_files(start.tokenizer),
         "task": task_to_dict(task),
         "data": data,
@@ -318,8 +344,7 @@ def run(args: argparse.Namespace) -> None:
     check_flags(args, task)
     log_file = Path(args.log_dir) / f"{args.experiment_name}_{stamp}.log" if args.file_log else None
     cli.set_up_logging(log_file)
-    splits = ["train", "dev", *(split for split, _ in task.also_validate)]
-    examples = {split: read_examples(task, args.data_dir, split) for split in splits}
+    examples = {split: read_examples(task, args.data_dir, split) for split in splits_of(task)}
     files = {split: rows.files for split, rows in examples.items()}
     data = {"files": files, "logits": sha256_file(args.distillation_logits_path)}
     start = start_from_checkpoint(args, task, data) if args.trainer_checkpoint else start_fresh(args, stamp)
@@ -350,7 +375,11 @@ def run(args: argparse.Namespace) -> None:
     validate = make_validate(args, task, trainer, features)
     if args.run_evaluation_before_fine_tune:
         logger.info("before training: %s", format_metrics(validate()))
-    if not out_of_patience(task, trainer.history, args.patience):
+    if len(trainer.history) >= args.epochs:
+        logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
+    elif out_of_patience(task, trainer.history, args.patience):
+        logger.warning("nothing to train: the run had stopped early, out of --patience %d", args.patience)
+    else:
         after_epoch = make_after_epoch(args, task, trainer, start, data, log_file)
         trainer.fit(args.epochs, validate, args.validate_every, after_epoch)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dse import cli
+from dse.cache import cache_name
 from dse.config import check_fits_bert
 from dse.files import InputError, check_writable, utc_stamp, write_folder_whole, write_text
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer
@@ -45,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no_parallel", action="store_true", help="accepted for the original's sake: one device is used in any case")
     add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
     add("--overwrite_output_dir", action="store_true", help="train into a folder that is not empty")
-    add("--seed", type=cli.whole_number(-1), default=42, help="seed; -1: a new one each run")
+    add("--seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=1, help="batches per update")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--fp16", action="store_true", help="mixed precision, CUDA only")
@@ -63,9 +64,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def mismatched_dir(args: argparse.Namespace) -> Path:
+    """Where MNLI's results on the mismatched set go."""
+    return Path(args.output_dir).with_name(f"{last_part(args.output_dir)}-MM")
+
+
 def check_output_dir(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
+    check_writable(mismatched_dir(args), "--output_dir")
     if args.do_train and not args.overwrite_output_dir and output_dir.is_dir() and any(output_dir.iterdir()):
         raise InputError(
             f"--output_dir: {output_dir} is not empty; give --overwrite_output_dir to train into it, or another folder"
@@ -82,19 +89,12 @@ def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
 def make_features(args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any) -> dict[str, Any]:
     from dse.features import cached_features
 
-    suffix = f"{last_part(args.bert_model)}_{args.max_seq_length}_{task.name}"
-    return {
-        split: cached_features(
-            "joint",
-            task,
-            examples,
-            tokenizer,
-            args.max_seq_length,
-            Path(args.data_dir) / f"{split}_{suffix}",
-            chosen=False,
-        )
-        for split, examples in data.items()
-    }
+    bert_name, length = last_part(args.bert_model), args.max_seq_length
+    features = {}
+    for split, examples in data.items():
+        path = Path(args.data_dir) / cache_name(split, bert_name, length, task.name, "joint")
+        features[split] = cached_features("joint", task, examples, tokenizer, length, path, chosen=False)
+    return features
 
 
 def make_trainer(args: argparse.Namespace, task: Task, model: Any, features: Any, device: Any, seed: int) -> Any:
@@ -142,18 +142,20 @@ def evaluate(
     return measure_teacher(task)(logits, features.labels)
 
 
-def save_teacher(model: Any, tokenizer: Any, output_dir: str) -> None:
-    with write_folder_whole(output_dir) as beside:
+def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+    for folder in (Path(args.output_dir), mismatched_dir(args)):
+        (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that is replaced now
+    with write_folder_whole(args.output_dir) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-    logger.info("teacher saved in %s", output_dir)
+    logger.info("teacher saved in %s", args.output_dir)
 
 
-def write_results(folder: str, metrics: dict[str, float], updates: int, train_loss: float | None) -> None:
+def write_results(folder: Path, metrics: dict[str, float], updates: int, train_loss: float | None) -> None:
     results = {**metrics, "eval_loss": metrics["loss"], "global_step": updates, "loss": train_loss}
     lines = [f"{key} = {value}" for key, value in sorted(results.items())]
-    write_text(Path(folder) / "eval_results.txt", "\n".join(lines) + "\n")
-    logger.info("%s: %s", Path(folder) / "eval_results.txt", ", ".join(lines))
+    write_text(folder / "eval_results.txt", "\n".join(lines) + "\n")
+    logger.info("%s: %s", folder / "eval_results.txt", ", ".join(lines))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -173,8 +175,8 @@ def run(args: argparse.Namespace) -> None:
 
     device, seed = cli.select_device(args.no_cuda, args.gpu_id, args.fp16), cli.seed_everything(args.seed)
     logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
-    features = make_features(args, task, data, tokenizer)
     model = load_teacher(bert_folder, task, fine_tuned=not args.do_train).to(device)
+    features = make_features(args, task, data, tokenizer)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
@@ -188,20 +190,20 @@ def run(args: argparse.Namespace) -> None:
             if log_file is not None:
                 append_json_line(log_file.with_suffix(".jsonl"), record)
             if args.save_checkpoint_every_epoch and len(trainer.history) < args.num_train_epochs:
-                save_teacher(model, tokenizer, args.output_dir)
+                save_teacher(args, model, tokenizer)
 
         validate = (lambda: evaluate(args, task, model, features["dev"], device, "dev")) if args.do_eval else None
         history = trainer.fit(int(args.num_train_epochs), validate, after_epoch=after_epoch)
         updates, train_loss, metrics = trainer.updates, history[-1]["train"]["loss"], history[-1].get("validation", {})
-        save_teacher(model, tokenizer, args.output_dir)
+        save_teacher(args, model, tokenizer)
 
     # 4. Results of the last epoch's teacher.
     if args.do_eval:
         metrics = metrics or evaluate(args, task, model, features["dev"], device, "dev")
-        write_results(args.output_dir, metrics, updates, train_loss)
+        write_results(Path(args.output_dir), metrics, updates, train_loss)
         if "mm" in features:
             mismatched = evaluate(args, task, model, features["mm"], device, "mm")
-            write_results(f"{args.output_dir}-MM", mismatched, updates, train_loss)
+            write_results(mismatched_dir(args), mismatched, updates, train_loss)
     logger.info("done: %s", format_metrics(metrics) or "no evaluation asked for")
 
 

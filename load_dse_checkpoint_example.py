@@ -20,8 +20,6 @@ from dse.processors import Task, check_sentence_pairs, get_task
 
 PROG = "load_dse_checkpoint_example.py"
 SENTENCES = ("The student embeds each sentence alone.", "Every sentence is embedded on its own by the student.")
-DEFAULTS = cli.Parser()
-cli.add_architecture_flags(DEFAULTS)
 logger = logging.getLogger("dse.load_dse_checkpoint_example")
 
 
@@ -40,7 +38,7 @@ def load_trained(path: str, task: Task, given: dict[str, Any]) -> tuple[Any, Any
     checkpoint = load_checkpoint(path)
     check_task(checkpoint, task)
     for flag, value in given.items():
-        if checkpoint["run"][flag] != value:
+        if not cli.same_value(checkpoint["run"][flag], value):
             raise InputError(
                 f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint['run'][flag]}; "
                 "leave the flag out, the checkpoint knows it"
@@ -51,7 +49,9 @@ def load_trained(path: str, task: Task, given: dict[str, Any]) -> tuple[Any, Any
 
 def build_untrained(task: Task, given: dict[str, Any]) -> tuple[Any, Any, int]:
     """A student with a pre-trained encoder and an untrained head, by the flags and their defaults."""
-    args = argparse.Namespace(**{**vars(DEFAULTS.parse_args([])), **given})
+    defaults = cli.Parser()
+    cli.add_architecture_flags(defaults)
+    args = argparse.Namespace(**{**vars(defaults.parse_args([])), **given})
     check_fc_dims(args.fc_dims, task)
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")

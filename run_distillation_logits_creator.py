@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
+from dse.cache import check_cache_path
 from dse.config import check_fits_bert
 from dse.files import check_writable, sha256_file, utc_stamp
-from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer
+from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, weight_files
 from dse.processors import check_sentence_pairs, get_task, read_examples
 
 PROG = "run_distillation_logits_creator.py"
@@ -46,8 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def teacher_identity(folder: Path) -> dict[str, str]:
     """The teacher by content: name and SHA-256 of its weights' files."""
-    weights = sorted(path for path in folder.iterdir() if path.name.startswith(("model", "pytorch_model")))
-    return {"name": last_part(str(folder)), **{path.name: sha256_file(path) for path in weights}}
+    return {"name": last_part(str(folder)), **{path.name: sha256_file(path) for path in weight_files(folder)}}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     task = get_task(args.task_name)
     check_sentence_pairs(task)
     check_writable(args.output_dir, "--output_dir")
+    check_cache_path(args.train_features_path, "joint")
     cli.set_up_logging()
     examples = read_examples(task, args.data_dir, "train")
     teacher_dir = find_bert(args.bert_checkpoint_dir, "--bert_checkpoint_dir", hub=False)
@@ -66,11 +67,11 @@ def run(args: argparse.Namespace) -> None:
 
     from dse.distillation import logits_identity, save_logits
     from dse.evaluation import predict
-    from dse.features import cached_features, check_cache_path
+    from dse.features import cached_features
     from dse.models import load_teacher, teacher_logits
 
-    check_cache_path(args.train_features_path, "joint")
     device = cli.select_device(args.disable_gpu, args.gpu_id)
+    identity = teacher_identity(teacher_dir)
     teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
     features = cached_features(
         "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, chosen=True
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
     about = {
         **logits_identity(task, examples.files, len(examples)),
-        "teacher": teacher_identity(teacher_dir),
+        "teacher": identity,
         "max_seq_length": args.max_seq_length,
         "do_lower_case": args.do_lower_case,
         "created": utc_stamp(),

@@ -12,6 +12,9 @@ One file per epoch, a dict of tensors, numbers, strings, lists and dicts that `w
     stamp, best            start of the run; file and epoch of the best so far
 """
 
+import glob
+import logging
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,12 @@ from typing import Any
 import torch
 
 from dse.config import DSEConfig
-from dse.files import InputError, check_file, utc_stamp, write_whole
+from dse.files import InputError, check_file, one_line, utc_stamp, write_whole
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
 from dse.processors import Task
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "dse checkpoint", 1
 _ENTRIES = ("model", "architecture", "tokenizer", "task", "data", "run", "trainer", "stamp", "best")
@@ -47,16 +52,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"--trainer_checkpoint: {path} was not written by dse_train_runner.py, which is expected here")
     missing = [name for name in _ENTRIES if name not in checkpoint]
-    if checkpoint["version"] != VERSION or missing:
+    if checkpoint.get("version") != VERSION or missing:
         raise InputError(
-            f"--trainer_checkpoint: {path} has format version {checkpoint['version']}"
+            f"--trainer_checkpoint: {path} has format version {checkpoint.get('version')}"
             f"{' and lacks ' + ', '.join(missing) if missing else ''}; this program reads version {VERSION}"
         )
     return checkpoint
 
 
 def check_task(checkpoint: dict[str, Any], task: Task) -> None:
-    """Raise InputError for a checkpoint of another task."""
+    """Raise InputError for a checkpoint of another task: another name, other labels, or another order of them."""
     there = checkpoint["task"]
     if there["name"] != task.name or tuple(there["labels"]) != task.labels:
         raise InputError(
@@ -78,8 +83,13 @@ def architecture_entry(config: DSEConfig) -> dict[str, Any]:
 
 def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClassifier, Any]:
     """The student, in evaluation mode on the CPU, and its tokenizer; no pre-trained weights are needed."""
-    model = empty_student(architecture_of(checkpoint))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = empty_student(architecture_of(checkpoint))
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise InputError(
+            f"--trainer_checkpoint: its weights and its architecture differ ({one_line(error)})"
+        ) from error
     return model.eval(), tokenizer_from_files(checkpoint["tokenizer"])
 
 
@@ -103,7 +113,17 @@ class CheckpointFolder:
         return path
 
     def take_over(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Go on in the folder of a checkpoint."""
-        best = checkpoint["best"]
+        """Go on in the folder of a checkpoint. Raises InputError where a later one lies there."""
+        best, newest = checkpoint["best"], len(checkpoint["trainer"]["history"]) - 1
+        for other in self.folder.glob(f"{glob.escape(self.experiment)}_*.pt"):
+            match = re.search(r"_epoch_(\d+)\.pt$", other.name)
+            if match and int(match.group(1)) > newest:
+                raise InputError(
+                    f"--trainer_checkpoint: {path} is not the newest, {other} is: go on from that one, or move it away"
+                )
+            if match:  # one that is neither best nor newest was left by a stop between writing and removing
+                self.files[int(match.group(1))] = other
+        self.files[newest] = path
+        if not (self.folder / best["file"]).is_file():
+            logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
         self.files[best["epoch"]] = self.folder / best["file"]
-        self.files[len(checkpoint["trainer"]["history"]) - 1] = path

@@ -63,6 +63,14 @@ def whole_number(least: int) -> Any:
     return parse
 
 
+def seed(text: str) -> int:
+    """A flag's type: a seed that torch takes, or -1 for a new one each run."""
+    number = whole_number(-1)(text)
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is above {2**63 - 1}")
+    return number
+
+
 def _number(text: str) -> float:
     try:
         number = float(text)
@@ -107,12 +115,14 @@ def whole_epochs(text: str) -> float:
 
 def extra_size(text: str) -> int:
     """A flag's type: a layer's size, or -1 for no layer."""
-    return -1 if text == "-1" else whole_number(1)(text)
+    if text != "-1" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give 1 or more, or -1 for no layer")
+    return int(text)
 
 
 def file_word(text: str) -> str:
     """A flag's type: a name that becomes part of file names."""
-    if not text or text != Path(text).name:
+    if text in ("", "..") or text != Path(text).name:
         raise argparse.ArgumentTypeError(f"{text!r} becomes part of file names: it must be no path")
     return text
 
@@ -144,6 +154,13 @@ def add_architecture_flags(parser: argparse.ArgumentParser, given_only: bool = F
         nargs="+",
     )
     add("--freeze_bert", False, "train only the head and the additional layer", action="store_true")
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Are two values of a flag the same? Paths may be spelled with or without a slash at the end."""
+    if isinstance(one, str) and isinstance(other, str) and one and other:
+        return os.path.normpath(one) == os.path.normpath(other)
+    return one == other
 
 
 class _ConsoleHandler(logging.Handler):

@@ -21,7 +21,7 @@ HEAD_TYPES = ("concat", "dot")
 class DSEConfig:
     """A student's architecture; a checkpoint carries it, so that loading needs no flags.
 
-    `bert` is the encoder's configuration as transformers' BertConfig.to_dict() gives it.
+    `bert` is the encoder's configuration, as in its config.json.
     """
 
     bert: dict[str, Any]

@@ -64,8 +64,13 @@ def distillation_targets(kind: str, logits: Tensor) -> Tensor:
 
 
 def save_logits(path: str | Path, logits: Tensor, about: dict[str, Any]) -> None:
-    """Write the tensor and, beside it, the JSON of `logits_identity` with the tensor file's hash."""
+    """Write the tensor and, beside it, the JSON of `logits_identity` with the tensor file's hash.
+
+    Raises InputError for NaN or infinite logits, of a teacher whose training diverged.
+    """
     path = Path(path)
+    if not bool(logits.isfinite().all()):
+        raise InputError(f"{path}: not written, the teacher gives NaN or infinite logits; train it again, slower")
     with write_whole(path) as beside:
         torch.save(logits.to(torch.float32).cpu().contiguous(), beside)
     write_text(path.with_suffix(".json"), json.dumps({**about, "sha256": sha256_file(path)}, indent=2) + "\n")
@@ -76,6 +81,7 @@ def logits_identity(task: Task, files: list[dict[str, str]], rows: int) -> dict[
     return {
         "task": task.name,
         "labels": list(task.labels),
+        "columns": [task.text_a, task.text_b, task.label],
         "rows": rows,
         "width": task.num_logits,
         "data": files,
@@ -102,8 +108,9 @@ def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
             f"{path}: no whole logits file; make it again with run_distillation_logits_creator.py"
         ) from error
     wanted = (expected["rows"], expected["width"])
+    found = f"a tensor of {logits.dtype}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise InputError(f"{path}: expected a tensor of floats of shape {wanted}, found a {type(logits).__name__}")
+        raise InputError(f"{path}: expected a tensor of floats of shape {wanted}, found {found}")
     if tuple(logits.shape) != wanted:
         raise InputError(
             f"{path}: logits of shape {tuple(logits.shape)}, but the training data needs {wanted} "
@@ -115,8 +122,9 @@ def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
 
 
 _MEANING = {
-    "task": "the task", "labels": "the labels in order", "rows": "the number of rows",
-    "width": "the number of logits per row", "data": "the training data (files and their SHA-256)",
+    "task": "the task", "labels": "the labels in order", "columns": "the columns of the two texts and the label",
+    "rows": "the number of rows", "width": "the number of logits per row",
+    "data": "the training data (files and their SHA-256)",
 }  # fmt: skip
 
 
@@ -124,7 +132,7 @@ def _check_identity(path: Path, about: dict[str, Any], expected: dict[str, Any])
     for key, value in expected.items():
         if about.get(key) != value:
             raise InputError(
-                f"{path}: made for another training: {_MEANING[key]} is {about.get(key)} there and {value} here; "
+                f"{path}: made for another training: {_MEANING[key]}: {about.get(key)} there, {value} here; "
                 "make the logits again with run_distillation_logits_creator.py"
             )
     if about.get("sha256") != sha256_file(path):

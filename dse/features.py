@@ -7,13 +7,11 @@ padding is stored; a batch is padded to its own longest row.
     max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
     on a tie the second one does: 4+3 -> 3+3 -> 3+2.
 
-A cache is a safetensors file whose header says what it was made from (data by hash, task, tokenizer by
-content, casing, length, form) and the hash of its content; it is remade when any of it differs.
+Both are cached (cache.py), each form in a file of its own.
 """
 
-import hashlib
-import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dse.files import InputError, check_writable, write_whole
+from dse.cache import check_cache_path, read_cache, write_cache
 from dse.pretrained import tokenizer_key
 from dse.processors import REGRESSION, Examples, Task, task_to_dict
 
 logger = logging.getLogger(__name__)
 
 _TOKENIZE_AT_ONCE = 4096
-_HEADER = "dse_features"
 
 
 @dataclass
@@ -126,7 +121,6 @@ class SeparateFeatures:
 
 
 Features = JointFeatures | SeparateFeatures
-FORMS: dict[str, type[JointFeatures] | type[SeparateFeatures]] = {"joint": JointFeatures, "separate": SeparateFeatures}
 
 
 def label_array(task: Task, examples: Examples) -> np.ndarray | None:
@@ -168,6 +162,9 @@ def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_le
     return SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
 
 
+FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures, separate_features)}
+
+
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
     """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32."""
     pieces, places = _distinct_pieces(texts, tokenizer)
@@ -194,16 +191,36 @@ def _distinct_pieces(texts: Sequence[str], tokenizer: Any) -> tuple[list[list[in
     seen: dict[str, int] = {}
     places = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32, count=len(texts))
     distinct = list(seen)
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()  # tokenizer.json may carry both
-    backend.no_truncation()
     pieces: list[list[int]] = []
     with tqdm(total=len(distinct), desc="tokenize", unit="text", disable=None, leave=False) as bar:
         for start in range(0, len(distinct), _TOKENIZE_AT_ONCE):
             some = distinct[start : start + _TOKENIZE_AT_ONCE]
-            pieces += [encoded.ids for encoded in backend.encode_batch_fast(some, add_special_tokens=False)]
+            pieces += _word_pieces(some, tokenizer)
             bar.update(len(some))
     return pieces, places
+
+
+def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of texts. `[SEP]` and its like count as such only where they stand alone between spaces.
+
+    So it is in the original; the library alone would find them inside words too, `x[SEP]y`.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # tokenizer.json may carry both
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # as the plain text that they are
+    alone = re.compile(rf"(?<!\S)({'|'.join(map(re.escape, tokenizer.all_special_tokens))})(?!\S)")
+    # [text, special, text, special, ..., text] per text, nearly always just [text]
+    parts = [alone.split(text) for text in texts]
+    plain = [part for row in parts for part in row[::2]]
+    ids = iter([encoded.ids for encoded in backend.encode_batch_fast(plain, add_special_tokens=False)])
+    rows = []
+    for row in parts:
+        pieces = next(ids)
+        for special in row[1::2]:
+            pieces = [*pieces, tokenizer.convert_tokens_to_ids(special), *next(ids)]
+        rows.append(pieces)
+    return rows
 
 
 def _ragged(rows: list[list[int]]) -> Ragged:
@@ -232,7 +249,7 @@ def cached_features(
             that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
     """
     path = Path(path)
-    make = {"joint": joint_features, "separate": separate_features}[form]
+    features_class, make = FORMS[form]
     made_from = {
         "form": form,
         "task": task_to_dict(task),
@@ -241,80 +258,15 @@ def cached_features(
         "do_lower_case": tokenizer.backend_tokenizer.normalizer.lowercase,
         "max_seq_length": max_seq_length,
     }
-    arrays = _read_cache(path, made_from, chosen) if path.exists() else None
+    if chosen:
+        check_cache_path(path, form)
+    arrays = read_cache(path, made_from) if path.exists() else None
     if arrays is not None:
         logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
-        return FORMS[form].from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
+        return features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
     features = make(task, examples, tokenizer, max_seq_length)
-    _write_cache(path, features, made_from, chosen)
+    write_cache(path, features.arrays(), made_from, chosen)
     return features
-
-
-def check_cache_path(path: str | Path, form: str) -> None:
-    """Raise InputError when a path that the user named holds anything but a cache of that form, or is unwritable."""
-    path = Path(path)
-    check_writable(path.parent, f"the feature cache {path}")
-    if path.exists():
-        header = _read_header(path)
-        if header is None:
-            raise InputError(
-                f"{path}: no feature cache of this project, so it is not overwritten; remove it or name another path"
-            )
-        if header.get("form") != form:
-            raise InputError(
-                f"{path}: holds {header.get('form')} features, and this stage needs {form} ones; name a path of its own"
-            )
-
-
-def _read_header(path: Path) -> dict[str, Any] | None:
-    """What a cache says it was made from; None for a file that is no whole cache."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {})[_HEADER])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
-
-
-def _read_cache(path: Path, made_from: dict[str, Any], chosen: bool) -> dict[str, np.ndarray] | None:
-    if chosen:
-        check_cache_path(path, made_from["form"])
-    header = _read_header(path)
-    if header is None:
-        logger.warning("feature cache %s is spoiled or of another program; remade", path)
-        return None
-    content = header.pop("content", None)
-    changed = [key for key in made_from if header.get(key) != made_from[key]]
-    if changed:
-        logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
-        return None
-    with safe_open(path, framework="numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if _content_hash(arrays) != content:
-        logger.warning("feature cache %s is spoiled (its content does not match its hash); remade", path)
-        return None
-    return arrays
-
-
-def _write_cache(path: Path, features: Features, made_from: dict[str, Any], chosen: bool) -> None:
-    arrays = features.arrays()
-    header = {**made_from, "content": _content_hash(arrays)}
-    try:
-        with write_whole(path) as beside:
-            save_file(arrays, beside, metadata={_HEADER: json.dumps(header)})
-    except OSError as error:
-        if chosen:
-            raise InputError(f"{path}: cannot write the feature cache ({error.strerror})") from error
-        logger.warning("no feature cache: %s cannot be written (%s)", path, error.strerror)
-        return
-    logger.info("%s features of %d rows stored in %s", made_from["form"], len(features), path)
-
-
-def _content_hash(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
-    return digest.hexdigest()
 
 
 def in_batches(order: Any, size: int) -> list[Any]:

@@ -1,7 +1,7 @@
 """Refusals, hashes, and files that are written whole or not at all.
 
-Everything that outlives a process (caches, logits, checkpoints, models, results) goes through
-`write_whole`: the bytes go to a hidden neighbour, are flushed, and only then take the name.
+Every file that outlives a process (caches, logits, checkpoints, results) goes through `write_whole`: the bytes
+go to a hidden neighbour, are flushed, and only then take the name. A model's folder does so file by file.
 """
 
 import contextlib
@@ -17,6 +17,11 @@ from typing import Any
 
 class InputError(Exception):
     """The user's input cannot be used. The message is one line: what is wrong, what was expected, how to mend it."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line: its kind and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def sha256_file(path: str | Path) -> str:

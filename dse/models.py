@@ -10,6 +10,7 @@ The teacher is transformers' BertForSequenceClassification, as it is.
 """
 
 import logging
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.utils import logging as transformers_logging
 
 from dse.config import DSEConfig
-from dse.files import InputError
+from dse.files import InputError, one_line
 from dse.poolers import pool
 from dse.pretrained import bert_config
 from dse.processors import Task
@@ -125,7 +126,8 @@ class DSESiameseClassifier(nn.Module):
 def empty_student(config: DSEConfig) -> DSESiameseClassifier:
     """A student without pre-trained weights, to load a state dict into."""
     bert = BertModel(BertConfig(**config.bert), add_pooling_layer=config.pooler_type == "cls")
-    return DSESiameseClassifier(bert, config)
+    # With transformers' defaults written out, so that a checkpoint means the same under a later version.
+    return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))
 
 
 def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -142,7 +144,7 @@ def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # a spoiled file raises whatever its reader trips over
-        raise InputError(f"{folder}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
     if encoder:
@@ -160,7 +162,8 @@ def new_student(folder: Path, config: DSEConfig) -> DSESiameseClassifier:
     bert, new = _load(BertModel, folder, add_pooling_layer=config.pooler_type == "cls")
     if new:
         logger.warning("%s has no tanh pooler: --pooler_type cls starts from a random one", folder)
-    return DSESiameseClassifier(bert, config)
+    # With transformers' defaults written out, so that a checkpoint means the same under a later version.
+    return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))
 
 
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceClassification:
@@ -194,6 +197,10 @@ def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
     """Labels in another order would give logits that mean something else."""
     config = bert_config(folder, "the teacher")
     names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    if names and len(names) != len(labels):
+        raise InputError(
+            f"{folder}: gives {len(names)} logits, and {task.name} needs {len(labels)}: {', '.join(labels)}"
+        )
     if names and not all(name.startswith("LABEL_") for name in names) and names != labels:
         raise InputError(f"{folder}: its labels in order are {names}, those of {task.name} are {labels}")
     if config.get("finetuning_task") not in (None, task.name):

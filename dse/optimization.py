@@ -55,10 +55,14 @@ class BertAdam(torch.optim.Optimizer):
         self.t_total, self.warmup = t_total, warmup
 
     @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.param_groups[0]["updates"]
+
+    @property
     def next_rate(self) -> float:
         """The rate that the next update will use."""
-        group = self.param_groups[0]
-        return scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
+        return scheduled_rate(self.param_groups[0]["lr"], self.updates, self.t_total, self.warmup)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

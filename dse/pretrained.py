@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dse.files import InputError, read_json
+from dse.files import InputError, one_line, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{flag}: {name} is no local folder, and the hub did not give it ({reason}): check the name or the network"
+            f"{flag}: {name} is no local folder, and the hub did not give it ({one_line(error)}): "
+            "check the name or the network"
         ) from error
     return folder
 
@@ -78,6 +78,15 @@ def _check_folder(folder: Path, flag: str) -> None:
             ) from error
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a BERT folder's weights are loaded from, with the index of shards if there is one."""
+    first = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
+    if first.suffix != ".json":
+        return [first]
+    shards = read_json(first, "the index of the weights").get("weight_map", {})
+    return [first, *(folder / name for name in sorted(set(shards.values())))]
 
 
 def bert_config(folder: Path, flag: str) -> dict[str, Any]:
@@ -107,17 +116,20 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     from transformers import BertTokenizer
 
     saved = _saved_casing(folder, flag)
-    tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
+    except Exception as error:  # a spoiled vocabulary raises whatever its reader trips over
+        raise InputError(f"{flag}: the tokenizer of {folder} cannot be loaded ({one_line(error)})") from error
     normalizer = tokenizer.backend_tokenizer.normalizer
     if getattr(normalizer, "lowercase", None) is not do_lower_case:
         raise InputError(
             f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: "
             f"its normalizer is {normalizer}"
         )
-    tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token]
-    vocabulary = tokenizer.get_vocab()
+    tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.unk_token]
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     vocab_size = bert_config(folder, flag).get("vocab_size", 30522)
-    if any(token not in vocabulary for token in tokens) or max(vocabulary.values()) >= vocab_size:
+    if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= vocab_size:
         raise InputError(
             f"{flag}: the vocabulary of {folder} does not fit its model: {len(vocabulary)} entries for {vocab_size} "
             f"embeddings, {', '.join(tokens)} expected among them"

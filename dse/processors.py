@@ -169,7 +169,10 @@ def _task_from_json(path: Path) -> Task:
     missing = [key for key in ("kind", "text_a", "label") if key not in line]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing; a task needs kind, text_a, label and text_b for pairs")
-    line["labels"] = tuple(str(label) for label in line.get("labels", ()))
+    for key in ("labels", "metrics"):
+        if not all(isinstance(entry, str) for entry in line.get(key, ())):
+            raise InputError(f"{path}: {key!r} must be a list of strings, found {line[key]!r}")
+    line["labels"] = tuple(line.get("labels", ()))
     line["metrics"] = tuple(line.get("metrics", ()))
     task = Task(**line)
     _check_own_task(path, task)
@@ -214,7 +217,7 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     name = dict(task.also_validate).get(split) or getattr(task, split)
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
-    if name == task.test:
+    if split == "test":
         text_a, text_b = (
             own if test is None else test
             for test, own in ((task.test_text_a, task.text_a), (task.test_text_b, task.text_b))

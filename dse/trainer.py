@@ -66,8 +66,12 @@ class Trainer:
         self.seed, self.device = seed, device
         self.autocast = torch.autocast(device.type, dtype=torch.float16, enabled=fp16)
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.updates = 0
         self.history: list[Record] = []
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far, those of earlier runs included."""
+        return self.optimizer.updates
 
     def fit(
         self,
@@ -93,6 +97,8 @@ class Trainer:
             record |= {"updates": self.updates, "rate": self.optimizer.next_rate, "seconds": time.monotonic() - started}
             self.history.append(record)
             logger.info("epoch %d of 0 to %d: %s", epoch, epochs - 1, format_record(record))
+            if not math.isfinite(record["train"].get("loss", 0.0)):
+                logger.warning("the training loss is not finite: the training has diverged; try a lower rate")
             if after_epoch is not None and after_epoch(record):
                 break
         return self.history
@@ -135,7 +141,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on after the last finished epoch, besides the model's weights."""
@@ -143,7 +148,6 @@ class Trainer:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "updates": self.updates,
             "history": self.history,
             "seed": self.seed,
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
@@ -153,7 +157,7 @@ class Trainer:
         """Go on from where `state_dict` was taken: optimizer, position in the schedule, random numbers, history."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.updates, self.history, self.seed = state["updates"], list(state["history"]), state["seed"]
+        self.history, self.seed = list(state["history"]), state["seed"]
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])

@@ -88,8 +88,8 @@ def student_flags(bert, data, logits, tmp_path):
     def flags(name: str = "mrpc", **changes: object) -> list[str]:
         values: dict[str, object] = {
             "task_name": name,
-            "data_dir": data(name),
-            "distillation_logits_path": logits(name),
+            "data_dir": changes.get("data_dir") or data(name),
+            "distillation_logits_path": changes.get("distillation_logits_path") or logits(name),
             "bert_model": bert,
             "do_lower_case": True,
             "max_seq_length": 32,

@@ -76,7 +76,9 @@ STUDENT = {
     "head": ({"siamese_head_type": "cosine"}, "invalid choice: 'cosine' (choose from 'concat', 'dot')"),
     "layers": ({"pooler_num_top_hidden_layers": 3}, "3 is above the model's 2 layers: give 2 or less"),
     "no layers": ({"pooler_num_top_hidden_layers": 0}, "0 is below 1"),
-    "additional layer": ({"additional_embedding_layer_size": -2}, "-2 is below 1"),
+    "additional layer": ({"additional_embedding_layer_size": -2}, "'-2' is no size: give 1 or more, or -1"),
+    "seed": ({"random_seed": 2**63}, "is above 9223372036854775807"),
+    "one cache for two sets": ({"train_features_path": "x", "dev_features_path": "x"}, "x serves two sets"),
     "length": ({"max_seq_length": 1000}, "1000 is above the model's 64 positions"),
     "accumulation": ({"gradient_accumulation_steps": 0}, "0 is below 1"),
     "coefficient": ({"distillation_coeff": -0.1}, "--distillation_coeff: -0.1 is outside [0, 1]"),
@@ -85,6 +87,7 @@ STUDENT = {
     "threshold 0": ({"tune_positive_thresholds": [0.5, 0]}, "0 is outside (0, 1)"),
     "threshold 1": ({"tune_positive_thresholds": 1}, "1 is outside (0, 1)"),
     "experiment": ({"experiment_name": "a/b"}, "'a/b' becomes part of file names"),
+    "experiment above": ({"experiment_name": ".."}, "'..' becomes part of file names"),
     "unwritable checkpoints": ({"checkpoint_dir": UNWRITABLE}, "--checkpoint_dir: cannot write in"),
     "unwritable plots": ({"plot_metrics": True, "plots_dir": UNWRITABLE}, "--plots_dir: cannot write in"),
     "unwritable cache": ({"dev_features_path": f"{UNWRITABLE}/dev"}, "the feature cache"),
@@ -177,7 +180,19 @@ def small_vocabulary(folder, edit):
     edit(folder / "config.json", vocab_size=20)
 
 
+def spoiled_vocabulary(folder, edit):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
+
+
+def empty_vocabulary(folder, edit):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_bytes(b"")
+
+
 MODELS = {
+    spoiled_vocabulary: "cannot be loaded (",
+    empty_vocabulary: "does not fit its model: 0 entries",
     spoil_config: "holds a roberta; expected a BERT",
     spoil_weights: "is truncated or no safetensors file",
     remove_weights: "has no weights; expected model.safetensors",
@@ -208,7 +223,8 @@ def test_a_casing_that_does_not_reach_the_normalizer(refused_student, monkeypatc
 def test_logits_creator(creator_flags, refused, tmp_path, data):
     cases = [
         ({"task_name": "cola"}, "cola has one sentence per row"),
-        ({"task_name": "mnli", "data_dir": data("mnli")}, "its labels in order are ['0', '1'], those of mnli are"),
+        ({"task_name": "rte", "data_dir": data("rte")}, "its labels in order are ['0', '1'], those of rte are"),
+        ({"task_name": "mnli", "data_dir": data("mnli")}, "gives 2 logits, and mnli needs 3: contradiction, ent"),
         ({"bert_checkpoint_dir": "bert-base-uncased"}, "--bert_checkpoint_dir: there is no folder bert-base-uncased"),
         ({"bert_checkpoint_dir": tmp_path / "no"}, "--bert_checkpoint_dir: there is no folder"),
         ({"train_features_path": __file__}, "no feature cache of this project, so it is not overwritten"),
@@ -236,10 +252,10 @@ def spoiled_logits(folder: Path, edit, how: str) -> None:
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 2] ^= 1
         path.write_bytes(raw)
-    elif how in ("rows", "width", "dict", "nan"):
+    elif how in ("rows", "width", "dict", "nan", "integers"):
         shape = {"rows": (23, 2), "width": (24, 3)}.get(how, (24, 2))
         value = {"logits": 1} if how == "dict" else torch.full(shape, float("nan") if how == "nan" else 1.0)
-        torch.save(value, path)
+        torch.save(value.long() if how == "integers" else value, path)
         about.unlink()
     else:
         edit(about, **{how: {"task": "rte", "data": [{"file": "train.tsv", "sha256": "f" * 64}], "labels": ["1", "0"],
@@ -252,9 +268,10 @@ LOGITS = {
     "rows": "logits of shape (23, 2), but the training data needs (24, 2)",
     "width": "logits of shape (24, 3), but the training data needs (24, 2)",
     "dict": "expected a tensor of floats of shape (24, 2), found a dict",
+    "integers": "found a tensor of torch.int64",
     "nan": "holds NaN or infinite logits",
-    "task": "the task is rte there and mrpc here",
-    "labels": "the labels in order is ['1', '0'] there and ['0', '1'] here",
+    "task": "the task: rte there, mrpc here",
+    "labels": "the labels in order: ['1', '0'] there, ['0', '1'] here",
     "data": "'sha256': 'ffff",
 }
 
@@ -268,7 +285,7 @@ def test_logits(how, message, refused_student, logits, copied, edit_json):
 
 def test_logits_of_another_task_of_the_same_shape(refused_student, logits):
     line = refused_student("rte", distillation_logits_path=logits("mrpc"))
-    assert "the task is mrpc there and rte here" in line
+    assert "the task: mrpc there, rte here" in line
 
 
 @pytest.fixture
@@ -322,6 +339,37 @@ def test_going_on_with_changed_flags(trained, refused_student, student_flags):
     ):
         assert message in refused_student(trainer_checkpoint=trained, **changes)
     dse_train_runner.main(student_flags(epochs=2, trainer_checkpoint=trained))  # --epochs may change
+
+
+def test_going_on_with_harmless_spellings(trained, student_flags, data, checkpoints):
+    spelled = {"data_dir": f"{data('mrpc')}/", "task_name": "MRPC"}
+    dse_train_runner.main(student_flags(**spelled, epochs=2, trainer_checkpoint=trained))
+    assert checkpoints()[-1].name.endswith("_epoch_1.pt")
+
+
+def test_going_on_from_a_checkpoint_that_is_not_the_newest(trained, refused_student, student_flags, checkpoints):
+    older = trained.rename(trained.with_name(trained.name.replace("epoch_0", "epoch_00")))
+    newer = older.with_name(older.name.replace("epoch_00", "epoch_5"))
+    newer.write_bytes(older.read_bytes())
+    assert f"{older} is not the newest, {newer} is" in refused_student(trainer_checkpoint=older, epochs=2)
+
+
+def test_going_on_with_nothing_to_do_says_so(trained, student_flags, caplog):
+    dse_train_runner.main(student_flags(epochs=1, trainer_checkpoint=trained))
+    assert "nothing to train: 1 epochs are done, --epochs is 1" in caplog.text
+
+
+def test_an_own_task_whose_columns_changed(student_flags, refused_student, data, tmp_path, checkpoints):
+    path = tmp_path / "mine.json"
+    task = {"kind": "binary", "labels": ["0", "1"], "text_a": 3, "text_b": 4, "label": 0}
+    path.write_text(json.dumps(task))
+    bare = tmp_path / "bare.pt"
+    torch.save(torch.zeros(24, 2), bare)
+    flags = {"data_dir": data("mrpc"), "distillation_logits_path": bare, "epochs": 1}
+    dse_train_runner.main(student_flags(str(path), **flags))
+    path.write_text(json.dumps({**task, "text_a": 4, "text_b": 3}))
+    line = refused_student(str(path), **{**flags, "epochs": 2}, trainer_checkpoint=checkpoints()[-1])
+    assert "--task_name: text_a of mine is 4 now, and was 3 in the run" in line
 
 
 def test_going_on_with_changed_data(trained, refused_student, data, logits, student_flags, tmp_path):

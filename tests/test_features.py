@@ -162,6 +162,27 @@ def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
     assert (tmp_path / "joint").read_bytes() == before
 
 
+def test_special_tokens_count_only_where_they_stand_alone(tokenizer):
+    texts, _ = encode_texts(["car [SEP] a", "car[SEP]a", "[MASK]"], tokenizer, 20)
+    vocabulary = tokenizer.get_vocab()
+    car, a, unknown, mask = (vocabulary[word] for word in ("car", "a", "[UNK]", "[MASK]"))
+    rows = [list(row) for row in np.split(texts.ids, texts.offsets[1:-1])]
+    assert rows == [[CLS, car, SEP, a, SEP], [CLS, car, *[unknown] * 3, a, SEP], [CLS, mask, SEP]]  # [ sep ]
+
+
+def test_no_cache_when_writing_fails(tokenizer, tmp_path, monkeypatch, caplog):
+    from safetensors import SafetensorError
+
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: Permission denied")
+
+    monkeypatch.setattr("dse.cache.save_file", fail)
+    assert len(make(tokenizer, tmp_path / "cache")) == 2
+    assert "no feature cache" in caplog.text
+    with pytest.raises(InputError, match="cannot write the feature cache"):
+        make(tokenizer, tmp_path / "cache", chosen=True)
+
+
 def test_no_cache_where_the_folder_cannot_be_written(tokenizer, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     features = make(tokenizer, tmp_path / "file" / "cache")

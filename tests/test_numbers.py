@@ -92,6 +92,7 @@ def test_teacher_metrics_by_hand():
     scores = teacher_metrics(
         ("pearson", "spearmanr", "corr"), np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0])
     )
+    assert teacher_metrics(("corr",), np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0])).keys() == {"corr"}
     assert scores["corr"] == pytest.approx((scores["pearson"] + 1.0) / 2)
 
 

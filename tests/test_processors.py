@@ -113,6 +113,14 @@ def test_own_task_by_column_names(tmp_path):
     assert (examples.first, examples.second, examples.labels) == (["q1", "q2"], ["a1", "a2"], [1, 0])
 
 
+def test_own_task_whose_dev_file_is_its_test_file_too(tmp_path):
+    path = own_task(tmp_path, text_b=1, dev="dev.tsv", test="dev.tsv")
+    write(tmp_path / "dev.tsv", "a\tb\tlabel\nq\tr\tyes\n")
+    task = get_task(str(path))
+    assert read_examples(task, tmp_path, "dev").labels == [1]
+    assert read_examples(task, tmp_path, "test").labels is None
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -125,6 +133,8 @@ def test_own_task_by_column_names(tmp_path):
         ({"text_b": -2}, "column numbers start at 0"),
         ({"text_b": "answer", "header": False}, "need a header line"),
         ({"metrics": ["bleu"]}, "knows acc, f1, acc_and_f1, mcc"),
+        ({"metrics": [["acc"]]}, "'metrics' must be a list of strings"),
+        ({"labels": [0, 1]}, "'labels' must be a list of strings"),
         ({"name": "mrpc"}, "no name of the table"),
         ({"name": "a/b"}, "no name of the table"),
     ],

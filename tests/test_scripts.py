@@ -94,6 +94,14 @@ def test_the_finetune_cache_serves_the_logits_stage(teacher_flags, data, tmp_pat
     assert "joint features of 24 rows from the cache" in caplog.text
 
 
+def test_results_of_a_replaced_teacher_do_not_stay(teacher_flags, tmp_path):
+    finetune_bert.main(teacher_flags("mnli", output_dir=f"{tmp_path}/teacher/"))
+    places = [tmp_path / name / "eval_results.txt" for name in ("teacher", "teacher-MM")]
+    assert all(path.exists() for path in places)
+    finetune_bert.main(teacher_flags("mnli", do_eval=False, overwrite_output_dir=True))
+    assert not any(path.exists() for path in places)
+
+
 def test_training_without_evaluation_saves_and_evaluation_alone_works(teacher_flags, tmp_path):
     finetune_bert.main(teacher_flags(do_eval=False))
     assert not (tmp_path / "teacher" / "eval_results.txt").exists()
