@@ -143,33 +143,11 @@ def start_fresh(args: argparse.Namespace, stamp: str) -> Start:
 
 
 def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start:
-    """Go on with a checkpoint; anything that changed but --epochs would make another run, and is refused."""
-    from dse.checkpoint import architecture_of, check_task, load_checkpoint
+    from dse.checkpoint import architecture_of, check_same_run, load_checkpoint
     from dse.pretrained import tokenizer_from_files
 
     checkpoint = load_checkpoint(args.trainer_checkpoint)
-    check_task(checkpoint, task)
-    for key, value in task_to_dict(task).items():
-        if checkpoint["task"].get(key) != value:
-            raise InputError(
-                f"--task_name: {key} of {task.name} is {value} now, and was {checkpoint['task'].get(key)} in the run"
-            )
-    for flag, value in run_flags(args).items():
-        if flag != "epochs" and not cli.same_value(checkpoint["run"].get(flag, value), value):
-            raise InputError(
-                f"--{flag}: {value} now, {checkpoint['run'][flag]} in the run of {args.trainer_checkpoint}: "
-                "going on needs the same flags, --epochs excepted"
-            )
-    for split, files in checkpoint["data"]["files"].items():
-        if files != data["files"].get(split):
-            raise InputError(
-                f"--data_dir: the {split} data is {data['files'].get(split)} now, and was {files} in the run"
-            )
-    if data["logits"] != checkpoint["data"]["logits"]:
-        raise InputError(
-            f"--distillation_logits_path: SHA-256 is {data['logits']} now, "
-            f"and was {checkpoint['data']['logits']} in the run"
-        )
+    check_same_run(checkpoint, task, run_flags(args), data)
     return Start(
         tokenizer_from_files(checkpoint["tokenizer"]),
         checkpoint["stamp"],

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from dse.cli import same_value
 from dse.config import DSEConfig
-from dse.files import InputError, check_file, one_line, utc_stamp, write_whole
+from dse.files import InputError, check_file, load_tensors, one_line, utc_stamp, write_whole
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
-from dse.processors import Task
+from dse.processors import Task, task_to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises InputError for a missing, truncated or foreign file."""
     path = Path(path)
     check_file(path, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a spoiled or foreign file
-        raise InputError(
-            f"--trainer_checkpoint: {path} is truncated or no checkpoint of dse_train_runner.py; take another one"
-        ) from error
+    checkpoint = load_tensors(
+        path, f"--trainer_checkpoint: {path} is truncated or no checkpoint of dse_train_runner.py; take another one"
+    )
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"--trainer_checkpoint: {path} was not written by dse_train_runner.py, which is expected here")
     missing = [name for name in _ENTRIES if name not in checkpoint]
@@ -67,6 +65,35 @@ def check_task(checkpoint: dict[str, Any], task: Task) -> None:
         raise InputError(
             f"--task_name: {task.name} {list(task.labels)} was given, but the checkpoint is of "
             f"{there['name']} {there['labels']}"
+        )
+
+
+def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise InputError, naming both values, for anything but --epochs that would make another run of a continued one.
+
+    Args:
+        flags: the flags now, as the checkpoint's `run` entry has them.
+        data: the data now, as its `data` entry has it: hashes of the files by split, and of the logits.
+    """
+    check_task(checkpoint, task)
+    for key, value in task_to_dict(task).items():
+        if checkpoint["task"].get(key) != value:
+            raise InputError(f"--task_name: {key} is {value} now, and was {checkpoint['task'].get(key)} in the run")
+    for flag, value in flags.items():
+        there = checkpoint["run"].get(flag, value)
+        if flag != "epochs" and not same_value(there, value):
+            raise InputError(
+                f"--{flag}: {value} now, {there} in the run: going on needs the same flags, --epochs excepted"
+            )
+    for split, files in checkpoint["data"]["files"].items():
+        if files != data["files"].get(split):
+            raise InputError(
+                f"--data_dir: the {split} data is {data['files'].get(split)} now, and was {files} in the run"
+            )
+    if data["logits"] != checkpoint["data"]["logits"]:
+        raise InputError(
+            f"--distillation_logits_path: SHA-256 is {data['logits']} now, "
+            f"and was {checkpoint['data']['logits']} in the run"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dse.files import InputError, read_json, sha256_file, write_text, write_whole
+from dse.files import InputError, load_tensors, read_json, sha256_file, write_text, write_whole
 from dse.processors import BINARY, REGRESSION, Task
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,7 @@ def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
         _check_identity(path, read_json(about_path, "the description of the logits"), expected)
     else:
         logger.warning("%s: no %s beside it, so only rows and width can be checked", path, about_path.name)
-    try:
-        logits = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a spoiled or foreign file
-        raise InputError(
-            f"{path}: no whole logits file; make it again with run_distillation_logits_creator.py"
-        ) from error
+    logits = load_tensors(path, f"{path}: no whole logits file; make it again with run_distillation_logits_creator.py")
     wanted = (expected["rows"], expected["width"])
     found = f"a tensor of {logits.dtype}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if not isinstance(logits, Tensor) or not logits.is_floating_point():

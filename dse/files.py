@@ -82,6 +82,16 @@ def check_writable(folder: str | Path, flag: str) -> None:
         ) from error
 
 
+def load_tensors(path: str | Path, refusal: str) -> Any:
+    """What torch.save wrote, on the CPU, no objects unpickled. Raises InputError(refusal) for anything else."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # it raises many kinds for a spoiled or foreign file
+        raise InputError(refusal) from error
+
+
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """Read a JSON object; `what` names the file's role in the error message."""
     try:

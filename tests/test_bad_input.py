@@ -332,10 +332,10 @@ def test_the_example_with_flags_that_disagree(flags, message, trained, refused):
 
 def test_going_on_with_changed_flags(trained, refused_student, student_flags):
     for changes, message in (
-        ({"lr": 0.5}, "--lr: 0.5 now, 0.001 in the run of"),
-        ({"fc_dims": [16, 1]}, "--fc_dims: [16, 1] now, [8, 1] in the run of"),
-        ({"freeze_bert": True}, "--freeze_bert: True now, False in the run of"),
-        ({"patience": 3}, "--patience: 3 now, None in the run of"),
+        ({"lr": 0.5}, "--lr: 0.5 now, 0.001 in the run"),
+        ({"fc_dims": [16, 1]}, "--fc_dims: [16, 1] now, [8, 1] in the run"),
+        ({"freeze_bert": True}, "--freeze_bert: True now, False in the run"),
+        ({"patience": 3}, "--patience: 3 now, None in the run"),
     ):
         assert message in refused_student(trainer_checkpoint=trained, **changes)
     dse_train_runner.main(student_flags(epochs=2, trainer_checkpoint=trained))  # --epochs may change
@@ -369,7 +369,7 @@ def test_an_own_task_whose_columns_changed(student_flags, refused_student, data,
     dse_train_runner.main(student_flags(str(path), **flags))
     path.write_text(json.dumps({**task, "text_a": 4, "text_b": 3}))
     line = refused_student(str(path), **{**flags, "epochs": 2}, trainer_checkpoint=checkpoints()[-1])
-    assert "--task_name: text_a of mine is 4 now, and was 3 in the run" in line
+    assert "--task_name: text_a is 4 now, and was 3 in the run" in line
 
 
 def test_going_on_with_changed_data(trained, refused_student, data, logits, student_flags, tmp_path):
