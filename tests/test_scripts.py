@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dse_train_runner
 import finetune_bert
@@ -206,6 +207,33 @@ def test_two_teachers_with_one_seed_are_the_same(teacher_flags, tmp_path):
         finetune_bert.main(teacher_flags(output_dir=tmp_path / folder))
     one, two = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "two"))
     assert one == two
+
+
+def test_gradient_checkpointing_trains_the_same_teacher(teacher_flags, tmp_path):
+    for folder in ("plain", "checkpointing"):
+        finetune_bert.main(
+            teacher_flags(output_dir=tmp_path / folder, gradient_checkpointing=folder == "checkpointing")
+        )
+    plain, checkpointing = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "checkpointing"))
+    for name in plain:
+        torch.testing.assert_close(checkpointing[name], plain[name], atol=1e-5, rtol=0)
+
+
+def test_a_frozen_encoder_stays_as_it_was(student_flags, checkpoints, bert):
+    dse_train_runner.main(student_flags(freeze_bert=True, pooler_type="cls", additional_embedding_layer_size=6))
+    trained, start = weights_of(checkpoints()[-1]), load_file(bert / "model.safetensors")
+    frozen = {name: tensor for name, tensor in trained.items() if name.startswith("dse_model.bert.bert.")}
+    assert len(frozen) == len(start)
+    assert all(torch.equal(tensor, start[name.removeprefix("dse_model.bert.bert.")]) for name, tensor in frozen.items())
+    moments = load_checkpoint(checkpoints()[-1])["trainer"]["optimizer"]["state"]
+    assert len(moments) == len(trained) - len(frozen)
+    dse_train_runner.main(
+        student_flags(freeze_bert=True, pooler_type="cls", additional_embedding_layer_size=6, epochs=3,
+                      trainer_checkpoint=checkpoints()[-1])
+    )  # fmt: skip
+    again = weights_of(checkpoints()[-1])
+    assert all(torch.equal(again[name], frozen[name]) for name in frozen)
+    assert not torch.equal(again["siamese_head.fc_layers.0.weight"], trained["siamese_head.fc_layers.0.weight"])
 
 
 def test_a_drawn_seed_is_kept_for_going_on(student_flags, checkpoints, monkeypatch):
