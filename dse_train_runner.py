@@ -272,15 +272,15 @@ def make_after_epoch(
     args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any], log_file: Path | None
 ) -> Callable[[Record], bool]:
     """After each epoch: JSON line, checkpoint, plots; True ends the training early."""
-    from dse.checkpoint import CheckpointFolder, architecture_entry
+    from dse.checkpoint import CheckpointFolder, architecture_entry, new_run_folder
 
+    folder = Path(args.trainer_checkpoint).parent  # a run that goes on does so in the same folder
+    if start.checkpoint is None and args.store_checkpoints:
+        folder, start.stamp = new_run_folder(Path(args.checkpoint_dir), args.experiment_name, start.stamp)
+    checkpoints = CheckpointFolder(folder, args.experiment_name)
+    if start.checkpoint is not None:
+        checkpoints.take_over(Path(args.trainer_checkpoint), start.checkpoint)
     run_name = f"{args.experiment_name}_{start.stamp}"
-    if start.checkpoint is not None:  # into the same folder
-        path = Path(args.trainer_checkpoint)
-        checkpoints = CheckpointFolder(path.parent, args.experiment_name)
-        checkpoints.take_over(path, start.checkpoint)
-    else:
-        checkpoints = CheckpointFolder(Path(args.checkpoint_dir) / run_name, args.experiment_name)
     unchanging = {
         "architecture": architecture_entry(trainer.model.config),
         "tokenizer": tokenizer_to_files(start.tokenizer),

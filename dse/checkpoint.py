@@ -15,6 +15,7 @@ One file per epoch, a dict of tensors, numbers, strings, lists and dicts that `w
 import glob
 import logging
 import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,23 @@ def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClass
             f"--trainer_checkpoint: its weights and its architecture differ ({one_line(error)})"
         ) from error
     return model.eval(), tokenizer_from_files(checkpoint["tokenizer"])
+
+
+def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:
+    """Make `<experiment>_<stamp>` below `parent`; where another run took that second, wait for the next.
+
+    Returns:
+        The folder and its stamp.
+    """
+    while True:
+        folder = parent / f"{experiment}_{stamp}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.1)
+            stamp = utc_stamp()
+        else:
+            return folder, stamp
 
 
 class CheckpointFolder:

@@ -257,6 +257,17 @@ def test_best_and_newest_are_kept_and_reported(student_flags, checkpoints, monke
     assert [path.name[-10:] for path in checkpoints()] == ["epoch_1.pt", "epoch_3.pt"]  # the first of equals
 
 
+def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch, tmp_path):
+    stamps = iter(["2026_01_01-00_00_00"] * 4 + ["2026_01_01-00_00_01"] * 9)
+    monkeypatch.setattr(dse_train_runner, "utc_stamp", lambda: "2026_01_01-00_00_00")
+    monkeypatch.setattr("dse.checkpoint.utc_stamp", lambda: next(stamps))
+    for _ in range(2):
+        dse_train_runner.main(student_flags(epochs=1))
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name[-2:] for folder in folders] == ["00", "01"]
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+
+
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.5, 0.9, 0.8, 0.7, 0.99])
     monkeypatch.setattr("dse.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
@@ -278,14 +289,14 @@ def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, 
     assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)
 
 
-def test_schedule_in_updates(student_flags, checkpoints):
+def test_schedule_in_updates(student_flags, checkpoints, tmp_path):
     """24 pairs, batches of 8 by 2: 2 updates an epoch, 4 in all; the original's schedule counts 3 * 2 batches."""
     flags = {"lr": 1.0e-4, "warmup_proportion": 0.0}
     dse_train_runner.main(student_flags(**flags))
     rates = [record["rate"] for record in load_checkpoint(checkpoints()[-1])["trainer"]["history"]]
     assert rates == pytest.approx([1e-4 * (1 - 2 / 6), 1e-4 * (1 - 4 / 6)])
-    dse_train_runner.main(student_flags(**flags, schedule_in_updates=True))
-    rates = [record["rate"] for record in load_checkpoint(checkpoints()[-1])["trainer"]["history"]]
+    dse_train_runner.main(student_flags(**flags, schedule_in_updates=True, checkpoint_dir=tmp_path / "updates"))
+    rates = [record["rate"] for record in load_checkpoint(checkpoints("updates")[-1])["trainer"]["history"]]
     assert rates == pytest.approx([1e-4 * (1 - 2 / 4), 0.0])
 
 
