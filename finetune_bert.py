@@ -143,11 +143,11 @@ def evaluate(
 
 
 def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
-    for folder in (Path(args.output_dir), mismatched_dir(args)):
-        (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that is replaced now
     with write_folder_whole(args.output_dir) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+    for folder in (Path(args.output_dir), mismatched_dir(args)):
+        (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)
 
 

@@ -141,7 +141,7 @@ def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str
 class CheckpointFolder:
     """A run's folder of checkpoints: the best by validation score and the newest, one file when they are the same.
 
-    Only files that this run wrote are ever removed, and only after the newer one is whole.
+    Only checkpoints of this run are ever removed, and only after the newer one is whole.
     """
 
     def __init__(self, folder: Path, experiment: str) -> None:

@@ -4,14 +4,13 @@ Nothing here loads torch, so that a wrong folder, casing or length is refused at
 by models.py from the folder that `find_bert` returns.
 """
 
-import hashlib
 import json
 import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from dse.files import InputError, one_line, read_json
+from dse.files import InputError, one_line, read_json, sha256_json
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ def tokenizer_key(tokenizer: Any) -> str:
     """SHA-256 of all that decides the token ids: vocabulary, normalizer, splitting, special tokens."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None  # ours, not the tokenizer's
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_json(content)
 
 
 def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:

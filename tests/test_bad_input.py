@@ -258,8 +258,9 @@ def spoiled_logits(folder: Path, edit, how: str) -> None:
         torch.save(value.long() if how == "integers" else value, path)
         about.unlink()
     else:
-        edit(about, **{how: {"task": "rte", "data": [{"file": "train.tsv", "sha256": "f" * 64}], "labels": ["1", "0"],
-                             "rows below": 23}[how]})  # fmt: skip
+        others = {"task": "rte", "labels": ["1", "0"], "columns": [4, 3, 0]}
+        others["data"] = [{"file": "train.tsv", "sha256": "f" * 64}]
+        edit(about, **{how: others[how]})
 
 
 LOGITS = {
@@ -272,6 +273,7 @@ LOGITS = {
     "nan": "holds NaN or infinite logits",
     "task": "the task: rte there, mrpc here",
     "labels": "the labels in order: ['1', '0'] there, ['0', '1'] here",
+    "columns": "the columns of the two texts and the label: [4, 3, 0] there, [3, 4, 0] here",
     "data": "'sha256': 'ffff",
 }
 
