@@ -4,221 +4,437 @@
     python download_glue_data.py --data_dir glue_data --tasks MRPC,STS
 
 MRPC is made of Microsoft's raw files: downloaded, or taken from --path_to_mrpc (msr_paraphrase_train.txt,
-msr_paraphrase_test.txt). Sizes and SHA-256 are compared with recorded ones before anything is unpacked; SNLI has no
-record. A task's folder appears whole or not at all.
+msr_paraphrase_test.txt and, if there, dev_ids.tsv). Sizes and SHA-256 are compared with recorded ones before anything
+is unpacked; SNLI has no record. Downloads and half-made folders live in <data_dir>/.download; a task's folder appears
+whole, with a download.json that says where its files came from and what they are, or not at all. allnli needs no step
+of its own: it reads SNLI and MNLI (--data_dir glue_data).
 """
 
 import argparse
-import io
+import errno
+import json
 import logging
 import shutil
-import tempfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urljoin
+from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit
+
+import filelock
 
 from dse import cli
-from dse.files import InputError, check_writable, sha256_file
+from dse.download import DownloadError, fetch, forget, keep_aside, shown, unzip
+from dse.files import InputError, check_writable, read_json, sha256_file, utc_stamp, write_text, write_whole
 
 PROG = "download_glue_data.py"
 BASE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SNLI_URL = "https://nlp.stanford.edu/projects/snli/snli_1.0.zip"
-TIME_OUT = (20, 60)  # seconds to connect, and between two pieces
+RECORD = "download.json"
+SNLI_MOST = 2_000_000_000  # bytes; its three text files have about 500 million
 logger = logging.getLogger("dse.download_glue_data")
 
-# task: (file below BASE_URL, folder that it unpacks to, bytes, SHA-256)
-ZIPS = {
-    "CoLA": ("CoLA.zip", "CoLA", 376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    "SST": ("SST-2.zip", "SST-2", 7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-    "QQP": ("QQP-clean.zip", "QQP", 41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-    "STS": ("STS-B.zip", "STS-B", 802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
-    "MNLI": ("MNLI.zip", "MNLI", 312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "QNLI": ("QNLIv2.zip", "QNLI", 10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "RTE": ("RTE.zip", "RTE", 697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-    "WNLI": ("WNLI.zip", "WNLI", 28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+
+class Source(NamedTuple):
+    """A file to fetch: its address below the base, recorded bytes and SHA-256."""
+
+    place: str
+    size: int | None
+    sha256: str | None
+
+    @property
+    def name(self) -> str:
+        return Path(self.place).name
+
+    @property
+    def most(self) -> int:
+        """Bytes that the file, or what it unpacks to, can have: text deflates to no less than about a tenth."""
+        return SNLI_MOST if self.size is None else 20 * self.size + 1_000_000
+
+
+_RAW = "../../senteval/senteval_data/"
+SOURCES = {
+    "CoLA": [Source("CoLA.zip", 376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")],
+    "SST": [Source("SST-2.zip", 7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")],
+    "MRPC": [
+        Source(
+            f"{_RAW}msr_paraphrase_train.txt",
+            1047044,
+            "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+        ),
+        Source(
+            f"{_RAW}msr_paraphrase_test.txt",
+            441275,
+            "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
+        ),
+        Source("mrpc_dev_ids.tsv", 6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+    ],
+    "QQP": [Source("QQP-clean.zip", 41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0")],
+    "STS": [Source("STS-B.zip", 802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")],
+    "MNLI": [Source("MNLI.zip", 312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")],
+    "SNLI": [Source(SNLI_URL, None, None)],
+    "QNLI": [Source("QNLIv2.zip", 10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5")],
+    "RTE": [Source("RTE.zip", 697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee")],
+    "WNLI": [Source("WNLI.zip", 28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")],
+    "diagnostic": [Source("AX.tsv", 222257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")],
 }
-# file below BASE_URL, bytes, SHA-256
-DIAGNOSTIC = ("AX.tsv", 222257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")
-MRPC_DEV_IDS = ("mrpc_dev_ids.tsv", 6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
-MRPC_RAW = {
-    "msr_paraphrase_train.txt": (
-        "../../senteval/senteval_data/msr_paraphrase_train.txt",
-        1047044,
-        "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-    ),
-    "msr_paraphrase_test.txt": (
-        "../../senteval/senteval_data/msr_paraphrase_test.txt",
-        441275,
-        "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
-    ),
+FOLDERS = {task: {"SST": "SST-2", "STS": "STS-B"}.get(task, task) for task in SOURCES}
+MRPC_RAW = ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")
+SAVED_AS = {"mrpc_dev_ids.tsv": "dev_ids.tsv", "AX.tsv": "diagnostic.tsv"}  # files that are kept as they come
+
+# the rows and the header line of every file that the other scripts read
+_PAIR, _QUESTION = "index sentence1 sentence2", "index question sentence"
+_MRPC, _MRPC_TEST = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "index\t#1 ID\t#2 ID\t#1 String\t#2 String"
+_PARSES = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 sentence2"
+_MNLI, _LABELS = f"index promptID pairID genre {_PARSES}", "label1 label2 label3 label4 label5 gold_label"
+_STS = "index genre filename year old_index source1 source2 sentence1 sentence2"
+_SNLI = f"index captionID pairID {_PARSES} {_LABELS}"
+_QQP = "id qid1 qid2 question1 question2 is_duplicate"
+FILES = {
+    "CoLA": {"train": (8551, ""), "dev": (1043, ""), "test": (1063, "index sentence")},
+    "SST": {"train": (67349, "sentence label"), "dev": (872, "sentence label"), "test": (1821, "index sentence")},
+    "MRPC": {"train": (3668, _MRPC), "dev": (408, _MRPC), "test": (1725, _MRPC_TEST)},
+    "QQP": {"train": (363846, _QQP), "dev": (40430, _QQP), "test": (390965, "id question1 question2")},
+    "STS": {"train": (5749, f"{_STS} score"), "dev": (1500, f"{_STS} score"), "test": (1379, _STS)},
+    "MNLI": {
+        "train": (392702, f"{_MNLI} label1 gold_label"),
+        "dev_matched": (9815, f"{_MNLI} {_LABELS}"),
+        "dev_mismatched": (9832, f"{_MNLI} {_LABELS}"),
+        "test_matched": (9796, _MNLI),
+        "test_mismatched": (9847, _MNLI),
+    },
+    "SNLI": {"train": (549367, _SNLI), "dev": (9842, _SNLI), "test": (9824, _SNLI)},
+    "QNLI": {"train": (104743, f"{_QUESTION} label"), "dev": (5463, f"{_QUESTION} label"), "test": (5463, _QUESTION)},
+    "RTE": {"train": (2490, f"{_PAIR} label"), "dev": (277, f"{_PAIR} label"), "test": (3000, _PAIR)},
+    "WNLI": {"train": (635, f"{_PAIR} label"), "dev": (71, f"{_PAIR} label"), "test": (146, _PAIR)},
+    "diagnostic": {"diagnostic": (1104, _PAIR)},
 }
-TASKS = ("CoLA", "SST", "MRPC", "QQP", "STS", "MNLI", "SNLI", "QNLI", "RTE", "WNLI", "diagnostic")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Download GLUE and SNLI.")
-    parser.add_argument("--data_dir", default="glue_data", help="where the tasks' folders go")
-    parser.add_argument("--tasks", default="all", help=f"all, or a comma list of {' '.join(TASKS)}")
-    parser.add_argument("--path_to_mrpc", default="", help="folder with MRPC's raw files; empty: download them")
+    add = parser.add_argument
+    add("--data_dir", default="glue_data", help="where the tasks' folders go")
+    add("--tasks", default="all", help=f"all, or a comma list of {' '.join(SOURCES)}")
+    add("--path_to_mrpc", default="", help="folder with MRPC's raw files; empty: download them")
+    add("--base_url", default=BASE_URL, help="a mirror, with MRPC's raw files in ../../senteval/senteval_data/")
+    add("--snli_url", default=SNLI_URL, help="where snli_1.0.zip is")
+    add("--no_verify", action="store_true", help="for mirrors that repack: take what differs from the recorded hashes")
     args = parser.parse_args(argv)
-    known = {task.lower(): task for task in TASKS}
-    wanted = list(TASKS) if args.tasks.lower() == "all" else [task.strip() for task in args.tasks.split(",")]
+    known = {task.lower(): task for task in SOURCES}
+    wanted = list(SOURCES) if args.tasks.lower() == "all" else [task.strip() for task in args.tasks.split(",")]
     unknown = [task for task in wanted if task.lower() not in known]
     if unknown:
-        parser.error(f"--tasks: unknown {', '.join(map(repr, unknown))}; known: all, {', '.join(TASKS)}")
-    args.tasks = [known[task.lower()] for task in wanted]
+        parser.error(f"--tasks: unknown {', '.join(map(repr, unknown))}; known: all, {', '.join(SOURCES)}")
+    args.tasks = list(dict.fromkeys(known[task.lower()] for task in wanted))
     for name in MRPC_RAW if args.path_to_mrpc and "MRPC" in args.tasks else ():
         if not (Path(args.path_to_mrpc) / name).is_file():
             parser.error(f"--path_to_mrpc: no {name} in {args.path_to_mrpc}; expected {' and '.join(MRPC_RAW)} there")
+    check_url(args.base_url, "--base_url")
+    check_url(args.snli_url, "--snli_url")
+    if urlsplit(args.base_url).query or urlsplit(args.base_url).fragment:
+        raise InputError("--base_url: file names are appended to it, so it cannot have a query (?...) or a fragment")
+    args.base_url = args.base_url.rstrip("/") + "/"
     return args
 
 
-def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
-    """Download to `path`, with a progress bar; raises OSError when size or hash are not the recorded ones."""
-    import requests
-    from tqdm import tqdm
-
-    with requests.get(url, stream=True, timeout=TIME_OUT) as response:
-        response.raise_for_status()
-        total = int(response.headers.get("Content-Length", 0)) or None
-        bar = tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
-        with bar, open(path, "wb") as file:
-            for piece in response.iter_content(1 << 16):
-                file.write(piece)
-                bar.update(len(piece))
-    found = sha256_file(path)
-    if sha256 is None:
-        logger.warning("%s: no recorded checksum; SHA-256 obtained %s", url, found)
-    elif (path.stat().st_size, found) != (size, sha256):
-        raise OSError(
-            f"{url} gave {path.stat().st_size} bytes, SHA-256 {found}; recorded are {size} bytes, SHA-256 {sha256}"
-        )
+def check_url(url: str, flag: str) -> None:
+    """Raise InputError unless `url` is an http(s) address; it is not shown, since it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80) and " " not in url
+    except ValueError:  # a port that is no number, say
+        usable = False
+    if not usable:
+        raise InputError(f"{flag}: no address such as {BASE_URL}: http:// or https://, a host, a path")
 
 
-def get_zip(task: str, work: Path) -> Path:
-    """The task's unpacked folder below `work`."""
-    name, folder, size, sha256 = ZIPS[task]
-    fetch(urljoin(BASE_URL, name), work / name, size, sha256)
-    with zipfile.ZipFile(work / name) as archive:  # zipfile drops absolute paths and `..` itself
-        archive.extractall(work / "unpacked")
-    return work / "unpacked" / folder
+def lines_of(path: Path, errors: str = "strict") -> Iterator[str]:
+    """Lines that end at \\n, \\r\\n or \\r, without their ends."""
+    with open(path, encoding="utf-8", errors=errors) as file:
+        try:
+            for line in file:
+                yield line.removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path.name}: not UTF-8 ({error.reason})") from error
 
 
-def get_diagnostic(work: Path) -> Path:
-    (work / "diagnostic").mkdir()
-    name, size, sha256 = DIAGNOSTIC
-    fetch(urljoin(BASE_URL, name), work / "diagnostic" / "diagnostic.tsv", size, sha256)
-    return work / "diagnostic"
+def line_start(cells: list[str]) -> str:
+    return repr("\t".join(cells)[:80])
 
 
-def get_mrpc(path_to_mrpc: str, work: Path) -> Path:
-    """MRPC's train, dev and test made of the raw files and the recorded dev ids."""
-    folder = work / "MRPC"
-    folder.mkdir()
-    for name, (place, size, sha256) in MRPC_RAW.items():
-        if path_to_mrpc:
-            shutil.copyfile(Path(path_to_mrpc) / name, folder / name)
-        else:
-            fetch(urljoin(BASE_URL, place), folder / name, size, sha256)
-    if path_to_mrpc and (Path(path_to_mrpc) / "dev_ids.tsv").is_file():
-        shutil.copyfile(Path(path_to_mrpc) / "dev_ids.tsv", folder / "dev_ids.tsv")
-    else:
-        fetch(urljoin(BASE_URL, MRPC_DEV_IDS[0]), folder / "dev_ids.tsv", *MRPC_DEV_IDS[1:])
-    split_mrpc(folder)
-    return folder
+def write_lines(path: Path, lines: Iterator[str] | list[str]) -> None:
+    with write_whole(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line + "\n" for line in lines)
 
 
-def split_mrpc(folder: Path) -> None:
-    """Write train.tsv, dev.tsv and test.tsv from msr_paraphrase_*.txt and dev_ids.tsv in the same folder."""
+def split_mrpc(raw: dict[str, Path], folder: Path) -> None:
+    """Write train.tsv, dev.tsv and test.tsv below `folder` from the raw files, given by name."""
 
-    def lines_of(name: str) -> list[str]:
-        return (folder / name).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    def rows_of(name: str, columns: int, start: int) -> Iterator[list[str]]:
+        for number, line in enumerate(lines_of(raw[name]), 1):
+            if number > start and line.strip():
+                cells = line.strip().split("\t")
+                if len(cells) != columns:
+                    raise InputError(
+                        f"{raw[name].name}, line {number}: {columns} columns expected: {line_start(cells)}"
+                    )
+                yield cells
 
-    dev_ids = {tuple(line.split("\t")) for line in lines_of("dev_ids.tsv")}
-    header, *rows = lines_of("msr_paraphrase_train.txt")  # the header keeps its byte-order mark
+    dev_ids = {tuple(cells) for cells in rows_of("dev_ids.tsv", 2, start=0)}
+    header = next(lines_of(raw[MRPC_RAW[0]]), "")  # keeps its byte-order mark
     splits: dict[str, list[str]] = {"train.tsv": [header], "dev.tsv": [header]}
-    for row in rows:
-        cells = row.strip().split("\t")
+    for cells in rows_of(MRPC_RAW[0], 5, start=1):
         splits["dev.tsv" if tuple(cells[1:3]) in dev_ids else "train.tsv"].append("\t".join(cells))
-    splits["test.tsv"] = ["index\t#1 ID\t#2 ID\t#1 String\t#2 String"]
-    for i, row in enumerate(lines_of("msr_paraphrase_test.txt")[1:]):
-        splits["test.tsv"].append("\t".join([str(i), *row.strip().split("\t")[1:]]))
+    splits["test.tsv"] = [_MRPC_TEST]
+    for i, cells in enumerate(rows_of(MRPC_RAW[1], 5, start=1)):
+        splits["test.tsv"].append("\t".join([str(i), *cells[1:]]))
     for name, lines in splits.items():
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        write_lines(folder / name, lines)
 
 
-def get_snli(work: Path) -> Path:
-    """SNLI in GLUE's layout: rows without a gold label are left out, the gold label moves to the end."""
-    fetch(SNLI_URL, work / "snli.zip")
-    (work / "SNLI").mkdir()
-    with zipfile.ZipFile(work / "snli.zip") as archive:
-        for split in ("train", "dev", "test"):
-            with archive.open(f"snli_1.0/snli_1.0_{split}.txt") as raw:
-                lines = convert_snli(io.TextIOWrapper(raw, encoding="utf-8", newline=None).read().split("\n"))
-            (work / "SNLI" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    return work / "SNLI"
+def convert_snli(path: Path) -> Iterator[str]:
+    """The lines of snli_1.0_*.txt, whose columns go by their names, in GLUE's order.
+
+    Rows without a gold label are left out; labels of single annotators that a row lacks are empty.
+    """
+    lines = lines_of(path)
+    names = next(lines, "").split("\t")
+    kept = f"captionID pairID {_PARSES}".split()
+    lacking = [name for name in (*kept, "gold_label") if name not in names]
+    if {"sentence1", "sentence2", "gold_label"} & set(lacking):
+        raise InputError(f"{path.name}, line 1: no column {', '.join(lacking)} in the header: {line_start(names)}")
+    if lacking:
+        logger.warning("%s has no %s: left empty", path.name, ", ".join(lacking))
+    needed = 1 + max(names.index(name) for name in (*kept, "gold_label") if name in names)
+    kept += [name for name in _LABELS.split() if name in names]
+    yield "\t".join(["index", *kept])
+    index = 0
+    for number, line in enumerate(lines, 2):
+        cells = line.split("\t")
+        if not line:
+            continue
+        if len(cells) < needed:
+            raise InputError(f"{path.name}, line {number}: at least {needed} columns expected: {line_start(cells)}")
+        row = dict(zip(names, cells + [""] * len(names), strict=False))
+        if row["gold_label"] != "-":
+            yield "\t".join([str(index), *(row.get(name, "") for name in kept)])
+            index += 1
 
 
-def convert_snli(lines: list[str]) -> list[str]:
-    """The lines of snli_1.0_*.txt, whose columns go by their names, in GLUE's order."""
-    names = lines[0].split("\t")
-    kept = ["captionID", "pairID", "sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse"]
-    kept += ["sentence2_parse", "sentence1", "sentence2"]
-    kept += [name for name in (f"label{i}" for i in range(1, 6)) if name in names] + ["gold_label"]
-    out = ["\t".join(["index", *kept])]
-    for line in filter(None, lines[1:]):
-        cells = dict(zip(names, line.split("\t"), strict=False))
-        if cells["gold_label"] != "-":
-            out.append("\t".join([str(len(out) - 1), *(cells.get(name, "") for name in kept)]))
-    return out
-
-
-def get_task(task: str, args: argparse.Namespace) -> str:
-    """Make the task's folder below --data_dir; what became of it, in a word."""
-    data_dir = Path(args.data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    folder_name = ZIPS[task][1] if task in ZIPS else task
-    target = data_dir / folder_name
-    if any(target.glob("*.tsv")) and (task != "MRPC" or (target / "train.tsv").exists()):
-        return "already there"
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{folder_name}-") as work:
-        if task in ZIPS:
-            made = get_zip(task, Path(work))
-        elif task == "MRPC":
-            made = get_mrpc(args.path_to_mrpc, Path(work))
+def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict[str, Path], list[dict[str, Any]]]:
+    """Have the task's files: a path for each name, and what to record of where they come from."""
+    raw, origins = {}, []
+    for source in SOURCES[task]:
+        name = SAVED_AS.get(source.name, source.name)
+        own = Path(args.path_to_mrpc) / name
+        if task == "MRPC" and args.path_to_mrpc and own.is_file():
+            path, place, sha256 = own, own.name, sha256_file(own)
+            if sha256 != source.sha256:
+                logger.warning("%s: SHA-256 %s, but recorded is %s; used as it is", own, sha256, source.sha256)
         else:
-            made = get_snli(Path(work)) if task == "SNLI" else get_diagnostic(Path(work))
-        if target.exists():  # MRPC's raw files may lie where its splits belong
-            for path in made.iterdir():
-                path.replace(target / path.name)
-        else:
-            made.rename(target)
-    return "done"
+            url = args.snli_url if task == "SNLI" else urljoin(args.base_url, source.place)
+            path, place = area / source.name, shown(url)
+            logger.info("%s: from %s", source.name, place)
+            record = (None, None) if args.no_verify else (source.size, source.sha256)
+            sha256 = fetch(url, path, source.most, *record)
+            if source.sha256 is None:
+                logger.warning("%s: SNLI has no recorded checksum; SHA-256 obtained %s", source.name, sha256)
+            else:
+                same = sha256 == source.sha256
+                what = "as recorded" if same else f"NOT the recorded {source.sha256}"
+                level = logging.INFO if same else logging.WARNING
+                logger.log(level, "%s: %d bytes, SHA-256 %s, %s", source.name, path.stat().st_size, sha256, what)
+        raw[name] = path
+        origins.append(
+            {"from": place, "bytes": path.stat().st_size, "sha256": sha256, "recorded_sha256": source.sha256}
+        )
+    return raw, origins
+
+
+def build_or_keep_aside(task: str, raw: dict[str, Path], made: Path, area: Path) -> None:
+    """`build`; downloads that turn out to be useless are kept aside, so that the next run fetches them anew."""
+    try:
+        build(task, raw, made)
+    except (DownloadError, InputError) as error:
+        aside = [keep_aside(path, path.name) for path in raw.values() if path.parent == area]
+        kept = f"; kept as {', '.join(map(str, aside))}" if aside else ""
+        raise DownloadError(f"{error}{kept}") from error
+
+
+def build(task: str, raw: dict[str, Path], made: Path) -> None:
+    """Make the task's folder `made` of its fetched files."""
+    source = SOURCES[task][0]
+    if task == "SNLI":
+        texts = {f"snli_1.0_{split}.txt": split for split in FILES[task]}
+        unzip(raw[source.name], "snli_1.0", made.with_name("texts"), source.most, only=texts)
+        for name, split in texts.items():
+            write_lines(made / f"{split}.tsv", convert_snli(made.with_name("texts") / name))
+    elif source.name.endswith(".zip"):
+        unzip(raw[source.name], FOLDERS[task], made, source.most)
+    else:  # files as they are, MRPC's raw ones included
+        for name, path in raw.items():
+            shutil.copyfile(path, made / name)
+    if task == "MRPC":
+        split_mrpc(raw, made)
+
+
+def differences(task: str, folder: Path) -> list[str]:
+    """How headers and row counts of the task's files differ from the expected ones, each with both."""
+    found = []
+    for split, (rows, header) in FILES[task].items():
+        path = folder / f"{split}.tsv"
+        if not path.is_file():
+            found.append(f"no {path.name}")
+            continue
+        names = header.split("\t") if "\t" in header else header.split()
+        lines = (line.split("\t") for line in lines_of(path, errors="replace"))
+        columns = 1
+        if names:
+            first = [cell.removeprefix("\ufeff") for cell in next(lines, [])]
+            columns = len(first)
+            if first != names:
+                found.append(f"{path.name} has the header {' | '.join(first)[:200]!r}, expected {' | '.join(names)!r}")
+        count = sum(len(cells) >= columns and cells != [""] for cells in lines)
+        if count != rows:
+            found.append(f"{path.name} has {count:,} rows, expected {rows:,}")
+    return found
+
+
+def compare(task: str, folder: Path) -> str:
+    """`differences`, each a warning; what to say of them in the closing table."""
+    unlike = differences(task, folder)
+    for difference in unlike:
+        logger.warning("%s: %s", FOLDERS[task], difference)
+    return "; ".join(unlike) or "headers and rows as expected"
+
+
+def what_is_there(task: str, folder: Path) -> str | None:
+    """What to say of a task's folder that needs no download; None when it needs one.
+
+    Raises DownloadError for a folder that is neither: its files may be the user's, so they are left alone.
+    """
+    again = f"move {folder} away to have it made anew"
+    names = [f"{split}.tsv" for split in FILES[task]]
+    lacking = [name for name in names if not (folder / name).exists()]
+    if (folder / RECORD).is_file():
+        record = read_json(folder / RECORD, "the record of a download")
+        try:
+            there = {name: sha256 for name, sha256 in record["files"].items() if (folder / name).exists()}
+            unlike = any(origin["recorded_sha256"] not in (None, origin["sha256"]) for origin in record["sources"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DownloadError(f"{folder / RECORD} is no record of a download: {again}") from error
+        changed = [name for name, sha256 in there.items() if sha256_file(folder / name) != sha256]
+        if changed:
+            raise DownloadError(f"{', '.join(changed)} changed since the download: {again}")
+        if lacking:
+            return None  # an interrupted move, or files were removed
+        return "unchanged since the download" + (", which differed from the recorded hashes" if unlike else "")
+    if lacking == names:
+        return None
+    if lacking:
+        raise DownloadError(f"there is a folder {folder}, but no {', '.join(lacking)} in it: {again}")
+    return f"not made by this script; {compare(task, folder)}"
+
+
+def write_record(task: str, origins: list[dict[str, Any]], made: Path) -> None:
+    names = sorted(path for path in made.rglob("*") if path.is_file())
+    files = {path.relative_to(made).as_posix(): sha256_file(path) for path in names}
+    record = {"task": task, "made_utc": utc_stamp(), "sources": origins, "files": files}
+    write_text(made / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Give a finished folder its name, or add its files to those of the user; none of them is overwritten."""
+    if not folder.exists():
+        made.rename(folder)
+        return
+    files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+    for name in files:
+        if name.name != RECORD and (folder / name).exists() and sha256_file(folder / name) != sha256_file(made / name):
+            raise DownloadError(f"there is another {name} in {folder} already: move it away")
+    for name in sorted(files, key=lambda name: name.name != RECORD):  # the record first: it tells whether files lack
+        if name.name == RECORD or not (folder / name).exists():
+            with write_whole(folder / name) as beside:
+                shutil.copyfile(made / name, beside)
+
+
+def get_task(task: str, args: argparse.Namespace) -> tuple[str, str]:
+    """Have the task's folder below --data_dir; what became of it, in a word and in detail."""
+    folder = Path(args.data_dir) / FOLDERS[task]
+    area = Path(args.data_dir) / ".download"
+    area.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(area / f"{task}.lock"):
+        # 1. Is it there?
+        if (there := what_is_there(task, folder)) is not None:
+            return "already there", there
+
+        # 2. Fetch and verify; nothing is unpacked before all files are there.
+        raw, origins = fetch_sources(task, area, args)
+
+        # 3. Unpack or convert, beside.
+        work = area / f"{task}.making"
+        shutil.rmtree(work, ignore_errors=True)
+        made = work / FOLDERS[task]
+        made.mkdir(parents=True)
+        try:
+            build_or_keep_aside(task, raw, made, area)
+
+            # 4. Compare with what the task has, and record where it came from.
+            found = compare(task, made)
+            write_record(task, origins, made)
+
+            # 5. It appears, whole.
+            put_in_place(made, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        for source in SOURCES[task]:
+            forget(area / source.name)
+    return "done", found
+
+
+def one_at_a_time(path: Path) -> filelock.AcquireReturnProxy:
+    """A held lock, which ends with its process; waits, and says so, while another run has it."""
+    lock = filelock.FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info("another run is at %s: waiting for it to end", path.stem)
+        return lock.acquire()
 
 
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work.
     check_writable(args.data_dir, "--data_dir")
     cli.set_up_logging()
+    if args.no_verify:
+        logger.warning("--no_verify: files that differ from the recorded sizes and SHA-256 are taken all the same")
 
     # 2. One task after the other; one that fails does not stop the others.
-    outcomes = {}
+    outcomes: dict[str, tuple[str, str]] = {}
     for task in args.tasks:
         try:
             outcomes[task] = get_task(task, args)
-        except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError, InputError) as error:
-            outcomes[task] = f"failed: {' '.join(str(error).split())}"
+        except (DownloadError, InputError) as error:
+            outcomes[task] = "failed", " ".join(str(error).split())
+        except OSError as error:
+            room = "; with more room, the same command goes on" if error.errno == errno.ENOSPC else ""
+            outcomes[task] = "failed", f"{error}{room}"
+        except KeyboardInterrupt:
+            outcomes[task] = "interrupted", "the same command goes on"
+            break
 
     # 3. What became of each.
-    for task, outcome in outcomes.items():
-        print(f"{task:<10} {outcome}")
-    if any(outcome.startswith("failed") for outcome in outcomes.values()):
+    for task, (outcome, detail) in outcomes.items():
+        print(f"{task:<10}  {outcome:<13}  {detail}")
+    words = {outcome for outcome, _ in outcomes.values()}
+    if "interrupted" in words:
+        raise SystemExit(130)
+    if "failed" in words:
         raise SystemExit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage; exits with code 2 when the input cannot be used, 1 when a task failed."""
+    """Run the stage; exits with code 2 when the input cannot be used, 1 when a task failed, 130 when interrupted."""
     with cli.clear_errors(PROG):
         run(parse_arguments(argv))
 

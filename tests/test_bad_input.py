@@ -395,6 +395,13 @@ def test_download(refused, tmp_path):
     line = refused(download_glue_data.main, ["--tasks", "MRPC", "--path_to_mrpc", tmp_path, "--data_dir", tmp_path])
     assert "no msr_paraphrase_train.txt in" in line
     assert "cannot write in" in refused(download_glue_data.main, ["--data_dir", UNWRITABLE])
+    for url in ("glue/data", "ftp://host/x", "file:///x", "http://", "http://host:port/", "http://user:pass/word@host"):
+        for flag in ("--base_url", "--snli_url"):
+            line = refused(download_glue_data.main, [flag, url, "--data_dir", tmp_path])
+            assert f"{flag}: no address such as https://" in line
+            assert "word" not in line
+    line = refused(download_glue_data.main, ["--base_url", "https://host/glue?sig=word", "--data_dir", tmp_path])
+    assert "--base_url" in line and "word" not in line
 
 
 SCRIPTS = ("download_glue_data", "finetune_bert", "run_distillation_logits_creator", "dse_train_runner",

@@ -1,17 +1,13 @@
-"""`python -m dse`, the quickstart, the made-up data, and MRPC from raw files."""
+"""`python -m dse`, the quickstart and the made-up data."""
 
 import random
-from pathlib import Path
 
 import pytest
 
-import download_glue_data
 from dse import __main__ as entry
 from dse import synthetic
 from dse.commands import quickstart
 from dse.processors import get_task, read_examples
-
-REAL_MRPC = Path(__file__).parents[2] / "shared" / "data" / "glue_data" / "MRPC"
 
 
 def test_help_lists_the_commands(capsys):
@@ -52,45 +48,3 @@ def test_made_up_pairs_are_what_their_labels_say():
         assert len(first - second) == (0 if label else 2)
         seen.add(label)
     assert seen == {0, 1}
-
-
-HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-RAW_TRAIN = HEADER.replace("\n", "\r\n") + '1\t10\t20\t"a" b\tc\r\n0\t20\t10\td\te\r\n1\t30\t40\tf\tg \r\n'
-RAW_TEST = HEADER + "1\t5\t6\th\ti\n0\t7\t8\tj\tk\n"
-
-
-def test_mrpc_from_raw_files_by_hand(tmp_path, capsys):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    (raw / "msr_paraphrase_train.txt").write_text(RAW_TRAIN, encoding="utf-8", newline="")
-    (raw / "msr_paraphrase_test.txt").write_text(RAW_TEST, encoding="utf-8", newline="")
-    (raw / "dev_ids.tsv").write_text("10\t20\n40\t30\n")  # ordered: neither 20 10 nor 30 40
-    download_glue_data.main(["--tasks", "mrpc", "--data_dir", str(tmp_path / "glue"), "--path_to_mrpc", str(raw)])
-    made = {path.name: path.read_bytes().decode() for path in (tmp_path / "glue" / "MRPC").glob("*.tsv")}
-    assert made["dev.tsv"] == HEADER + '1\t10\t20\t"a" b\tc\n'
-    assert made["train.tsv"] == HEADER + "0\t20\t10\td\te\n1\t30\t40\tf\tg\n"
-    assert made["test.tsv"] == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t5\t6\th\ti\n1\t7\t8\tj\tk\n"
-    assert capsys.readouterr().out.split() == ["MRPC", "done"]
-    download_glue_data.main(["--tasks", "MRPC", "--data_dir", str(tmp_path / "glue"), "--path_to_mrpc", str(raw)])
-    assert capsys.readouterr().out.split() == ["MRPC", "already", "there"]
-
-
-@pytest.mark.skipif(not REAL_MRPC.is_dir(), reason="the real data is not here")
-def test_mrpc_from_the_real_raw_files(tmp_path):
-    argv = ["--tasks", "MRPC", "--data_dir", str(tmp_path), "--path_to_mrpc", str(REAL_MRPC)]
-    download_glue_data.main(argv)
-    for name in ("train.tsv", "dev.tsv", "test.tsv"):
-        assert (tmp_path / "MRPC" / name).read_bytes() == (REAL_MRPC / name).read_bytes()
-
-
-def test_snli_by_hand():
-    lines = ["gold_label\tsentence1_binary_parse\tsentence1\tsentence2\tcaptionID\tpairID\tlabel1"]
-    lines += ["neutral\t( a )\tA.\tB.\tc1\tp1\tneutral", "-\t( x )\tX.\tY.\tc2\tp2\tneutral"]
-    lines += ["entailment\t( d )\tD.\tE.\tc3\tp3\tentailment", ""]
-    header, *rows = download_glue_data.convert_snli(lines)
-    parses = "sentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
-    assert header == f"index\tcaptionID\tpairID\t{parses}\tsentence1\tsentence2\tlabel1\tgold_label"
-    assert rows == [
-        "0\tc1\tp1\t( a )\t\t\t\tA.\tB.\tneutral\tneutral",
-        "1\tc3\tp3\t( d )\t\t\t\tD.\tE.\tentailment\tentailment",
-    ]

@@ -1,0 +1,841 @@
+"""download_glue_data.py against a server on this machine, which misbehaves as told; MRPC and SNLI made by hand."""
+
+import email.utils
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import logging
+import random
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import download_glue_data
+import finetune_bert
+from dse import download
+from dse.download import DownloadError
+from dse.synthetic import make_pair
+
+ROOT = Path(__file__).parents[1]
+REAL_MRPC = ROOT.parent / "shared" / "data" / "glue_data" / "MRPC"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` (path to bytes) with ranges and ETags; `faults[path]` are used up, one per request.
+
+    A fault is a status, ("cut", n) or ("stall", n) after n bytes, ("headers", {...}) to send besides, or
+    ("redirect", address).
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.asked, self.released = {}, {}, [], threading.Event()
+        self.ranges, self.state, self.length = True, "ETag", True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/glue/data/"
+
+    def ranges_asked(self, path: str) -> list[str | None]:
+        return [headers.get("Range") for asked, headers in self.asked if asked == path]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        path = re.sub(r"^http://[^/]+", "", self.path)  # as a proxy is asked
+        server.asked.append((path, self.headers))
+        faults = server.faults.get(path, [])
+        fault = faults.pop(0) if faults else None
+        content = server.files.get(path)
+        if isinstance(fault, int) or content is None:
+            self.send_error(fault or 404)
+            return
+        if fault and fault[0] == "redirect":
+            self.send_response(302)
+            self.send_header("Location", fault[1])
+            self.end_headers()
+            return
+        etag = f'"{hashlib.sha256(content).hexdigest()[:8]}"'
+        state = {"ETag": etag, "Last-Modified": email.utils.formatdate(seconds_of(content), usegmt=True)}
+        start = self.first_byte(server, state)
+        if start > 0 and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if server.state:
+            self.send_header(server.state, state[server.state])
+        if server.length:
+            self.send_header("Content-Length", str(len(content) - start))
+        if fault and fault[0] == "headers":
+            for name, value in fault[1].items():
+                self.send_header(name, value)
+        self.end_headers()
+        part = fault[1] if fault and fault[0] in ("cut", "stall") else len(content)
+        self.wfile.write(content[start : start + part])
+        if fault and fault[0] == "stall":
+            self.wfile.flush()
+            server.released.wait(30)
+
+    def first_byte(self, server, state) -> int:
+        asked = self.headers.get("Range")
+        if not (server.ranges and asked):
+            return 0
+        condition = self.headers.get("If-Range")
+        changed = condition is not None and server.ranges != "careless" and condition not in state.values()
+        return 0 if changed else int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+
+
+def seconds_of(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:3], "big")  # some second of 1970
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES", (0, 0, 0))
+    running = Server()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+    yield running
+    running.released.set()
+    running.shutdown()
+    running.server_close()
+
+
+def zip_of(files: dict[str | zipfile.ZipInfo, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as zipped:
+        for name, content in files.items():
+            zipped.writestr(name, content)
+    return buffer.getvalue()
+
+
+def wnli(rows_of_train: int = 635) -> dict[str, bytes]:
+    """Files with WNLI's headers and as many rows as it has; random letters, so that the zip has some length."""
+    rng, files = random.Random(rows_of_train), {}
+    for split, rows, label in (("train", rows_of_train, "\t1"), ("dev", 71, "\t0"), ("test", 146, "")):
+        lines = ["index\tsentence1\tsentence2" + ("\tlabel" if label else "")]
+        lines += [f"{i}\t{rng.getrandbits(256):x}\t{rng.getrandbits(256):x}{label}" for i in range(rows)]
+        files[f"WNLI/{split}.tsv"] = "".join(line + "\n" for line in lines).encode()
+    return files
+
+
+@pytest.fixture
+def recorded(server, monkeypatch):
+    """Serve WNLI.zip, and record it in place of the real one."""
+
+    def serve(files: dict[str, bytes] | None = None) -> bytes:
+        content = zip_of(files or wnli())
+        server.files["/glue/data/WNLI.zip"] = content
+        source = download_glue_data.Source("WNLI.zip", len(content), hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(download_glue_data.SOURCES, "WNLI", [source])
+        return content
+
+    return serve
+
+
+@pytest.fixture
+def get(server, tmp_path, capsys):
+    """Run the script on WNLI, or `tasks`: its exit code, and its table as {task: [outcome, detail]}."""
+
+    def run(*flags: object, tasks: str = "WNLI", base_url: str | None = None) -> tuple[int, dict[str, list[str]]]:
+        argv = ["--tasks", tasks, "--data_dir", tmp_path / "glue", "--base_url", base_url or server.url, *flags]
+        code = 0
+        try:
+            download_glue_data.main([str(flag) for flag in argv])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        run.said += captured.out + captured.err
+        table = [re.split(r"  +", line, maxsplit=2) for line in captured.out.splitlines()]
+        return code, {task: rest for task, *rest in table}
+
+    run.said = ""
+    return run
+
+
+@pytest.fixture
+def glue(tmp_path):
+    return tmp_path / "glue"
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def whole(glue: Path, files: dict[str, bytes]) -> bool:
+    """Is WNLI there with these files, their record, and nothing else?"""
+    found = files_below(glue)
+    return found.pop("WNLI/download.json", None) is not None and found == files
+
+
+DONE = (0, {"WNLI": ["done", "headers and rows as expected"]})
+
+
+# What goes well
+
+
+def test_a_task_is_downloaded_once(server, recorded, get, glue):
+    content = recorded()
+    assert get() == DONE
+    assert whole(glue, wnli())
+    record = json.loads((glue / "WNLI" / "download.json").read_text())
+    sha256 = hashlib.sha256(content).hexdigest()
+    origin = {"from": f"{server.url}WNLI.zip", "bytes": len(content), "sha256": sha256, "recorded_sha256": sha256}
+    assert record["sources"] == [origin]
+    hashes = {f"{name[5:]}": hashlib.sha256(text).hexdigest() for name, text in wnli().items()}
+    assert record["files"] == hashes
+    assert get() == (0, {"WNLI": ["already there", "unchanged since the download"]})
+    assert len(server.asked) == 1
+
+
+def serve_small_tasks(server) -> None:
+    """MRPC's raw files, STS-B.zip and AX.tsv with made-up sentences."""
+    rng = random.Random(0)
+
+    def pairs(rows):
+        return [make_pair(rng) for _ in range(rows)]
+
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    raw = [f"{label}\t{i}\t{i + 100}\t{a}\t{b}\n" for i, (label, a, b) in enumerate(pairs(24))]
+    sts_header = "index genre filename year old_index source1 source2 sentence1 sentence2 score".replace(" ", "\t")
+    sts = [f"{i}\tg\tf\ty\t{i}\tnone\tnone\t{a}\t{b}\t{4.0 * label:.3f}\n" for i, (label, a, b) in enumerate(pairs(24))]
+    test = [line.rsplit("\t", 1)[0] + "\n" for line in (sts_header, *sts)]
+    server.files |= {
+        "/senteval/senteval_data/msr_paraphrase_train.txt": (header + "".join(raw)).encode(),
+        "/senteval/senteval_data/msr_paraphrase_test.txt": (header + "".join(raw[:3])).encode(),
+        "/glue/data/mrpc_dev_ids.tsv": "".join(f"{i}\t{i + 100}\n" for i in range(8)).encode(),
+        "/glue/data/AX.tsv": b"index\tsentence1\tsentence2\n0\ta b\tc d\n",
+        "/glue/data/STS-B.zip": zip_of(
+            {
+                "STS-B/train.tsv": f"{sts_header}\n{''.join(sts)}".encode(),
+                "STS-B/dev.tsv": f"{sts_header}\n{''.join(sts[:8])}".encode(),
+                "STS-B/test.tsv": "".join(test).encode(),
+            }
+        ),
+    }
+
+
+def test_fine_tuning_starts_on_what_was_downloaded(server, get, glue, teacher_flags, tmp_path):
+    serve_small_tasks(server)
+    code, table = get("--no_verify", tasks="MRPC,STS,diagnostic")
+    assert code == 0
+    assert table["MRPC"][0] == table["STS"][0] == table["diagnostic"][0] == "done"
+    assert "train.tsv has 16 rows, expected 3,668" in table["MRPC"][1]
+    assert len((glue / "MRPC" / "dev.tsv").read_text().splitlines()) == 9
+    assert (glue / "diagnostic" / "diagnostic.tsv").read_bytes() == server.files["/glue/data/AX.tsv"]
+    for name, folder, metric in (("mrpc", "MRPC", "acc_and_f1"), ("sts-b", "STS-B", "pearson")):
+        finetune_bert.main(teacher_flags(name, data_dir=glue / folder, output_dir=tmp_path / name))
+        assert f"{metric} = " in (tmp_path / name / "eval_results.txt").read_text()
+
+
+def test_no_verify_takes_another_file_and_says_so(server, get, glue, caplog):
+    server.files["/glue/data/WNLI.zip"] = content = zip_of(wnli(rows_of_train=9))
+    code, table = get("--no_verify")
+    assert (code, table["WNLI"]) == (0, ["done", "train.tsv has 9 rows, expected 635"])
+    sha256 = hashlib.sha256(content).hexdigest()
+    recorded = download_glue_data.SOURCES["WNLI"][0].sha256
+    assert f"SHA-256 {sha256}, NOT the recorded {recorded}" in caplog.text
+    assert get()[1] == {
+        "WNLI": ["already there", "unchanged since the download, which differed from the recorded hashes"]
+    }
+
+
+def test_a_mirror_without_a_slash_at_its_end_and_all_tasks(server, recorded, get):
+    recorded()
+    assert get(base_url=server.url.rstrip("/")) == DONE
+    code, table = get(tasks="all", base_url=server.url.rstrip("/"))
+    assert code == 1
+    assert list(table) == list(download_glue_data.SOURCES)
+    assert table["WNLI"][0] == "already there"
+    assert table["CoLA"][0] == "failed"
+
+
+# Connections
+
+
+@pytest.mark.parametrize("state", ["ETag", "Last-Modified", None])
+def test_a_cut_connection_goes_on_where_it_stopped(server, recorded, get, glue, state):
+    content = recorded()
+    server.state = state
+    server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000), ("cut", 5_000)]
+    assert get() == DONE
+    assert whole(glue, wnli())
+    assert len(content) > 15_000
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-", "bytes=15000-"]
+    etag = f'"{hashlib.sha256(content).hexdigest()[:8]}"'
+    date = email.utils.formatdate(seconds_of(content), usegmt=True)
+    assert server.asked[1][1].get("If-Range") == {"ETag": etag, "Last-Modified": date, None: None}[state]
+
+
+def test_a_cut_without_a_length_is_noticed(server, recorded, get, glue):
+    recorded()
+    server.length = False
+    server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000)]
+    assert get() == DONE
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-"]
+
+
+def test_a_server_without_ranges_is_asked_from_the_start(server, recorded, get, glue):
+    recorded()
+    server.ranges = False
+    server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000)]
+    assert get() == DONE
+    assert whole(glue, wnli())
+
+
+@pytest.mark.parametrize("ranges", [True, "careless"])
+@pytest.mark.parametrize("state", ["ETag", "Last-Modified", None])
+def test_a_file_that_changes_in_between_is_not_mixed(server, get, glue, ranges, state):
+    """Without a recorded hash: by If-Range, by what a careless server says of its state, or from the start."""
+    old, new = (zip_of(wnli(rows), zipfile.ZIP_STORED) for rows in (635, 634))
+    server.files["/glue/data/WNLI.zip"], server.ranges, server.state = new, ranges, state
+    area = glue / ".download"
+    area.mkdir(parents=True)
+    (area / "WNLI.zip.part").write_bytes(old[:10_000])
+    states = {
+        "ETag": f'"{hashlib.sha256(old).hexdigest()[:8]}"',
+        "Last-Modified": email.utils.formatdate(seconds_of(old), usegmt=True),
+        None: "",
+    }
+    url_sha256 = hashlib.sha256(f"{server.url}WNLI.zip".encode()).hexdigest()
+    (area / "WNLI.zip.json").write_text(json.dumps({"url_sha256": url_sha256, "state": states[state]}))
+    code, table = get("--no_verify")
+    assert (code, table["WNLI"][0]) == (0, "done")
+    assert whole(glue, wnli(634))
+    assert server.ranges_asked("/glue/data/WNLI.zip")[0] == ("bytes=10000-" if state else None)
+
+
+def test_a_server_that_stalls(server, recorded, get, glue, monkeypatch, caplog):
+    recorded()
+    monkeypatch.setattr(download, "TIME_OUT", (2, 0.3))
+    server.faults["/glue/data/WNLI.zip"] = [("stall", 10_000)]
+    assert get() == DONE
+    assert "Read timed out" in caplog.text
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-"]
+
+
+def test_tries_end(server, recorded, get, glue):
+    recorded()
+    server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000), 503, ("cut", 5_000), *[503] * 9]
+    code, table = get()
+    assert code == 1
+    assert "the server answers 503 Service Unavailable; given up after 4 tries" in table["WNLI"][1]
+    assert len(server.asked) == 6  # the third got further, so the count began anew
+    server.faults.clear()
+    assert get() == DONE
+    assert server.ranges_asked("/glue/data/WNLI.zip")[-1] == "bytes=15000-"
+
+
+def test_nobody_answers(server, get):
+    server.server_close()
+    code, table = get()
+    assert code == 1
+    assert "refused" in table["WNLI"][1]
+
+
+def test_500_twice_then_fine_with_growing_pauses(server, recorded, get, monkeypatch):
+    recorded()
+    pauses = []
+    monkeypatch.setattr(download, "PAUSES", (1, 2, 4))
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    server.faults["/glue/data/WNLI.zip"] = [500, 500]
+    assert get() == DONE
+    assert pauses == [1, 2]
+
+
+def test_404_is_asked_once_and_stops_no_other_task(server, recorded, get, glue):
+    recorded()
+    code, table = get(tasks="RTE,WNLI")
+    assert code == 1
+    assert table == {"RTE": ["failed", f"{server.url}RTE.zip: the server answers 404 Not Found"], **DONE[1]}
+    assert [path for path, _ in server.asked] == ["/glue/data/RTE.zip", "/glue/data/WNLI.zip"]
+    assert not (glue / "RTE").exists()
+
+
+def test_a_body_that_is_compressed_unasked(server, get, glue):
+    serve_small_tasks(server)
+    text = server.files["/glue/data/AX.tsv"]
+    server.files["/glue/data/AX.tsv"] = gzip.compress(text)
+    server.faults["/glue/data/AX.tsv"] = [("headers", {"Content-Encoding": "gzip"})]
+    assert get("--no_verify", tasks="diagnostic")[0] == 0
+    assert (glue / "diagnostic" / "diagnostic.tsv").read_bytes() == text
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_an_endless_body_is_not_read_on(server, get, glue, monkeypatch, length):
+    source = download_glue_data.Source("WNLI.zip", 100, "0" * 64)
+    monkeypatch.setitem(download_glue_data.SOURCES, "WNLI", [source])
+    server.length = length
+    server.files["/glue/data/WNLI.zip"] = bytes(3_000_000)
+    code, table = get()
+    assert code == 1
+    assert "longer than the 1,002,000 bytes" in table["WNLI"][1]
+    found = files_below(glue)
+    assert "WNLI/train.tsv" not in found
+    assert found.get(".download/WNLI.zip.part") == (None if length else b"")  # seen at once, or after the limit
+
+
+def test_no_credentials_anywhere(server, recorded, get, glue, caplog, monkeypatch):
+    """User names, passwords and queries of addresses and proxies are used and never shown."""
+    caplog.set_level(logging.DEBUG, "dse")
+    recorded()
+    server.faults["/glue/data/WNLI.zip"] = [500, ("cut", 10_000), 404]
+    outcomes = [get(base_url=server.url.replace("//", "//user:geheim@"))[0] for _ in range(2)]
+    assert outcomes == [1, 0]
+    assert all(headers["Authorization"].startswith("Basic ") for _, headers in server.asked)
+    monkeypatch.setenv("http_proxy", f"http://user:geheim@127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server.files["/snli.zip?token=geheim"] = b"x"
+    server.faults["/snli.zip?token=geheim"] = [404, ("redirect", "nowhere://user:geheim@host/x?token=geheim")]
+    for why in ("the server answers 404", "InvalidSchema: No connection adapters were found for 'nowhere://host/x?..."):
+        code, table = get("--snli_url", "http://user:geheim@glue.invalid/snli.zip?token=geheim", tasks="SNLI")
+        assert code == 1
+        assert table["SNLI"][1].startswith(f"http://glue.invalid/snli.zip: {why}")
+        assert server.asked[-1][1]["Proxy-Authorization"].startswith("Basic ")
+    server.shutdown()
+    server.server_close()  # the proxy is gone
+    assert get(tasks="RTE", base_url="http://user:geheim@glue.invalid/")[0] == 1
+    assert "glue.invalid" in get.said
+    assert "geheim" not in get.said + caplog.text
+    assert not any(b"geheim" in content for content in files_below(glue).values())
+
+
+# Files that are not what they should be
+
+
+def test_a_wrong_hash_is_kept_aside(server, recorded, get, glue):
+    content = recorded()
+    wrong = content[:-1] + b"!"
+    server.files["/glue/data/WNLI.zip"] = wrong
+    code, table = get()
+    assert code == 1
+    for value in (f"{len(content):,} bytes", *(hashlib.sha256(each).hexdigest() for each in (content, wrong))):
+        assert value in table["WNLI"][1]
+    aside = f".download/WNLI.zip.{hashlib.sha256(wrong).hexdigest()[:12]}.bad"
+    assert files_below(glue) == {aside: wrong}
+    assert aside in table["WNLI"][1]
+    server.files["/glue/data/WNLI.zip"] = content
+    assert get() == DONE
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, None]
+
+
+def test_a_truncated_zip(server, get, glue):
+    content = zip_of(wnli())
+    server.files["/glue/data/WNLI.zip"] = content[: len(content) // 2]
+    code, table = get("--no_verify")
+    assert code == 1
+    assert "WNLI.zip: no whole zip archive (BadZipFile: File is not a zip file); kept as" in table["WNLI"][1]
+    assert not (glue / "WNLI").exists()
+    server.files["/glue/data/WNLI.zip"] = content
+    assert get("--no_verify")[0] == 0
+
+
+def entry(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr, info.compress_type = 3, mode << 16, zipfile.ZIP_DEFLATED
+    return info
+
+
+HARMFUL = {
+    "parent": ({"WNLI/../../../x": b"x"}, "would lie outside"),
+    "parent outside the folder": ({"../x": b"x"}, "would lie outside"),
+    "absolute": ({"/tmp/x": b"x"}, "would lie outside"),
+    "Windows parent": ({"WNLI\\..\\..\\x": b"x"}, "would lie outside"),
+    "Windows drive": ({"C:\\x": b"x"}, "would lie outside"),
+    "link": ({entry("WNLI/x", stat.S_IFLNK | 0o777): b"/etc/passwd"}, "is a link"),
+    "link beside": ({entry("x", stat.S_IFLNK | 0o777): b"/etc/passwd"}, "is a link"),
+    "named pipe": ({entry("WNLI/x", stat.S_IFIFO | 0o644): b""}, "special file"),
+    "bomb": ({"WNLI/x": bytes(3_000_000)}, "would unpack to 3,"),
+    "many files": ({f"WNLI/{i}": b"" for i in range(1001)}, "1,004 files"),
+}
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_a_harmful_archive_is_refused_before_anything_is_written(server, get, tmp_path, glue, kind):
+    files, why = HARMFUL[kind]
+    content = zip_of({**wnli(), **files})
+    server.files["/glue/data/WNLI.zip"] = content
+    code, table = get("--no_verify")
+    assert code == 1
+    assert "archive refused: " in table["WNLI"][1]
+    assert why in table["WNLI"][1]
+    assert list(files_below(tmp_path).values()) == [content]  # kept aside, and nothing else
+    assert not Path("/tmp/x").exists()
+
+
+def test_other_archives_that_are_refused(server, get, glue):
+    stored = zip_of(wnli(), zipfile.ZIP_STORED)
+    archives = {
+        "neither stored nor deflated": zip_of(wnli(), zipfile.ZIP_BZIP2),
+        "files below WNLI/ expected, found 'train.tsv'": zip_of({"train.tsv": b"x"}),
+        "Bad CRC-32 for file 'WNLI/train.tsv'": stored[:500] + bytes([stored[500] ^ 1]) + stored[501:],
+        "two of its files have one name": zip_of({**wnli(), "WNLI/train.tsv/x": b""}),
+        "found no files": zip_of({}),
+    }
+    for why, content in archives.items():
+        server.files["/glue/data/WNLI.zip"] = content
+        code, table = get("--no_verify")
+        assert code == 1
+        assert why in table["WNLI"][1]
+        assert not (glue / "WNLI").exists()
+
+
+def test_what_lies_beside_the_folder_is_left_out(server, get, glue):
+    extra = {"__MACOSX/WNLI/._train.tsv": b"x", "WNLI/": b"", "README": b"x"}
+    server.files["/glue/data/WNLI.zip"] = zip_of({**extra, **wnli(), "WNLI\\original\\a.txt": b"kept"})
+    assert get("--no_verify") == DONE
+    assert whole(glue, {**wnli(), "WNLI/original/a.txt": b"kept"})
+
+
+def test_damaged_archives_of_every_kind_are_refused(tmp_path):
+    """Bytes of a good archive replaced at random: refused in words, or what it unpacks to is right (CRC)."""
+    good, rng = zip_of({"WNLI/a.tsv": b"one\n" * 50, "WNLI/b.tsv": b"two\n" * 50}), random.Random(0)
+    refusals = 0
+    for i in range(300):
+        bad = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+        (tmp_path / "a.zip").write_bytes(bad)
+        try:
+            download.unzip(tmp_path / "a.zip", "WNLI", tmp_path / str(i), most=10_000)
+        except DownloadError:
+            refusals += 1
+        else:
+            assert set(files_below(tmp_path / str(i)).values()) <= {b"one\n" * 50, b"two\n" * 50}
+    assert refusals > 200
+
+
+# Ends in the middle
+
+
+class Full:
+    """A file on a disk that fills up."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, piece):
+        self.file.write(piece[: self.room])
+        if len(piece) > self.room:
+            raise OSError(28, "No space left on device")
+        self.room -= len(piece)
+
+
+@pytest.mark.parametrize("suffix", [".part", ".tsv"])
+def test_no_space_left(server, recorded, get, glue, monkeypatch, suffix):
+    """While downloading, and while unpacking."""
+    recorded()
+
+    def open_on_full_disk(path, mode="r"):
+        return Full(open(path, mode), 20_000) if str(path).endswith(suffix) else open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "open", open_on_full_disk, raising=False)
+        code, table = get()
+    assert code == 1
+    assert table["WNLI"][1] == "[Errno 28] No space left on device; with more room, the same command goes on"
+    assert not (glue / "WNLI").exists()
+    assert get() == DONE
+    assert whole(glue, wnli())
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=20000-"][: 1 + (suffix == ".part")]
+
+
+def test_too_little_space_is_seen_before_the_download(server, recorded, get, glue, monkeypatch):
+    recorded()
+    usage = shutil.disk_usage(glue.parent)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    code, table = get()
+    assert code == 1
+    assert re.search(r"0\.\d MB are needed in .*, and 0.0 MB are free there", table["WNLI"][1])
+
+
+def start(server, glue: Path, log: Path) -> subprocess.Popen:
+    """The script on WNLI as a process of its own, stderr to `log`."""
+    argv = [sys.executable, ROOT / "download_glue_data.py", "--data_dir", glue, "--base_url", server.url]
+    argv += ["--tasks", "WNLI", "--no_verify"]
+    with open(log, "w") as errors:
+        return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle_and_a_second_run(server, get, glue, tmp_path, how):
+    server.files["/glue/data/WNLI.zip"] = zip_of(wnli())
+    server.faults["/glue/data/WNLI.zip"] = [("stall", 10_000)]
+    process = start(server, glue, tmp_path / "log")
+    part = glue / ".download" / "WNLI.zip.part"
+    wait_for(lambda: part.exists() and (glue / ".download" / "WNLI.zip.json").exists())
+    time.sleep(0.2)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    if how == signal.SIGINT:
+        assert output == "WNLI        interrupted    the same command goes on\n"
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    assert not (glue / "WNLI").exists()
+    assert get("--no_verify") == DONE
+    assert whole(glue, wnli())
+
+
+def test_killed_while_unpacking(server, recorded, get, glue):
+    """The archive is there and verified, and so is half of a folder."""
+    content = recorded()
+    making = glue / ".download" / "WNLI.making" / "WNLI"
+    making.mkdir(parents=True)
+    (making / "train.tsv").write_bytes(b"half")
+    (making / "rest.tsv").write_bytes(b"rest")
+    (glue / ".download" / "WNLI.zip").write_bytes(content)
+    url_sha256 = hashlib.sha256(f"{server.url}WNLI.zip".encode()).hexdigest()
+    (glue / ".download" / "WNLI.zip.json").write_text(json.dumps({"url_sha256": url_sha256, "state": ""}))
+    assert get() == DONE
+    assert whole(glue, wnli())
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(("extra", "requests"), [(b"", ["bytes=N-"]), (b"?", ["bytes=N-", None])])
+def test_killed_after_the_download_without_a_record(server, get, glue, extra, requests):
+    """The server is asked what comes after the end: nothing (416), or it never had that many bytes."""
+    content = server.files["/glue/data/WNLI.zip"] = zip_of(wnli())
+    part = content + extra
+    (glue / ".download").mkdir(parents=True)
+    (glue / ".download" / "WNLI.zip").write_bytes(part)
+    note = {"url_sha256": hashlib.sha256(f"{server.url}WNLI.zip".encode()).hexdigest()}
+    note["state"] = f'"{hashlib.sha256(content).hexdigest()[:8]}"'
+    (glue / ".download" / "WNLI.zip.json").write_text(json.dumps(note))
+    assert get("--no_verify") == DONE
+    assert whole(glue, wnli())
+    expected = [asked and asked.replace("N", str(len(part))) for asked in requests]
+    assert server.ranges_asked("/glue/data/WNLI.zip") == expected
+
+
+def test_interrupted_while_unpacking(server, recorded, get, glue, monkeypatch):
+    recorded()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.shutil, "copyfileobj", interrupt)
+        assert get(tasks="WNLI,RTE") == (130, {"WNLI": ["interrupted", "the same command goes on"]})
+    assert not (glue / "WNLI").exists()
+    assert get() == DONE
+    assert len(server.asked) == 1
+
+
+def test_two_runs_at_once(server, glue, tmp_path):
+    server.files["/glue/data/WNLI.zip"] = zip_of(wnli())
+    server.faults["/glue/data/WNLI.zip"] = [("stall", 10_000)]
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    processes = [start(server, glue, log) for log in logs]
+    wait_for(lambda: sum("another run is at WNLI: waiting" in log.read_text() for log in logs) == 1)
+    wait_for(lambda: server.asked)
+    server.released.set()
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(re.split("  +", output)[1] for output in outputs) == ["already there", "done"]
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-"]
+    assert whole(glue, wnli())
+
+
+# The user's own folders
+
+
+def test_a_changed_file_is_neither_skipped_nor_overwritten(recorded, get, glue):
+    recorded()
+    get()
+    (glue / "WNLI" / "dev.tsv").write_text("mine\n")
+    code, table = get()
+    assert code == 1
+    assert table["WNLI"] == [
+        "failed",
+        f"dev.tsv changed since the download: move {glue}/WNLI away to have it made anew",
+    ]
+    assert (glue / "WNLI" / "dev.tsv").read_text() == "mine\n"
+
+
+def test_a_removed_file_is_put_back_beside_the_others(server, recorded, get, glue):
+    recorded()
+    get()
+    (glue / "WNLI" / "dev.tsv").unlink()
+    (glue / "WNLI" / "train_cache").write_text("mine")
+    assert get() == DONE
+    assert whole(glue, {**wnli(), "WNLI/train_cache": b"mine"})
+
+
+def test_a_folder_of_the_user(server, recorded, get, glue):
+    recorded()
+    (glue / "WNLI").mkdir(parents=True)
+    (glue / "WNLI" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n")
+    code, table = get()
+    assert (code, table["WNLI"][0]) == (1, "failed")
+    assert "but no dev.tsv, test.tsv in it" in table["WNLI"][1]
+    for name in ("dev", "test"):
+        (glue / "WNLI" / f"{name}.tsv").write_bytes(wnli()[f"WNLI/{name}.tsv"])
+    before = files_below(glue)
+    assert get() == (
+        0,
+        {"WNLI": ["already there", "not made by this script; train.tsv has 1 rows, expected 635"]},
+    )
+    assert files_below(glue) == before
+    assert server.asked == []
+
+
+def test_a_record_that_is_none(recorded, get, glue):
+    recorded()
+    get()
+    for text in ("{}", "[]", '{"files": {}, "sources": [1]}', "{"):
+        (glue / "WNLI" / "download.json").write_text(text)
+        code, table = get()
+        assert (code, table["WNLI"][0]) == (1, "failed")
+        assert "download.json" in table["WNLI"][1]
+
+
+def test_headers_and_rows_that_differ_are_warned_of(server, get, glue, caplog):
+    files = wnli()
+    files["WNLI/dev.tsv"] = files["WNLI/dev.tsv"].replace(b"sentence1\tsentence2", b"a\tb")
+    files["WNLI/test.tsv"] += b"146\tone column too few\n"
+    server.files["/glue/data/WNLI.zip"] = zip_of(files)
+    code, table = get("--no_verify")
+    header = "dev.tsv has the header 'index | a | b | label', expected 'index | sentence1 | sentence2 | label'"
+    assert (code, table["WNLI"]) == (0, ["done", header])  # the short row is no row
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"WNLI: {header}" in warnings
+
+
+# MRPC and SNLI
+
+HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+RAW_TRAIN = HEADER.replace("\n", "\r\n") + '1\t10\t20\t"a" b\tc\r\n0\t20\t10\td\te\r\n1\t30\t40\tf\tg \r\n'
+RAW_TEST = HEADER + "1\t5\t6\th\ti\n0\t7\t8\tj\tk\n"
+
+
+def test_mrpc_from_raw_files_by_hand(server, get, glue, tmp_path, caplog):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "msr_paraphrase_train.txt").write_text(RAW_TRAIN, encoding="utf-8", newline="")
+    (raw / "msr_paraphrase_test.txt").write_text(RAW_TEST, encoding="utf-8", newline="")
+    (raw / "dev_ids.tsv").write_text("10\t20\n40\t30\n")  # ordered: neither 20 10 nor 30 40
+    assert get("--path_to_mrpc", raw, tasks="mrpc")[1]["MRPC"][0] == "done"
+    made = {path.name: path.read_bytes().decode() for path in (glue / "MRPC").glob("*.tsv")}
+    assert made["dev.tsv"] == HEADER + '1\t10\t20\t"a" b\tc\n'
+    assert made["train.tsv"] == HEADER + "0\t20\t10\td\te\n1\t30\t40\tf\tg\n"
+    assert made["test.tsv"] == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t5\t6\th\ti\n1\t7\t8\tj\tk\n"
+    for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"):  # theirs, so only a warning
+        assert f"{raw / name}: SHA-256 {hashlib.sha256((raw / name).read_bytes()).hexdigest()}, but" in caplog.text
+    assert server.asked == []  # dev_ids.tsv lies beside them
+    assert get("--path_to_mrpc", raw, tasks="MRPC")[1]["MRPC"][0] == "already there"
+
+
+def test_mrpc_with_the_dev_ids_of_the_server_in_the_raw_files_own_folder(server, get, glue):
+    serve_small_tasks(server)
+    (glue / "MRPC").mkdir(parents=True)
+    for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"):
+        (glue / "MRPC" / name).write_bytes(server.files[f"/senteval/senteval_data/{name}"])
+    assert get("--path_to_mrpc", glue / "MRPC", "--no_verify", tasks="MRPC")[0] == 0
+    assert [path for path, _ in server.asked] == ["/glue/data/mrpc_dev_ids.tsv"]
+    assert len((glue / "MRPC" / "train.tsv").read_text().splitlines()) == 17
+
+
+def test_a_page_in_place_of_mrpc(server, get, glue):
+    serve_small_tasks(server)
+    server.files["/senteval/senteval_data/msr_paraphrase_test.txt"] = b"<html>\n<p>Sign in to this network.\n"
+    code, table = get("--no_verify", tasks="MRPC")
+    assert code == 1
+    assert "msr_paraphrase_test.txt, line 2: 5 columns expected: '<p>Sign in" in table["MRPC"][1]
+    serve_small_tasks(server)
+    assert get("--no_verify", tasks="MRPC")[0] == 0
+
+
+@pytest.mark.skipif(not REAL_MRPC.is_dir(), reason="the real data is not here")
+def test_mrpc_from_the_real_raw_files(server, get, glue):
+    """From the server too, so that the real hashes are compared."""
+    expected = ["done", "headers and rows as expected"]
+    assert get("--path_to_mrpc", REAL_MRPC, tasks="MRPC")[1]["MRPC"] == expected
+    shutil.move(glue / "MRPC", glue / "from_folder")
+    for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"):
+        server.files[f"/senteval/senteval_data/{name}"] = (REAL_MRPC / name).read_bytes()
+    server.files["/glue/data/mrpc_dev_ids.tsv"] = (REAL_MRPC / "dev_ids.tsv").read_bytes()
+    assert get(tasks="MRPC")[1]["MRPC"] == expected
+    for folder in ("MRPC", "from_folder"):
+        for name in ("train.tsv", "dev.tsv", "test.tsv"):
+            assert (glue / folder / name).read_bytes() == (REAL_MRPC / name).read_bytes()
+
+
+SNLI_RAW = (
+    "gold_label\tsentence1_binary_parse\tsentence1\tsentence2\tcaptionID\tpairID\tlabel1\tlabel2\n"
+    "neutral\t( a )\tA.\tB.\tc1\tp1\tneutral\tneutral\n"
+    "-\t( x )\tX.\tY.\tc2\tp2\tneutral\tcontradiction\n"
+    "entailment\t( d )\tD.\tE.\tc3\tp3\tentailment\n"
+)
+
+
+def test_snli_by_hand(server, get, glue, caplog):
+    files = {f"snli_1.0/snli_1.0_{split}.txt": SNLI_RAW.encode() for split in ("train", "dev", "test")}
+    beside = {"snli_1.0/Icon\r": b"", "snli_1.0/snli_1.0_train.jsonl": b"{}", "__MACOSX/snli_1.0/._x": b"x"}
+    content = zip_of({**files, **beside})
+    server.files["/snli.zip"] = content
+    url = server.url.replace("/glue/data/", "/snli.zip")
+    code, table = get("--snli_url", url, tasks="SNLI")
+    assert (code, table["SNLI"][0]) == (0, "done")
+    assert "train.tsv has 2 rows, expected 549,367" in table["SNLI"][1]
+    assert f"SNLI has no recorded checksum; SHA-256 obtained {hashlib.sha256(content).hexdigest()}" in caplog.text
+    assert "snli_1.0_dev.txt has no sentence2_binary_parse, sentence1_parse, sentence2_parse: left empty" in caplog.text
+    parses = "sentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
+    expected = (
+        f"index\tcaptionID\tpairID\t{parses}\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n"
+        "0\tc1\tp1\t( a )\t\t\t\tA.\tB.\tneutral\tneutral\tneutral\n"
+        "1\tc3\tp3\t( d )\t\t\t\tD.\tE.\tentailment\t\tentailment\n"
+    )
+    made = files_below(glue)
+    del made["SNLI/download.json"]
+    assert made == {f"SNLI/{split}.tsv": expected.encode() for split in ("train", "dev", "test")}
+
+
+def test_snli_with_a_short_row_or_without_a_column(server, get):
+    url = server.url.replace("/glue/data/", "/snli.zip")
+    for raw, why in (
+        (SNLI_RAW + "neutral\t( a )\tA.\n", "line 5: at least 6 columns expected: 'neutral"),
+        (SNLI_RAW.replace("gold_label", "label"), "line 1: no column"),
+    ):
+        files = {f"snli_1.0/snli_1.0_{split}.txt": raw.encode() for split in ("train", "dev", "test")}
+        server.files["/snli.zip"] = zip_of(files)
+        code, table = get("--snli_url", url, tasks="SNLI")
+        assert code == 1
+        assert why in table["SNLI"][1]
