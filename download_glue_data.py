@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Bytes that the file, or what it unpacks to, can have: text deflates to no less than about a tenth."""
+        """Bytes that it can unpack to: text deflates to no less than about a tenth."""
         return SNLI_MOST if self.size is None else 20 * self.size + 1_000_000
 
 
@@ -126,6 +126,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--tasks: unknown {', '.join(map(repr, unknown))}; known: all, {', '.join(SOURCES)}")
     args.tasks = list(dict.fromkeys(known[task.lower()] for task in wanted))
+    area = Path(args.data_dir) / ".download"
+    if args.path_to_mrpc and area.is_dir() and area.samefile(args.path_to_mrpc):
+        parser.error(f"--path_to_mrpc: downloads are removed from {area}; move the raw files elsewhere")
     for name in MRPC_RAW if args.path_to_mrpc and "MRPC" in args.tasks else ():
         if not (Path(args.path_to_mrpc) / name).is_file():
             parser.error(f"--path_to_mrpc: no {name} in {args.path_to_mrpc}; expected {' and '.join(MRPC_RAW)} there")
@@ -142,6 +145,7 @@ def check_url(url: str, flag: str) -> None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80) and " " not in url
+        usable = usable and "@" not in parts.path  # a password with a slash in it
     except ValueError:  # a port that is no number, say
         usable = False
     if not usable:
@@ -235,8 +239,10 @@ def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict
             url = args.snli_url if task == "SNLI" else urljoin(args.base_url, source.place)
             path, place = area / source.name, shown(url)
             logger.info("%s: from %s", source.name, place)
-            record = (None, None) if args.no_verify else (source.size, source.sha256)
-            sha256 = fetch(url, path, source.most, *record)
+            if args.no_verify or source.size is None:
+                sha256 = fetch(url, path, source.most)  # a mirror may have repacked it without compression
+            else:
+                sha256 = fetch(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
             if source.sha256 is None:
                 logger.warning("%s: SNLI has no recorded checksum; SHA-256 obtained %s", source.name, sha256)
             else:
@@ -255,8 +261,13 @@ def build_or_keep_aside(task: str, raw: dict[str, Path], made: Path, area: Path)
     """`build`; downloads that turn out to be useless are kept aside, so that the next run fetches them anew."""
     try:
         build(task, raw, made)
+        lacking = [f"{split}.tsv" for split in FILES[task] if not (made / f"{split}.tsv").is_file()]
+        if lacking:
+            raise DownloadError(f"{', '.join(path.name for path in raw.values())}: no {', '.join(lacking)} in it")
     except (DownloadError, InputError) as error:
-        aside = [keep_aside(path, path.name) for path in raw.values() if path.parent == area]
+        recorded = {source.sha256 for source in SOURCES[task]}
+        suspects = [path for path in raw.values() if path.parent == area and sha256_file(path) not in recorded]
+        aside = [keep_aside(path, path.name) for path in suspects]
         kept = f"; kept as {', '.join(map(str, aside))}" if aside else ""
         raise DownloadError(f"{error}{kept}") from error
 
@@ -328,7 +339,12 @@ def what_is_there(task: str, folder: Path) -> str | None:
             raise DownloadError(f"{', '.join(changed)} changed since the download: {again}")
         if lacking:
             return None  # an interrupted move, or files were removed
-        return "unchanged since the download" + (", which differed from the recorded hashes" if unlike else "")
+        fewer = (
+            f"; {len(record['files']) - len(there)} other files were removed"
+            if len(there) < len(record["files"])
+            else ""
+        )
+        return "unchanged since the download" + (", which differed from the recorded hashes" if unlike else "") + fewer
     if lacking == names:
         return None
     if lacking:
@@ -345,15 +361,19 @@ def write_record(task: str, origins: list[dict[str, Any]], made: Path) -> None:
 
 def put_in_place(made: Path, folder: Path) -> None:
     """Give a finished folder its name, or add its files to those of the user; none of them is overwritten."""
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
     if not folder.exists():
         made.rename(folder)
         return
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
     for name in files:
-        if name.name != RECORD and (folder / name).exists() and sha256_file(folder / name) != sha256_file(made / name):
+        if name != Path(RECORD) and (folder / name).exists() and sha256_file(folder / name) != sha256_file(made / name):
             raise DownloadError(f"there is another {name} in {folder} already: move it away")
-    for name in sorted(files, key=lambda name: name.name != RECORD):  # the record first: it tells whether files lack
-        if name.name == RECORD or not (folder / name).exists():
+    for name in sorted(files, key=lambda name: name != Path(RECORD)):  # the record first: it tells whether files lack
+        for left in (folder / name).parent.glob(f".{name.name}.*.part"):  # by a run that was killed here
+            left.unlink()
+        if name == Path(RECORD) or not (folder / name).exists():
             with write_whole(folder / name) as beside:
                 shutil.copyfile(made / name, beside)
 
@@ -366,15 +386,15 @@ def get_task(task: str, args: argparse.Namespace) -> tuple[str, str]:
     with one_at_a_time(area / f"{task}.lock"):
         # 1. Is it there?
         if (there := what_is_there(task, folder)) is not None:
+            clean_up(task, area)
             return "already there", there
 
         # 2. Fetch and verify; nothing is unpacked before all files are there.
         raw, origins = fetch_sources(task, area, args)
 
         # 3. Unpack or convert, beside.
-        work = area / f"{task}.making"
-        shutil.rmtree(work, ignore_errors=True)
-        made = work / FOLDERS[task]
+        clean_up(task, area, downloads=False)
+        made = area / f"{task}.making" / FOLDERS[task]
         made.mkdir(parents=True)
         try:
             build_or_keep_aside(task, raw, made, area)
@@ -385,11 +405,18 @@ def get_task(task: str, args: argparse.Namespace) -> tuple[str, str]:
 
             # 5. It appears, whole.
             put_in_place(made, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        for source in SOURCES[task]:
-            forget(area / source.name)
+        except BaseException:
+            clean_up(task, area, downloads=False)
+            raise
+        clean_up(task, area)
     return "done", found
+
+
+def clean_up(task: str, area: Path, downloads: bool = True) -> None:
+    """Remove what this run, or one that was killed, left of making the task."""
+    shutil.rmtree(area / f"{task}.making", ignore_errors=True)
+    for source in SOURCES[task] if downloads else ():
+        forget(area / source.name)
 
 
 def one_at_a_time(path: Path) -> filelock.AcquireReturnProxy:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong on one line and leave with exit code 2."""
+        message = re.sub(r"//[^/\s@]*@", "//", message)  # a password in an address
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 

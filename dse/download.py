@@ -10,7 +10,7 @@ stored without user names, passwords and queries.
 """
 
 import contextlib
-import hashlib
+import errno
 import json
 import logging
 import os
@@ -66,37 +66,50 @@ def fetch(url: str, path: Path, most: int, size: int | None = None, sha256: str 
         size: recorded bytes; None: no record.
         sha256: recorded hash; None: no record.
 
-    Returns the SHA-256 obtained. Raises DownloadError when the file cannot be had, is longer than `most`, finds no
-    room, or is not the recorded one; OSError when it cannot be written.
+    Returns the SHA-256 obtained. Raises DownloadError when the file cannot be had, is longer than `most`, or is not
+    the recorded one; OSError when it cannot be written or finds no room.
     """
     part = path.with_name(path.name + ".part")
     if path.exists():  # whole, but the run that fetched it ended before it was used
         path.replace(part)
     if size is not None and part.exists() and part.stat().st_size > size:
         part.unlink()
-    failures, furthest = 0, _bytes_of(part)
+    in_pieces = _receive_patiently(url, part, most, size)
+    found = sha256_file(part)
+    if sha256 is not None and found != sha256 and in_pieces:
+        logger.warning("%s: its pieces do not make the recorded file; once more, from the start", shown(url))
+        part.unlink()
+        _receive_patiently(url, part, most, size)
+        found = sha256_file(part)
+    if sha256 is not None and found != sha256:
+        raise DownloadError(
+            f"{shown(url)}: {_bytes_of(part):,} bytes with SHA-256 {found}, but recorded are {size:,} bytes with "
+            f"{sha256}; kept as {keep_aside(part, path.name)}; a mirror that repacks needs --no_verify"
+        )
+    part.replace(path)
+    return found
+
+
+def _receive_patiently(url: str, part: Path, most: int, size: int | None) -> bool:
+    """Try until `part` is whole; did it take more than one answer, now or earlier?"""
+    failures, furthest = 0, _progress(url, part, recorded=size is not None)[0]
+    in_pieces = furthest > 0
     while True:
         try:
             _receive(url, part, most, size)
-            break
+            return in_pieces
         except _Broken as error:
-            if _bytes_of(part) > furthest:
-                failures, furthest = 0, _bytes_of(part)
+            have = _progress(url, part, recorded=size is not None)[0]
+            in_pieces |= have > 0
+            if have > furthest:
+                failures, furthest = 0, have
             if failures == len(PAUSES):
-                got = f", {furthest:,} bytes are kept: the same command goes on there" if furthest else ""
+                got = f", {have:,} bytes are kept: the same command goes on there" if have else ""
                 raise DownloadError(f"{shown(url)}: {error}; given up after {failures + 1} tries{got}") from error
             pause = max(PAUSES[failures], min(error.wait, LONGEST_PAUSE))
             failures += 1
             logger.warning("%s: %s; try %d of %d in %g s", shown(url), error, failures + 1, len(PAUSES) + 1, pause)
             time.sleep(pause)
-    found, length = sha256_file(part), part.stat().st_size
-    if sha256 is not None and (length, found) != (size, sha256):
-        raise DownloadError(
-            f"{shown(url)}: {length:,} bytes with SHA-256 {found}, but recorded are {size:,} bytes with {sha256}; "
-            f"kept as {keep_aside(part, path.name)}; a mirror that repacks needs --no_verify"
-        )
-    part.replace(path)
-    return found
 
 
 def keep_aside(path: Path, name: str) -> Path:
@@ -114,10 +127,11 @@ def forget(path: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise DownloadError where `needed` bytes find no room."""
+    """Raise OSError (ENOSPC) where `needed` bytes find no room."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DownloadError(f"{needed / 1e6:,.1f} MB are needed in {folder}, and {free / 1e6:,.1f} MB are free there")
+        why = f"{needed / 1e6:,.1f} MB are needed, and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, why, str(folder))
 
 
 def _bytes_of(part: Path) -> int:
@@ -135,7 +149,7 @@ def _progress(url: str, part: Path, recorded: bool) -> tuple[int, str]:
     """
     try:
         note = json.loads(_note_of(part).read_text(encoding="utf-8"))
-        same, state = note["url_sha256"] == hashlib.sha256(url.encode()).hexdigest(), str(note["state"])
+        same, state = note["from"] == shown(url), str(note["state"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0, ""
     return (_bytes_of(part), state) if same and (state or recorded) else (0, "")
@@ -154,6 +168,9 @@ def _network_errors(url: str) -> Iterator[None]:
             raise DownloadError(f"{shown(url)}: {why}; REQUESTS_CA_BUNDLE names the certificates to trust") from error
         if isinstance(error, (*passing, network.ProtocolError, network.TimeoutError, network.SSLError)):
             raise _Broken(why) from error
+        raise DownloadError(f"{shown(url)}: {why}") from error
+    except (ValueError, TypeError) as error:  # of addresses, passwords and headers that neither library expects
+        why = f"an address or an answer that cannot be read ({type(error).__name__})"
         raise DownloadError(f"{shown(url)}: {why}") from error
 
 
@@ -186,14 +203,31 @@ def _receive(url: str, part: Path, most: int, size: int | None) -> None:
         if response.status_code not in (200, 206):
             _refuse(url, response)
         if response.status_code == 200:
+            _check_before_the_start(response, have, size)
             have = 0
         elif not (have and _goes_on(response, have, state)):
             part.unlink(missing_ok=True)
             raise _Broken("the server does not go on with the same file: from the start")
         _append(url, response, part, have, most)
-        whole = "Content-Length" in response.headers or response.headers.get("Transfer-Encoding") == "chunked"
-    if not whole and size is not None and _bytes_of(part) < size:
-        raise _Broken(f"the connection ended at {_bytes_of(part):,} of {size:,} bytes")
+        _check_end(url, response, part, size)
+
+
+def _check_before_the_start(response: requests.Response, have: int, size: int | None) -> None:
+    """Do not give up what we have for an answer, such as an error page, that cannot be the recorded file."""
+    length = response.headers.get("Content-Length", "")
+    if have and size is not None and length.isdecimal() and int(length) != size and "ETag" not in response.headers:
+        raise _Broken(f"the server sends {int(length):,} bytes in place of {size:,}")
+
+
+def _check_end(url: str, response: requests.Response, part: Path, size: int | None) -> None:
+    """Raise _Broken for an answer that ended too early; urllib3 has compared the body with Content-Length."""
+    asked = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", "").strip())
+    expected = int(asked[1]) if asked else size
+    sure = "Content-Length" in response.headers or response.headers.get("Transfer-Encoding") == "chunked"
+    if expected is not None and _bytes_of(part) < expected and (asked or not sure):
+        raise _Broken(f"the answer ended at {_bytes_of(part):,} of {expected:,} bytes")
+    if expected is None and not sure:
+        logger.warning("%s: the server did not say how long it is, so it may be cut off", shown(url))
 
 
 def _goes_on(response: requests.Response, have: int, state: str) -> bool:
@@ -226,7 +260,7 @@ def _append(url: str, response: requests.Response, part: Path, have: int, most: 
     if total is not None:
         if total > most:
             raise too_long
-        check_space(part.parent, total - have)
+        check_space(part.parent, total - _bytes_of(part))
     with open(part, "ab" if have else "wb") as file:
         if not have:
             _write_note(url, response, part, encoded)
@@ -246,8 +280,7 @@ def _write_note(url: str, response: requests.Response, part: Path, encoded: bool
     if encoded:
         _note_of(part).unlink(missing_ok=True)
         return
-    note = {"url_sha256": hashlib.sha256(url.encode()).hexdigest(), "state": _state_of(response)}
-    write_text(_note_of(part), json.dumps(note))
+    write_text(_note_of(part), json.dumps({"from": shown(url), "state": _state_of(response)}))
 
 
 def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[str] = ()) -> None:
@@ -261,8 +294,8 @@ def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[st
         only: names of files right below `folder`, when not all are wanted.
 
     Raises DownloadError: before anything is written for absolute paths, `..`, links and other special files anywhere
-    in the archive, and for more bytes than `most` or than there is room for; for spoiled contents (CRC) with some
-    files written.
+    in the archive, and for more bytes than `most`; for spoiled contents (CRC) with some files written. OSError where
+    there is no room.
     """
     try:
         with zipfile.ZipFile(archive) as zipped:

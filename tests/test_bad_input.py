@@ -395,11 +395,20 @@ def test_download(refused, tmp_path):
     line = refused(download_glue_data.main, ["--tasks", "MRPC", "--path_to_mrpc", tmp_path, "--data_dir", tmp_path])
     assert "no msr_paraphrase_train.txt in" in line
     assert "cannot write in" in refused(download_glue_data.main, ["--data_dir", UNWRITABLE])
-    for url in ("glue/data", "ftp://host/x", "file:///x", "http://", "http://host:port/", "http://user:pass/word@host"):
+    for url in (
+        "glue/data",
+        "ftp://host/x",
+        "file:///x",
+        "http://",
+        "http://host:port/",
+        "http://user:pass/word@host",
+        "http://user:12/word@host/",
+    ):
         for flag in ("--base_url", "--snli_url"):
             line = refused(download_glue_data.main, [flag, url, "--data_dir", tmp_path])
             assert f"{flag}: no address such as https://" in line
             assert "word" not in line
+    assert "word" not in refused(download_glue_data.main, ["--base-url", "http://user:word@host/"])
     line = refused(download_glue_data.main, ["--base_url", "https://host/glue?sig=word", "--data_dir", tmp_path])
     assert "--base_url" in line and "word" not in line
 

@@ -35,7 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves `files` (path to bytes) with ranges and ETags; `faults[path]` are used up, one per request.
 
     A fault is a status, ("cut", n) or ("stall", n) after n bytes, ("headers", {...}) to send besides, or
-    ("redirect", address).
+    ("redirect", address), ("short", n): a partial answer of n bytes that says so, ("page", text, headers).
     """
 
     daemon_threads = True
@@ -72,6 +72,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", fault[1])
             self.end_headers()
             return
+        if fault and fault[0] == "page":
+            self.send_response(200)
+            for name, value in fault[2].items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(fault[1])
+            return
         etag = f'"{hashlib.sha256(content).hexdigest()[:8]}"'
         state = {"ETag": etag, "Last-Modified": email.utils.formatdate(seconds_of(content), usegmt=True)}
         start = self.first_byte(server, state)
@@ -81,19 +88,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        short = bool(fault) and fault[0] == "short"
+        end = start + fault[1] if short else len(content)
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         if server.state:
             self.send_header(server.state, state[server.state])
         if server.length:
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("Content-Length", str(end - start))
         if fault and fault[0] == "headers":
             for name, value in fault[1].items():
                 self.send_header(name, value)
         self.end_headers()
         part = fault[1] if fault and fault[0] in ("cut", "stall") else len(content)
-        self.wfile.write(content[start : start + part])
+        self.wfile.write(content[start : min(start + part, end)])
         if fault and fault[0] == "stall":
             self.wfile.flush()
             server.released.wait(30)
@@ -182,6 +191,12 @@ def glue(tmp_path):
 def files_below(folder: Path) -> dict[str, bytes]:
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def leave_note(server, glue: Path, state: str = "") -> None:
+    """As a killed run does beside WNLI.zip's bytes."""
+    note = {"from": f"{server.url}WNLI.zip", "state": state}
+    (glue / ".download" / "WNLI.zip.json").write_text(json.dumps(note))
 
 
 def whole(glue: Path, files: dict[str, bytes]) -> bool:
@@ -319,12 +334,63 @@ def test_a_file_that_changes_in_between_is_not_mixed(server, get, glue, ranges, 
         "Last-Modified": email.utils.formatdate(seconds_of(old), usegmt=True),
         None: "",
     }
-    url_sha256 = hashlib.sha256(f"{server.url}WNLI.zip".encode()).hexdigest()
-    (area / "WNLI.zip.json").write_text(json.dumps({"url_sha256": url_sha256, "state": states[state]}))
+    leave_note(server, glue, states[state])
     code, table = get("--no_verify")
     assert (code, table["WNLI"][0]) == (0, "done")
     assert whole(glue, wnli(634))
     assert server.ranges_asked("/glue/data/WNLI.zip")[0] == ("bytes=10000-" if state else None)
+
+
+@pytest.mark.parametrize("flags", [(), ("--no_verify",)])
+def test_a_partial_answer_that_is_short_is_gone_on_with(server, recorded, get, glue, flags):
+    recorded()
+    server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000), ("short", 5_000)]
+    assert get(*flags) == DONE
+    assert whole(glue, wnli())
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-", "bytes=15000-"]
+
+
+def test_pages_of_a_network_in_place_of_the_file(server, recorded, get, glue):
+    """One after a broken connection costs nothing; one at the start, of unknown length, costs the start."""
+    recorded()
+    page = b"<p>Sign in"
+    server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000), ("page", page, {"Content-Length": "10"})]
+    assert get() == DONE
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-", "bytes=10000-"]
+    shutil.rmtree(glue)
+    server.asked.clear()
+    server.faults["/glue/data/WNLI.zip"] = [("page", page, {})]
+    assert get() == DONE
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10-", None]
+    assert list((glue / ".download").glob("*.bad")) == []
+
+
+NONSENSE = {
+    "bad address": ("redirect", "http://[::1/x"),
+    "bytes in an address": ("redirect", "/caf\xe9/"),
+    "endless number": ("page", b"x", {"Content-Length": "9" * 5000}),
+}
+
+
+@pytest.mark.parametrize("fault", NONSENSE.values(), ids=NONSENSE)
+def test_nonsense_of_a_server_stops_no_other_task(server, recorded, get, fault):
+    recorded()
+    server.files["/glue/data/RTE.zip"] = b"x"
+    server.faults["/glue/data/RTE.zip"] = [fault] * 5
+    code, table = get(tasks="RTE,WNLI")
+    assert (code, table["RTE"][0]) == (1, "failed")
+    assert table["WNLI"] == DONE[1]["WNLI"]
+
+
+def test_bytes_from_another_address_are_not_gone_on_with(server, get, glue):
+    content = server.files["/glue/data/WNLI.zip"] = zip_of(wnli())
+    (glue / ".download").mkdir(parents=True)
+    (glue / ".download" / "WNLI.zip.part").write_bytes(bytes(10_000))
+    leave_note(server, glue, f'"{hashlib.sha256(content).hexdigest()[:8]}"')
+    note = glue / ".download" / "WNLI.zip.json"
+    note.write_text(note.read_text().replace("/glue/", "/other/"))
+    assert get("--no_verify") == DONE
+    assert server.ranges_asked("/glue/data/WNLI.zip") == [None]
 
 
 def test_a_server_that_stalls(server, recorded, get, glue, monkeypatch, caplog):
@@ -391,7 +457,7 @@ def test_an_endless_body_is_not_read_on(server, get, glue, monkeypatch, length):
     server.files["/glue/data/WNLI.zip"] = bytes(3_000_000)
     code, table = get()
     assert code == 1
-    assert "longer than the 1,002,000 bytes" in table["WNLI"][1]
+    assert "longer than the 1,000,200 bytes" in table["WNLI"][1]
     found = files_below(glue)
     assert "WNLI/train.tsv" not in found
     assert found.get(".download/WNLI.zip.part") == (None if length else b"")  # seen at once, or after the limit
@@ -493,6 +559,7 @@ def test_other_archives_that_are_refused(server, get, glue):
         "Bad CRC-32 for file 'WNLI/train.tsv'": stored[:500] + bytes([stored[500] ^ 1]) + stored[501:],
         "two of its files have one name": zip_of({**wnli(), "WNLI/train.tsv/x": b""}),
         "found no files": zip_of({}),
+        "WNLI.zip: no train.tsv, dev.tsv, test.tsv in it": zip_of({"WNLI/README": b"x"}),
     }
     for why, content in archives.items():
         server.files["/glue/data/WNLI.zip"] = content
@@ -577,7 +644,19 @@ def test_too_little_space_is_seen_before_the_download(server, recorded, get, glu
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     code, table = get()
     assert code == 1
-    assert re.search(r"0\.\d MB are needed in .*, and 0.0 MB are free there", table["WNLI"][1])
+    assert table["WNLI"][1].startswith(
+        f"[Errno 28] 0.1 MB are needed, and 0.0 MB are free: '{glue}/.download'; with more"
+    )
+
+
+def test_too_little_space_to_unpack_keeps_the_archive(server, recorded, get, monkeypatch):
+    content = recorded()
+    usage = shutil.disk_usage("/")
+    with monkeypatch.context() as patch:
+        patch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=len(content)))
+        assert get()[1]["WNLI"][0] == "failed"
+    assert get() == DONE
+    assert len(server.asked) == 1
 
 
 def start(server, glue: Path, log: Path) -> subprocess.Popen:
@@ -622,8 +701,7 @@ def test_killed_while_unpacking(server, recorded, get, glue):
     (making / "train.tsv").write_bytes(b"half")
     (making / "rest.tsv").write_bytes(b"rest")
     (glue / ".download" / "WNLI.zip").write_bytes(content)
-    url_sha256 = hashlib.sha256(f"{server.url}WNLI.zip".encode()).hexdigest()
-    (glue / ".download" / "WNLI.zip.json").write_text(json.dumps({"url_sha256": url_sha256, "state": ""}))
+    leave_note(server, glue)
     assert get() == DONE
     assert whole(glue, wnli())
     assert server.asked == []
@@ -636,9 +714,7 @@ def test_killed_after_the_download_without_a_record(server, get, glue, extra, re
     part = content + extra
     (glue / ".download").mkdir(parents=True)
     (glue / ".download" / "WNLI.zip").write_bytes(part)
-    note = {"url_sha256": hashlib.sha256(f"{server.url}WNLI.zip".encode()).hexdigest()}
-    note["state"] = f'"{hashlib.sha256(content).hexdigest()[:8]}"'
-    (glue / ".download" / "WNLI.zip.json").write_text(json.dumps(note))
+    leave_note(server, glue, f'"{hashlib.sha256(content).hexdigest()[:8]}"')
     assert get("--no_verify") == DONE
     assert whole(glue, wnli())
     expected = [asked and asked.replace("N", str(len(part))) for asked in requests]
@@ -694,9 +770,28 @@ def test_a_removed_file_is_put_back_beside_the_others(server, recorded, get, glu
     recorded()
     get()
     (glue / "WNLI" / "dev.tsv").unlink()
+    (glue / "WNLI" / ".dev.tsv.123.part").write_text("half, of a run that was killed while it put it back")
     (glue / "WNLI" / "train_cache").write_text("mine")
     assert get() == DONE
     assert whole(glue, {**wnli(), "WNLI/train_cache": b"mine"})
+
+
+def test_what_a_killed_run_left_is_removed_and_an_empty_folder_is_taken(server, recorded, get, glue):
+    content = recorded()
+    (glue / "WNLI").mkdir(parents=True)
+    assert get() == DONE
+    (glue / ".download" / "WNLI.zip").write_bytes(content)  # killed before it was removed
+    (glue / ".download" / "WNLI.making").mkdir()
+    assert get()[1]["WNLI"][0] == "already there"
+    assert whole(glue, wnli())
+    assert not (glue / ".download" / "WNLI.making").exists()
+
+
+def test_files_that_no_script_reads_may_be_removed(server, get, glue):
+    server.files["/glue/data/WNLI.zip"] = zip_of({**wnli(), "WNLI/original/a.txt": b"x"})
+    get("--no_verify")
+    shutil.rmtree(glue / "WNLI" / "original")
+    assert get()[1]["WNLI"][1].endswith("; 1 other files were removed")
 
 
 def test_a_folder_of_the_user(server, recorded, get, glue):
@@ -781,6 +876,25 @@ def test_a_page_in_place_of_mrpc(server, get, glue):
     assert "msr_paraphrase_test.txt, line 2: 5 columns expected: '<p>Sign in" in table["MRPC"][1]
     serve_small_tasks(server)
     assert get("--no_verify", tasks="MRPC")[0] == 0
+
+
+def test_a_spoiled_raw_file_of_the_user_costs_no_verified_download(server, get, glue, tmp_path, monkeypatch):
+    serve_small_tasks(server)
+    ids = server.files["/glue/data/mrpc_dev_ids.tsv"]
+    sources = download_glue_data.SOURCES["MRPC"]
+    recorded = download_glue_data.Source("mrpc_dev_ids.tsv", len(ids), hashlib.sha256(ids).hexdigest())
+    monkeypatch.setitem(download_glue_data.SOURCES, "MRPC", [*sources[:2], recorded])
+    for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"):
+        (tmp_path / name).write_text("header\nspoiled\n")
+    assert get("--path_to_mrpc", tmp_path, tasks="MRPC")[0] == 1
+    assert files_below(glue)[".download/mrpc_dev_ids.tsv"] == ids
+
+
+def test_raw_files_among_the_downloads_are_not_removed(server, glue, refused):
+    serve_small_tasks(server)
+    (glue / ".download").mkdir(parents=True)
+    argv = ["--tasks", "MRPC", "--data_dir", glue, "--path_to_mrpc", glue / ".download", "--base_url", server.url]
+    assert "move the raw files elsewhere" in refused(download_glue_data.main, argv)
 
 
 @pytest.mark.skipif(not REAL_MRPC.is_dir(), reason="the real data is not here")
