@@ -65,10 +65,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--patience", type=cli.whole_number(1), help="stop after so many validations without a better score")
     add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step (not per update)")
-    add("--val_batch_size", type=cli.whole_number(1), default=128, help="pairs per step of the validation")
+    add("--val_batch_size", type=cli.whole_number(1), default=128, help="pairs of full length per step of validation")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=2, help="batches per update")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--fp16", action="store_true", help="mixed precision, CUDA only")
+    cli.add_precision_flags(parser)
+    cli.add_padding_flag(parser)
     add("--lr", type=cli.positive, default=2e-5, help="peak rate of BertAdam")
     add("--warmup_proportion", type=cli.share, default=0.1, help="share of the schedule with a growing rate")
     add(
@@ -162,14 +163,14 @@ def run_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_features(
-    args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any
+    args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any, padding: str
 ) -> dict[str, "Features"]:
     """Separate features of each split, from caches whose names the user gave or that lie beside the data."""
     from dse.features import cached_features
 
     paths = features_paths(args, task)
     return {
-        split: cached_features("separate", task, rows, tokenizer, args.max_seq_length, *paths[split])
+        split: cached_features("separate", task, rows, tokenizer, args.max_seq_length, *paths[split], padding)
         for split, rows in examples.items()
     }
 
@@ -221,7 +222,7 @@ def make_trainer(
         accumulation_steps=args.gradient_accumulation_steps,
         seed=seed,
         device=device,
-        fp16=args.fp16,
+        precision=cli.precision_of(args),
     )
 
 
@@ -229,7 +230,7 @@ def make_validate(
     args: argparse.Namespace, task: Task, trainer: "Trainer", features: dict[str, "Features"]
 ) -> Callable[[], dict[str, float]]:
     """Metrics on dev and, with a prefix, on the task's other validation sets (mm_…, test_…)."""
-    from dse.evaluation import measure_student, predict
+    from dse.evaluation import measure_student, predict_pairs
 
     measure = measure_student(task, args.tune_positive_thresholds)
 
@@ -238,9 +239,7 @@ def make_validate(
         for split, rows in features.items():
             if split == "train":
                 continue
-            outputs = predict(
-                trainer.model, trainer.forward, rows, args.val_batch_size, trainer.device, f"validate {split}"
-            )
+            outputs = predict_pairs(trainer.model, rows, args.val_batch_size, trainer.device, f"validate {split}")
             prefix = "" if split == "dev" else f"{split}_"
             metrics |= {prefix + name: value for name, value in measure(outputs, rows.labels).items()}
         return metrics
@@ -329,12 +328,13 @@ def run(args: argparse.Namespace) -> None:
 
     # 2. Teacher logits that belong to this data; features; device and seed.
     from dse.distillation import load_logits, logits_identity
+    from dse.features import padding_for
 
     logits = load_logits(
         args.distillation_logits_path, logits_identity(task, examples["train"].files, len(examples["train"]))
     )
-    device = cli.select_device(args.disable_gpu, args.gpu_id, args.fp16)
-    features = make_features(args, task, examples, start.tokenizer)
+    device = cli.select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
+    features = make_features(args, task, examples, start.tokenizer, padding_for(device, args.padding))
     seed = cli.seed_everything(args.random_seed)
 
     # 3. Student and trainer.

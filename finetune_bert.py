@@ -38,7 +38,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--do_eval", action="store_true", help="evaluate on the dev set, after each epoch when training")
     add("--do_lower_case", action="store_true", help="uncased model")
     add("--train_batch_size", type=cli.whole_number(1), default=32, help="pairs per update")
-    add("--eval_batch_size", type=cli.whole_number(1), default=8, help="pairs per step of the evaluation")
+    add(
+        "--eval_batch_size", type=cli.whole_number(1), default=8, help="pairs of full length per step of the evaluation"
+    )
     add("--learning_rate", type=cli.positive, default=5e-5, help="peak rate of BertAdam")
     add("--num_train_epochs", type=cli.whole_epochs, default=3.0, help="epochs")
     add("--warmup_proportion", type=cli.share, default=0.1, help="share of the updates with a growing rate")
@@ -49,7 +51,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=1, help="batches per update")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--fp16", action="store_true", help="mixed precision, CUDA only")
+    cli.add_precision_flags(parser)
+    cli.add_padding_flag(parser)
     add("--file_log", action="store_true", help="log to a file too, and a JSON line per epoch beside it")
     add("--log_dir", default="outputs/logs", help="folder of the log files")
     add("--save_checkpoint_every_epoch", action="store_true", help="refresh --output_dir after each epoch")
@@ -86,14 +89,16 @@ def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
     return {split: read_examples(task, args.data_dir, split) for split in splits}
 
 
-def make_features(args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any) -> dict[str, Any]:
+def make_features(
+    args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any, padding: str
+) -> dict[str, Any]:
     from dse.features import cached_features
 
     bert_name, length = last_part(args.bert_model), args.max_seq_length
     features = {}
     for split, examples in data.items():
         path = Path(args.data_dir) / cache_name(split, bert_name, length, task.name, "joint")
-        features[split] = cached_features("joint", task, examples, tokenizer, length, path, chosen=False)
+        features[split] = cached_features("joint", task, examples, tokenizer, length, path, False, padding)
     return features
 
 
@@ -126,7 +131,7 @@ def make_trainer(args: argparse.Namespace, task: Task, model: Any, features: Any
         accumulation_steps=args.gradient_accumulation_steps,
         seed=seed,
         device=device,
-        fp16=args.fp16,
+        precision=cli.precision_of(args),
     )
 
 
@@ -170,13 +175,14 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(bert_folder, args.do_lower_case, "--bert_model")
 
     # 2. Device, seed, features, model.
+    from dse.features import padding_for
     from dse.models import load_teacher
     from dse.reporting import append_json_line, format_metrics
 
-    device, seed = cli.select_device(args.no_cuda, args.gpu_id, args.fp16), cli.seed_everything(args.seed)
+    device, seed = cli.select_device(args.no_cuda, args.gpu_id, cli.precision_of(args)), cli.seed_everything(args.seed)
     logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
     model = load_teacher(bert_folder, task, fine_tuned=not args.do_train).to(device)
-    features = make_features(args, task, data, tokenizer)
+    features = make_features(args, task, data, tokenizer, padding_for(device, args.padding))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

@@ -41,7 +41,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
     add("--output_dir", default="outputs/logits", help="folder of the logits file")
     add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
-    add("--batch_size", type=cli.whole_number(1), default=256, help="pairs per step")
+    add("--batch_size", type=cli.whole_number(1), default=256, help="pairs of full length per step")
+    cli.add_padding_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -67,15 +68,16 @@ def run(args: argparse.Namespace) -> None:
 
     from dse.distillation import logits_identity, save_logits
     from dse.evaluation import predict
-    from dse.features import cached_features
+    from dse.features import cached_features, padding_for
     from dse.models import load_teacher, teacher_logits
 
     device = cli.select_device(args.disable_gpu, args.gpu_id)
     identity = teacher_identity(teacher_dir)
     teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
     features = cached_features(
-        "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, chosen=True
-    )
+        "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, True,
+        padding_for(device, args.padding),
+    )  # fmt: skip
     logger.info("device %s, %d pairs of %s", cli.describe_device(device), len(features), task.name)
 
     # 3. Logits, in file order.

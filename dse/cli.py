@@ -5,6 +5,7 @@ Loads no torch at import, so that `-h` and refusals are immediate.
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 
 
@@ -165,6 +167,22 @@ def same_value(one: Any, other: Any) -> bool:
     return one == other
 
 
+def add_padding_flag(parser: argparse.ArgumentParser) -> None:
+    """How batches are laid out; the numbers are the same to rounding."""
+    parser.add_argument(
+        "--padding",
+        choices=("packed", "batch", "max"),
+        help="packed: none but in attention; batch: to the longest row; max: to max_seq_length "
+        "(not given: packed on CPU, batch on CUDA)",
+    )
+
+
+def add_precision_flags(parser: argparse.ArgumentParser) -> None:
+    """Mixed precision for training."""
+    parser.add_argument("--fp16", action="store_true", help="mixed precision with float16, CUDA only")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes above a progress bar, not through it."""
 
@@ -191,13 +209,36 @@ def set_up_logging(file: Path | None = None) -> None:
         logger.info("log: %s", file)
 
 
-def select_device(no_gpu: bool, gpu_id: int, fp16: bool = False) -> "torch.device":
+def precision_of(args: argparse.Namespace) -> str:
+    """ "fp32", "fp16" or "bf16". Raises InputError for two of them."""
+    if args.fp16 and args.bf16:
+        raise InputError("--bf16: give it or --fp16, not both")
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next tensor, and take none directly from the system.
+
+    By default each big tensor's memory is mapped anew, and its pages are cleared as they are touched, which takes
+    longer than most of what is computed on it. Elsewhere than on glibc nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 64 << 20)
+
+
+def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
     """CUDA where there is one, unless told otherwise. Raises InputError for a GPU that is not there."""
     import torch
 
     if no_gpu or not torch.cuda.is_available():
-        if fp16:
-            raise InputError("--fp16: mixed precision needs a CUDA device, and this run has none: leave the flag out")
+        if precision == "fp16":
+            raise InputError("--fp16: needs a CUDA device, and this run has none: leave the flag out, or give --bf16")
+        keep_freed_memory()
         return torch.device("cpu")
     if not 0 <= gpu_id < torch.cuda.device_count():
         raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {torch.cuda.device_count()}, counted from 0")

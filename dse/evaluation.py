@@ -1,6 +1,8 @@
 """The one inference loop, for teacher and student alike, and the metrics of what it gives."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -8,12 +10,36 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dse.distillation import hard_loss, teacher_loss
-from dse.features import Features, in_batches
+from dse.features import Features, SeparateFeatures, in_batches
 from dse.metrics import student_metrics, teacher_metrics
 from dse.processors import Task
 
-Forward = Callable[[dict[str, Tensor]], Tensor]
+if TYPE_CHECKING:
+    from dse.models import DSESiameseClassifier
+
+_PAIRS_PER_STEP = 4096  # of the head
+Forward = Callable[[dict[str, Any]], Tensor]
 Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+TOKENS_PER_STEP = {"cpu": 4096, "cuda": 65536}  # more gain nothing, and take memory
+
+
+def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Rows in batches of similar length, longest first, so that one too big for memory fails at once.
+
+    A batch has at most `tokens` places when its rows are padded to the longest, unless a single row has more.
+
+    >>> [batch.tolist() for batch in by_length(np.array([3, 9, 4, 4]), 8)]
+    [[1], [2, 3], [0]]
+    """
+    order = np.argsort(-costs, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, tokens // int(costs[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
 
 
 def predict(
@@ -24,23 +50,79 @@ def predict(
     Args:
         model: put into evaluation mode for the while, and back after it.
         forward: a batch's inputs to its outputs (batch, width).
+        batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
         what: name of the progress bar.
 
     Returns:
         (n, width), float32. Batches are made of rows of similar length, which changes no number but rounding.
     """
+    with _inference(model):
+        tokens = _tokens_per_step(batch_size, features, device)
+        return _by_batches(forward, features.batch, features.costs, tokens, device, what)
+
+
+def predict_pairs(
+    model: "DSESiameseClassifier", features: SeparateFeatures, batch_size: int, device: torch.device, what: str
+) -> np.ndarray:
+    """The student's outputs for all pairs, in file order, without dropout; each distinct text is embedded once.
+
+    Args:
+        batch_size: pairs of texts of max_seq_length that a step may hold; of shorter texts it holds more.
+
+    Returns:
+        (n, fc_dims[-1]), float32.
+    """
+    with _inference(model):
+        embeddings = embed_texts(model, features, 2 * batch_size, device, what)
+        outputs = []
+        for rows in in_batches(np.arange(len(features)), _PAIRS_PER_STEP):
+            u, v = (torch.from_numpy(embeddings[texts[rows]]).to(device) for texts in (features.first, features.second))
+            outputs.append(model.siamese_head(u, v).float().cpu().numpy())
+        return np.concatenate(outputs)
+
+
+def embed_texts(
+    model: "DSESiameseClassifier", features: SeparateFeatures, batch_size: int, device: torch.device, what: str
+) -> np.ndarray:
+    """Embeddings of all distinct texts, (texts, embedding_size), float32, without dropout."""
+    lengths, tokens = features.texts.lengths, _tokens_per_step(batch_size, features, device)
+    with _inference(model):
+        return _by_batches(lambda inputs: model.embed(**inputs), features.text_batch, lengths, tokens, device, what)
+
+
+def _tokens_per_step(batch_size: int, features: Features, device: torch.device) -> int:
+    longest = features.max_seq_length or int(features.costs.max())
+    return min(batch_size * longest, TOKENS_PER_STEP.get(device.type, TOKENS_PER_STEP["cuda"]))
+
+
+@contextlib.contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and the mode from before at the end."""
     was_training = model.training
     model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _by_batches(
+    forward: Forward,
+    batch: Callable[[np.ndarray], dict[str, Any]],
+    costs: np.ndarray,
+    tokens: int,
+    device: torch.device,
+    what: str,
+) -> np.ndarray:
     outputs: np.ndarray | None = None
-    longest_first = np.argsort(-features.costs, kind="stable")  # a batch too big for memory fails at once
-    with torch.inference_mode(), tqdm(total=len(features), desc=what, unit="pair", disable=None, leave=False) as bar:
-        for rows in in_batches(longest_first, batch_size):
-            batch = forward({name: tensor.to(device) for name, tensor in features.batch(rows).items()}).float().cpu()
+    with tqdm(total=len(costs), desc=what, unit="row", disable=None, leave=False) as bar:
+        for rows in by_length(costs, tokens):
+            some = forward({name: tensor.to(device) for name, tensor in batch(rows).items()}).float().cpu()
             if outputs is None:
-                outputs = np.empty((len(features), batch.shape[1]), dtype=np.float32)
-            outputs[rows] = batch.numpy()
+                outputs = np.empty((len(costs), some.shape[1]), dtype=np.float32)
+            outputs[rows] = some.numpy()
             bar.update(len(rows))
-    model.train(was_training)
     return outputs
 
 

@@ -2,7 +2,7 @@
 
 Joint, for the teacher: `[CLS] a [SEP] b [SEP]` with token types 0 and 1. Separate, for the student:
 `[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, so no
-padding is stored; a batch is padded to its own longest row.
+padding is stored; a batch is packed (packing.py), or padded to its own longest row or to max_seq_length.
 
     max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
     on a tie the second one does: 4+3 -> 3+3 -> 3+2.
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dse.cache import check_cache_path, read_cache, write_cache
+from dse.packing import pack
 from dse.pretrained import tokenizer_key
 from dse.processors import REGRESSION, Examples, Task, task_to_dict
 
@@ -43,10 +44,10 @@ class Ragged:
         """Tokens per row, int64."""
         return np.diff(self.offsets)
 
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the given rows, each (len(rows), longest row), int64."""
+    def padded(self, rows: np.ndarray, pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the given rows, each (len(rows), `length` or the longest row), int64."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
-        columns = np.arange(lengths.max())
+        columns = np.arange(length or lengths.max())
         mask = columns < lengths[:, None]
         places = np.where(mask, self.offsets[rows][:, None] + columns, 0)
         ids = np.where(mask, self.ids[places], pad_id).astype(np.int64)
@@ -61,6 +62,8 @@ class JointFeatures:
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
     labels: np.ndarray | None  # (n,), int64 or, for regression, float32
     pad_id: int
+    padding: str = "batch"  # one of PADDINGS
+    max_seq_length: int | None = None  # what "max" pads to
 
     def __len__(self) -> int:
         return len(self.first_lengths)
@@ -70,9 +73,11 @@ class JointFeatures:
         """Tokens per pair, int64: what batches of similar length are made by."""
         return self.tokens.lengths
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """input_ids, attention_mask and token_type_ids of the given pairs, each (len(rows), longest), int64."""
-        ids, mask = self.tokens.padded(rows, self.pad_id)
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Inputs of the given pairs: `packed`, or input_ids, attention_mask, token_type_ids, (len(rows), length)."""
+        if self.padding == "packed":
+            return {"packed": pack(self.tokens, rows, self.first_lengths[rows])}
+        ids, mask = self.tokens.padded(rows, self.pad_id, self.max_seq_length if self.padding == "max" else None)
         second = torch.arange(ids.shape[1]) >= torch.from_numpy(self.first_lengths[rows].astype(np.int64))[:, None]
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": second.long() * mask}
 
@@ -95,6 +100,8 @@ class SeparateFeatures:
     second: np.ndarray  # int32, (n,)
     labels: np.ndarray | None
     pad_id: int
+    padding: str = "batch"
+    max_seq_length: int | None = None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -105,9 +112,15 @@ class SeparateFeatures:
         lengths = self.texts.lengths
         return np.maximum(lengths[self.first], lengths[self.second])
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """input_ids and attention_mask, each (2 * len(rows), longest), int64: first texts, then second texts."""
-        ids, mask = self.texts.padded(np.concatenate([self.first[rows], self.second[rows]]), self.pad_id)
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Inputs of the given pairs: the first texts of all, then the second ones (`text_batch`)."""
+        return self.text_batch(np.concatenate([self.first[rows], self.second[rows]]))
+
+    def text_batch(self, texts: np.ndarray) -> dict[str, Any]:
+        """Inputs of the given texts: `packed`, or input_ids and attention_mask, each (len(texts), length), int64."""
+        if self.padding == "packed":
+            return {"packed": pack(self.texts, texts)}
+        ids, mask = self.texts.padded(texts, self.pad_id, self.max_seq_length if self.padding == "max" else None)
         return {"input_ids": ids, "attention_mask": mask}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -121,6 +134,12 @@ class SeparateFeatures:
 
 
 Features = JointFeatures | SeparateFeatures
+PADDINGS = ("packed", "batch", "max")
+
+
+def padding_for(device: torch.device, asked: str | None) -> str:
+    """The padding that was asked for, or the device's default: packed on CPU; on CUDA it was not measured."""
+    return asked or ("packed" if device.type == "cpu" else "batch")
 
 
 def label_array(task: Task, examples: Examples) -> np.ndarray | None:
@@ -238,6 +257,7 @@ def cached_features(
     max_seq_length: int,
     path: str | Path,
     chosen: bool,
+    padding: str = "batch",
 ) -> Features:
     """Features from the cache at `path` if it was made from the same, else made now and stored there.
 
@@ -247,6 +267,7 @@ def cached_features(
         path: of the cache.
         chosen: did the user name the path? Then another kind of file there is refused, and so is a place
             that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
+        padding: one of PADDINGS: how their batches are laid out.
     """
     path = Path(path)
     features_class, make = FORMS[form]
@@ -263,9 +284,11 @@ def cached_features(
     arrays = read_cache(path, made_from) if path.exists() else None
     if arrays is not None:
         logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
-        return features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
-    features = make(task, examples, tokenizer, max_seq_length)
-    write_cache(path, features.arrays(), made_from, chosen)
+        features = features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
+    else:
+        features = make(task, examples, tokenizer, max_seq_length)
+        write_cache(path, features.arrays(), made_from, chosen)
+    features.padding, features.max_seq_length = padding, max_seq_length
     return features
 
 

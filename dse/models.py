@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dse.config import DSEConfig
 from dse.files import InputError, one_line
+from dse.packing import PackedBatch, first_states, hidden_states, padded
 from dse.poolers import pool
 from dse.pretrained import bert_config
 from dse.processors import Task
@@ -43,10 +44,26 @@ class SentenceEncoder(nn.Module):
         if config.freeze_bert:
             bert.requires_grad_(False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, length) ids and mask, int64, to (batch, embedding_size), float32."""
-        pooled = self.dropout(self._pool(input_ids, attention_mask))
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        packed: PackedBatch | None = None,
+    ) -> Tensor:
+        """(batch, length) ids and mask, int64, or the same sentences packed, to (batch, embedding_size), float32."""
+        pooled = self._pool(input_ids, attention_mask) if packed is None else self._pool_packed(packed)
+        pooled = self.dropout(pooled)
         return pooled if self.classifier is None else self.classifier(pooled)
+
+    def _pool_packed(self, batch: PackedBatch) -> Tensor:
+        if self.config.pooler_type == "cls":
+            return self.bert.pooler(first_states(self.bert, batch).unsqueeze(1))
+        top = hidden_states(self.bert, batch, self.config.pooler_num_top_hidden_layers)
+        groups = [
+            pool(self.config.pooler_type, [padded(states, group) for states in top], group.mask)
+            for group in batch.groups
+        ]
+        return torch.cat(groups).index_select(0, batch.order)
 
     def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooler_type == "cls":
@@ -64,9 +81,9 @@ class DSEModel(nn.Module):
         super().__init__()
         self.bert = SentenceEncoder(bert, config)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, length) ids and mask, int64, to (batch, embedding_size), float32."""
-        return self.bert(input_ids, attention_mask)
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """As SentenceEncoder: to (batch, embedding_size), float32."""
+        return self.bert(*args, **inputs)
 
 
 class SiameseHead(nn.Module):
@@ -104,22 +121,33 @@ class DSESiameseClassifier(nn.Module):
         self.dse_model = DSEModel(bert, config)
         self.siamese_head = SiameseHead(config)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, length) ids and mask, int64, to (batch, embedding_size), float32."""
-        return self.dse_model(input_ids, attention_mask)
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        packed: PackedBatch | None = None,
+    ) -> Tensor:
+        """(batch, length) ids and mask, int64, or the same sentences packed, to (batch, embedding_size), float32."""
+        return self.dse_model(input_ids, attention_mask, packed)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        packed: PackedBatch | None = None,
+    ) -> Tensor:
         """Score B pairs.
 
         Args:
             input_ids: (2 * B, length), int64: the first sentences of all pairs, then the second ones, so that
                 one pass of the encoder serves both.
             attention_mask: (2 * B, length), int64.
+            packed: the same rows without padding, in place of both.
 
         Returns:
             (B, fc_dims[-1]), float32: logits, or scores for regression.
         """
-        u, v = self.embed(input_ids, attention_mask).chunk(2)
+        u, v = self.embed(input_ids, attention_mask, packed).chunk(2)
         return self.siamese_head(u, v)
 
 
@@ -131,8 +159,11 @@ def empty_student(config: DSEConfig) -> DSESiameseClassifier:
 
 
 def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits (batch, labels) of a BertForSequenceClassification."""
-    return model(**inputs).logits
+    """Logits (batch, labels) of a BertForSequenceClassification, from padded or packed inputs."""
+    if "packed" not in inputs:
+        return model(**inputs).logits
+    pooled = model.bert.pooler(first_states(model.bert, inputs["packed"]).unsqueeze(1))
+    return model.classifier(model.dropout(pooled))
 
 
 def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]]:

@@ -4,6 +4,9 @@ Per tensor: its own gradient is clipped to norm 1, there is no bias correction, 
 the update rather than to the gradient:
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        p = p - rate (m / (sqrt(v) + e) + wd p)
+
+torch's fused AdamW computes the same in one pass over memory once its bias correction, 1 - b^step, is 1: it is told
+that a billion steps went before. (It decays first, p (1 - rate wd), and then adds the rest, which is the same sum.)
 """
 
 from collections.abc import Iterable
@@ -11,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
 MAX_GRADIENT_NORM = 1.0
+_LONG_AGO = 1e9  # steps: 0.999^1e9 is 0
 
 
 def scheduled_rate(rate: float, updates: int, t_total: int, warmup: float) -> float:
@@ -69,24 +74,43 @@ class BertAdam(torch.optim.Optimizer):
         """Make one update from the gradients; a parameter without gradient is left alone, decay included."""
         rate = self.next_rate
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, rate, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, rate, group)
             group["updates"] += 1
 
-    def _update(self, parameter: nn.Parameter, rate: float, group: dict[str, Any]) -> None:
-        gradient, (b1, b2), state = parameter.grad, group["betas"], self.state[parameter]
-        nn.utils.clip_grad_norm_(parameter, MAX_GRADIENT_NORM)
-        if not state:
-            state["m"] = torch.zeros_like(parameter)
-            state["v"] = torch.zeros_like(parameter)
-        m, v = state["m"], state["v"]
-        m.mul_(b1).add_(gradient, alpha=1 - b1)
-        v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        update = m / (v.sqrt() + group["eps"])
-        if group["weight_decay"]:
-            update.add_(parameter, alpha=group["weight_decay"])
-        parameter.add_(update, alpha=-rate)
+    def _update(self, parameters: list[nn.Parameter], rate: float, group: dict[str, Any]) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        clip_each(gradients)
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["m"] = torch.zeros_like(parameter)
+                self.state[parameter]["v"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            gradients,
+            [state["m"] for state in states],
+            [state["v"] for state in states],
+            [],
+            [torch.tensor(_LONG_AGO, device=parameter.device) for parameter in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=rate,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def clip_each(gradients: list[torch.Tensor]) -> None:
+    """Scale each gradient, by itself, to a norm of at most MAX_GRADIENT_NORM, in place."""
+    norms = torch.stack(torch._foreach_norm(gradients)).tolist()
+    long = [(gradient, norm) for gradient, norm in zip(gradients, norms, strict=True) if not norm <= MAX_GRADIENT_NORM]
+    for gradient, norm in long:  # NaN too: it must reach the weights and be seen
+        gradient.mul_(MAX_GRADIENT_NORM / (norm + 1e-6))
 
 
 def make_optimizer(model: nn.Module, lr: float, t_total: int, warmup: float) -> BertAdam:

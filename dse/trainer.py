@@ -42,7 +42,7 @@ class Trainer:
         batch_size: rows per batch.
         accumulation_steps: batches per update.
         seed: of the order of the rows.
-        fp16: mixed precision, on CUDA only.
+        precision: "fp32", or mixed: "fp16" (CUDA only) or "bf16".
     """
 
     def __init__(
@@ -58,14 +58,15 @@ class Trainer:
         accumulation_steps: int,
         seed: int,
         device: torch.device,
-        fp16: bool = False,
+        precision: str = "fp32",
     ) -> None:
         self.model, self.forward, self.loss, self.measure = model, forward, loss, measure
         self.features, self.optimizer = features, optimizer
         self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
         self.seed, self.device = seed, device
-        self.autocast = torch.autocast(device.type, dtype=torch.float16, enabled=fp16)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        half = torch.float16 if precision == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, dtype=half, enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.history: list[Record] = []
 
     @property

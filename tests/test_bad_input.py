@@ -114,7 +114,9 @@ def test_student(changes, message, refused_student, tmp_path):
 @NO_GPU
 def test_fp16_without_cuda(refused_teacher, refused_student):
     for refused_line in (refused_teacher(fp16=True), refused_student(fp16=True)):
-        assert "--fp16: mixed precision needs a CUDA device" in refused_line
+        assert "--fp16: needs a CUDA device" in refused_line
+    for refused_line in (refused_teacher(fp16=True, bf16=True), refused_student(fp16=True, bf16=True)):
+        assert "--bf16: give it or --fp16, not both" in refused_line
 
 
 BAD_DATA = {

@@ -10,9 +10,9 @@ from transformers import BertForSequenceClassification
 
 from dse.config import POOLER_TYPES, DSEConfig
 from dse.distillation import distillation_targets, student_loss
-from dse.evaluation import predict
-from dse.features import SeparateFeatures, in_batches, joint_features, separate_features
-from dse.models import DSESiameseClassifier, new_student
+from dse.evaluation import predict, predict_pairs
+from dse.features import PADDINGS, SeparateFeatures, in_batches, joint_features, separate_features
+from dse.models import DSESiameseClassifier, new_student, teacher_logits
 from dse.optimization import make_optimizer
 from dse.pretrained import bert_config, load_tokenizer
 from dse.processors import Examples, get_task
@@ -74,15 +74,17 @@ def test_separate_ids_equal_the_originals(length, side, pairs, tokenizer):
     )
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("kind", TASKS)
-def test_teacher_logits(kind, pairs, tokenizer):
+def test_teacher_logits(kind, padding, pairs, tokenizer):
     golden = arrays("teacher.npz")
     weight, bias = (torch.from_numpy(golden[f"{kind}_classifier_{name}"]) for name in ("weight", "bias"))
     teacher = BertForSequenceClassification.from_pretrained(TINY, num_labels=len(bias)).eval()
     teacher.classifier.load_state_dict({"weight": weight, "bias": bias})
     features = joint_features(TASKS[kind], pairs, tokenizer, 24)
+    features.padding, features.max_seq_length = padding, 24
     with torch.inference_mode():
-        logits = teacher(**features.batch(np.arange(len(pairs)))).logits
+        logits = teacher_logits(teacher, features.batch(np.arange(len(pairs))))
     np.testing.assert_allclose(logits.numpy(), golden[f"{kind}_logits"], atol=1e-5, rtol=0)
 
 
@@ -91,10 +93,13 @@ def student(config_flags: dict, seed: int = 0) -> DSESiameseClassifier:
     return new_student(TINY, DSEConfig(bert=bert_config(TINY, "--bert_model"), **config_flags))
 
 
-def first_embeddings(model: DSESiameseClassifier, pairs: Examples, tokenizer) -> np.ndarray:
+def assert_first_embeddings(expected: np.ndarray, model: DSESiameseClassifier, pairs: Examples, tokenizer) -> None:
     features = separate_features(TASKS["binary"], pairs, tokenizer, 24)
-    with torch.inference_mode():
-        return model.eval().embed(*features.texts.padded(features.first, features.pad_id)).numpy()
+    features.max_seq_length = 24
+    for features.padding in PADDINGS:
+        with torch.inference_mode():
+            embeddings = model.eval().embed(**features.text_batch(features.first)).numpy()
+        np.testing.assert_allclose(embeddings, expected, atol=1e-5, rtol=0, err_msg=features.padding)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def first_embeddings(model: DSESiameseClassifier, pairs: Examples, tokenizer) ->
 def test_embeddings(pooler, layers, pairs, tokenizer):
     model = student({"pooler_type": pooler, "pooler_num_top_hidden_layers": layers})
     expected = arrays("embeddings.npz")[f"{pooler}_{layers}"]
-    np.testing.assert_allclose(first_embeddings(model, pairs, tokenizer), expected, atol=1e-5, rtol=0)
+    assert_first_embeddings(expected, model, pairs, tokenizer)
 
 
 def test_embeddings_with_additional_layer(pairs, tokenizer):
@@ -111,9 +116,7 @@ def test_embeddings_with_additional_layer(pairs, tokenizer):
     model = student({"additional_embedding_layer_size": 8})
     weight, bias = (torch.from_numpy(golden[f"additional8_{name}"]) for name in ("weight", "bias"))
     model.dse_model.bert.classifier.load_state_dict({"weight": weight, "bias": bias})
-    np.testing.assert_allclose(
-        first_embeddings(model, pairs, tokenizer), golden["additional8_embedding"], atol=1e-5, rtol=0
-    )
+    assert_first_embeddings(golden["additional8_embedding"], model, pairs, tokenizer)
 
 
 class InFileOrder(Trainer):
@@ -149,8 +152,9 @@ def golden_trainer(case: dict, features: SeparateFeatures, model: DSESiameseClas
     )
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", CASES)
-def test_training(name, pairs, tokenizer):
+def test_training(name, padding, pairs, tokenizer):
     case = CASES[name]
     golden = {
         key.removeprefix(f"{name}__"): value
@@ -169,6 +173,7 @@ def test_training(name, pairs, tokenizer):
     assert model.load_state_dict(started, strict=False).unexpected_keys == []
     assert set(started) == {key for key in model.state_dict() if key.startswith("siamese_head.")}
     features = separate_features(TASKS[case["kind"]], labelled(pairs, case["kind"]), tokenizer, case["max_seq_length"])
+    features.padding, features.max_seq_length = padding, case["max_seq_length"]
 
     losses: list[float] = []
     trainer = golden_trainer(case, features, model, losses)
@@ -182,7 +187,7 @@ def test_training(name, pairs, tokenizer):
     after_batch = [rates[(i + 1) // case["gradient_accumulation_steps"]] for i in range(len(losses))]
     np.testing.assert_allclose(after_batch, golden["lr_after_batch"], atol=1e-9, rtol=0)
 
-    outputs = predict(model, trainer.forward, features, 36, trainer.device, "after")
+    outputs = predict_pairs(model, features, 36, trainer.device, "after")
     np.testing.assert_allclose(outputs, golden["final_outputs"], atol=1e-4, rtol=0)
     finals = [key for key in golden if key.startswith("final__")]
     assert len(finals) == 4

@@ -284,6 +284,8 @@ def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, 
     model, tokenizer = student_from_checkpoint(checkpoint)
     task = get_task("mrpc")
     features = separate_features(task, read_examples(task, data("mrpc"), "dev"), tokenizer, 32)
+    features.padding = "max"  # the run's own was packed
+    features.max_seq_length = 32
     outputs = predict(model, lambda inputs: model(**inputs), features, 7, torch.device("cpu"), "again")
     again = measure_student(task, (0.4, 0.5))(outputs, features.labels)
     assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)

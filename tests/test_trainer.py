@@ -13,7 +13,8 @@ class Line:
 
     def __init__(self, rows: int) -> None:
         self.labels = np.zeros(rows, dtype=np.int64)
-        self.costs = np.arange(rows)
+        self.costs = np.arange(rows) + 1
+        self.max_seq_length = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,0 +1,331 @@
+"""Encoding without padding: real tokens only, in everything but the attention product.
+
+A batch's rows lie end to end, longest first: (tokens,) ids become (tokens, hidden) states, on which embeddings,
+projections, feed-forward and layer norms work. Attention needs rows apart. It pads them in groups of similar length,
+so that little is padded, and takes the padding out again:
+
+    rows of 9 8 8 5 4 4 tokens, in groups of 3  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
+
+The weights and modules are those of transformers' BertModel, and so are the numbers, to rounding: padding is masked
+anyway. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
+
+Dropout draws 16 random bits per element, so that a rate p becomes round(65536 p) / 65536, and keeps exactly that
+expectation; torch's own mask on CPU costs many times more.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+    from dse.features import Ragged
+
+_ROWS_PER_GROUP = 8  # fewer cost more calls, more cost more padding
+_MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
+
+
+@dataclass
+class Group:
+    """Rows of similar length, which attention pads to the longest of them."""
+
+    rows: int
+    length: int  # of the longest row
+    tokens: slice  # where its rows lie in the batch
+    place: Tensor  # int64, (rows * length,): the token of each place; for padding, any of the group's
+    back: Tensor  # int64, (tokens,): the place of each token
+    mask: Tensor  # int64, (rows, length): 1 for tokens and 0 for padding
+    bias: Tensor | None  # float, (rows, 1, length): 0 for tokens, far below for padding; None where there is none
+
+
+@dataclass
+class PackedBatch:
+    """Rows of token ids end to end, longest first."""
+
+    ids: Tensor  # int64, (tokens,)
+    positions: Tensor  # int64, (tokens,)
+    types: Tensor | None  # int64, (tokens,); None: all 0
+    starts: Tensor  # int64, (rows,): where each row begins
+    order: Tensor  # int64, (rows,): x[order] puts per-row results back into the order that was asked for
+    groups: list[Group]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on a device."""
+        groups = [_moved(group, device) for group in self.groups]
+        return replace(_moved(self, device), groups=groups)
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    tensors = {each.name: getattr(record, each.name) for each in fields(record)}
+    return replace(record, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
+
+
+def pack(tokens: "Ragged", rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
+    """Pack rows of token ids.
+
+    Args:
+        tokens: all rows.
+        rows: which of them, int; may name one several times.
+        first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
+    """
+    order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
+    rows = rows[order]
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    ids = tokens.ids[np.repeat(tokens.offsets[rows], lengths) + positions].astype(np.int64)
+    types = None
+    if first_lengths is not None:
+        types = torch.from_numpy((positions >= np.repeat(first_lengths[order], lengths)).astype(np.int64))
+    return PackedBatch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        types,
+        torch.from_numpy(starts),
+        torch.from_numpy(np.argsort(order)),
+        [_group(lengths[i : i + _ROWS_PER_GROUP], starts[i]) for i in range(0, len(rows), _ROWS_PER_GROUP)],
+    )
+
+
+def _group(lengths: np.ndarray, start: int) -> Group:
+    rows, length, count = len(lengths), int(lengths[0]), int(lengths.sum())
+    mask = np.arange(length) < lengths[:, None]
+    back = np.flatnonzero(mask)
+    place = np.zeros(rows * length, dtype=np.int64)
+    place[back] = np.arange(count)
+    bias = None
+    if count < rows * length:
+        bias = torch.from_numpy(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, :])
+    return Group(
+        rows,
+        length,
+        slice(int(start), int(start) + count),
+        torch.from_numpy(place),
+        torch.from_numpy(back),
+        torch.from_numpy(mask.astype(np.int64)),
+        bias,
+    )
+
+
+class _Pad(torch.autograd.Function):
+    """(tokens, width) to (places, width); what a place of padding holds must not be used."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return states if group.bias is None else states.index_select(0, group.place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Nothing comes back from padding, so the gradient is gathered where index_select's own would be scattered.
+        return gradient if ctx.group.bias is None else gradient.index_select(0, ctx.group.back), None
+
+
+def padded(states: Tensor, group: Group) -> Tensor:
+    """A group's rows of (tokens, width) as (rows, length, width), to be used with `group.mask`."""
+    return _Pad.apply(states[group.tokens], group).view(group.rows, group.length, -1)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(width)) v within a group, from packed projections to packed context.
+
+    Written out, forward and backward, because then each tensor is padded, or has its heads moved, once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, keep: Tensor | None, group: Group, heads: int) -> Tensor:
+        """(tokens, 3 * hidden) queries, keys and values, and dropout's factors, to (tokens, hidden)."""
+        width = projected.shape[1] // 3 // heads
+        places = projected if group.bias is None else projected.index_select(0, group.place)
+        places = places.view(group.rows, group.length, 3, heads, width).permute(2, 0, 3, 1, 4)
+        q, k, v = places.reshape(3, group.rows * heads, group.length, width)
+        weights = torch.softmax(_scores(q, k, group, heads), dim=-1).to(q.dtype)
+        kept = weights if keep is None else weights * keep
+        context = torch.bmm(kept, v).view(group.rows, heads, group.length, width).transpose(1, 2)
+        context = context.reshape(group.rows * group.length, heads * width)
+        ctx.save_for_backward(q, k, v, weights, keep, kept)
+        ctx.group, ctx.heads = group, heads
+        return context if group.bias is None else context.index_select(0, group.back)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v, weights, keep, kept = ctx.saved_tensors
+        group, heads, width = ctx.group, ctx.heads, q.shape[2]
+        if group.bias is not None:
+            scattered = gradient.new_zeros(group.rows * group.length, heads * width)
+            scattered[group.back] = gradient
+            gradient = scattered
+        gradient = gradient.view(group.rows, group.length, heads, width).transpose(1, 2)
+        gradient = gradient.reshape(group.rows * heads, group.length, width)
+        of_weights = torch.bmm(gradient, v.transpose(1, 2))
+        if keep is not None:
+            of_weights.mul_(keep)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(width**-0.5)
+        of_all = torch.stack(
+            [
+                torch.bmm(of_scores, k),
+                torch.bmm(of_scores.transpose(1, 2), q),
+                torch.bmm(kept.transpose(1, 2), gradient),
+            ]
+        )
+        of_all = of_all.view(3, group.rows, heads, group.length, width).permute(1, 3, 0, 2, 4)
+        of_all = of_all.reshape(group.rows * group.length, 3 * heads * width)
+        return of_all if group.bias is None else of_all.index_select(0, group.back), None, None, None
+
+
+def _scores(q: Tensor, k: Tensor, group: Group, heads: int) -> Tensor:
+    """(rows * heads, queries, width) and (rows * heads, length, width) to scaled and masked (…, queries, length)."""
+    scale = q.shape[2] ** -0.5
+    if group.bias is None:
+        return torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    bias = group.bias.to(q.dtype).expand(group.rows, heads, group.length).reshape(-1, 1, group.length)
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+
+
+def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Dropout's factors, 0 or 1 / (1 - rate), for tensors of the given shapes; from torch's random numbers."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    dropped = round(65536 * rate)
+    bits = torch.empty((sum(sizes) + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    keep = bits.view(torch.int16) >= dropped - 32768
+    factors = keep.view(torch.int8).to(dtype).mul_(65536 / (65536 - dropped))[: sum(sizes)]
+    return [part.view(shape) for part, shape in zip(factors.split(sizes), shapes, strict=True)]
+
+
+class _Dropout:
+    """The factors of one pass through the encoder, drawn at once; layer by layer in the order of their use.
+
+    Args:
+        last_alone: is the last layer computed for each row's first token only?
+    """
+
+    def __init__(self, bert: "BertModel", batch: PackedBatch, like: Tensor, last_alone: bool) -> None:
+        config, heads = bert.config, bert.config.num_attention_heads
+        whole, rows = config.num_hidden_layers - last_alone, sum(group.rows for group in batch.groups)
+        hidden = [like.shape] * (1 + 2 * whole) + [(rows, like.shape[1])] * (2 * last_alone)
+        weights = [(group.rows * heads, group.length, group.length) for group in batch.groups] * whole
+        weights += [(group.rows * heads, 1, group.length) for group in batch.groups] * last_alone
+        self._groups = len(batch.groups)
+        self._hidden = self._factors(hidden, config.hidden_dropout_prob, bert.training, like)
+        self._weights = self._factors(weights, config.attention_probs_dropout_prob, bert.training, like)
+
+    @staticmethod
+    def _factors(shapes: list[Any], rate: float, training: bool, like: Tensor) -> Iterator[Tensor | None]:
+        if not (training and rate):
+            return iter([None] * len(shapes))
+        return iter(keep_factors([tuple(shape) for shape in shapes], rate, like.device, like.dtype))
+
+    def embeddings(self) -> Tensor | None:
+        """For the embeddings, (tokens, hidden)."""
+        return next(self._hidden)
+
+    def layer(self) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+        """For the next layer: its attention weights by group, and its two outputs."""
+        return [next(self._weights) for _ in range(self._groups)], next(self._hidden), next(self._hidden)
+
+
+def hidden_states(bert: "BertModel", batch: PackedBatch, top: int) -> list[Tensor]:
+    """The last `top` layers' states, lowest first, each (tokens, hidden)."""
+    states, dropout = _embed(bert, batch, last_alone=False)
+    layers = []
+    for layer in bert.encoder.layer:
+        states = _run(_layer, layer, states, batch, dropout)
+        layers.append(states)
+    return layers[-top:]
+
+
+def first_states(bert: "BertModel", batch: PackedBatch) -> Tensor:
+    """The last layer's state of `[CLS]` of each row, (rows, hidden), in the order that was asked for.
+
+    The last layer's queries, and all that follows them, are computed for these alone.
+    """
+    states, dropout = _embed(bert, batch, last_alone=True)
+    *below, last = bert.encoder.layer
+    for layer in below:
+        states = _run(_layer, layer, states, batch, dropout)
+    return _run(_last_layer, last, states, batch, dropout).index_select(0, batch.order)
+
+
+def _run(compute: Any, layer: nn.Module, states: Tensor, batch: PackedBatch, dropout: _Dropout) -> Tensor:
+    if layer.gradient_checkpointing and layer.training:
+        return checkpoint(compute, layer, states, batch, *dropout.layer(), use_reentrant=False)
+    return compute(layer, states, batch, *dropout.layer())
+
+
+def _embed(bert: "BertModel", batch: PackedBatch, last_alone: bool) -> tuple[Tensor, _Dropout]:
+    modules = bert.embeddings
+    states = modules.word_embeddings(batch.ids)
+    if batch.types is None:
+        states = states + modules.token_type_embeddings.weight[0]
+    else:
+        states = states + modules.token_type_embeddings(batch.types)
+    states = modules.LayerNorm(states + modules.position_embeddings(batch.positions))
+    dropout = _Dropout(bert, batch, states, last_alone)
+    keep = dropout.embeddings()
+    return (states if keep is None else states * keep), dropout
+
+
+def _layer(
+    layer: nn.Module,
+    states: Tensor,
+    batch: PackedBatch,
+    keep_weights: list[Tensor | None],
+    keep_context: Tensor | None,
+    keep_output: Tensor | None,
+) -> Tensor:
+    """One BertLayer: (tokens, hidden) to (tokens, hidden)."""
+    own, heads = layer.attention.self, layer.attention.self.num_attention_heads
+    projected = _project(states, own.query, own.key, own.value)
+    context = torch.cat(
+        [
+            _Attention.apply(projected[group.tokens], None if keep is None else keep.to(projected.dtype), group, heads)
+            for group, keep in zip(batch.groups, keep_weights, strict=True)
+        ]
+    )
+    states = _add_and_norm(layer.attention.output, context, states, keep_context)
+    return _add_and_norm(layer.output, layer.intermediate(states), states, keep_output)
+
+
+def _last_layer(
+    layer: nn.Module,
+    states: Tensor,
+    batch: PackedBatch,
+    keep_weights: list[Tensor | None],
+    keep_context: Tensor | None,
+    keep_output: Tensor | None,
+) -> Tensor:
+    """One BertLayer for the first token of each row alone: (tokens, hidden) to (rows, hidden)."""
+    own, heads = layer.attention.self, layer.attention.self.num_attention_heads
+    first = states.index_select(0, batch.starts)
+    queries = own.query(first).split([group.rows for group in batch.groups])
+    keys_values = _project(states, own.key, own.value)
+    context = []
+    for group, query, keep in zip(batch.groups, queries, keep_weights, strict=True):
+        width = query.shape[1] // heads
+        both = padded(keys_values, group).view(group.rows, group.length, 2, heads, width).permute(2, 0, 3, 1, 4)
+        k, v = both.reshape(2, group.rows * heads, group.length, width)
+        weights = torch.softmax(_scores(query.reshape(-1, 1, width), k, group, heads), dim=-1).to(query.dtype)
+        weights = weights if keep is None else weights * keep.to(weights.dtype)
+        context.append(torch.bmm(weights, v).view(group.rows, heads * width))
+    states = _add_and_norm(layer.attention.output, torch.cat(context), first, keep_context)
+    return _add_and_norm(layer.output, layer.intermediate(states), states, keep_output)
+
+
+def _project(states: Tensor, *modules: nn.Module) -> Tensor:
+    """Several linear layers of one input as one matrix product, their outputs side by side."""
+    weight = torch.cat([module.weight for module in modules])
+    return functional.linear(states, weight, torch.cat([module.bias for module in modules]))
+
+
+def _add_and_norm(module: nn.Module, inputs: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
+    """What BertSelfOutput and BertOutput do: a projection, dropout, the residual, a layer norm."""
+    projected = module.dense(inputs)
+    total = projected + residual if keep is None else torch.addcmul(residual, projected, keep.to(projected.dtype))
+    return module.LayerNorm(total)

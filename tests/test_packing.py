@@ -1,0 +1,212 @@
+"""Packed encoding against the padded one, which transformers computes: values, gradients, dropout, every pooler."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from dse import packing
+from dse.config import POOLER_TYPES, DSEConfig
+from dse.evaluation import by_length, embed_texts, predict, predict_pairs
+from dse.features import JointFeatures, Ragged, SeparateFeatures
+from dse.models import DSESiameseClassifier, empty_student, teacher_logits
+from dse.packing import keep_factors, pack
+
+LENGTHS = [3, 12, 7, 7, 2, 9, 4, 5, 12, 3, 6]  # in two groups, both with padding
+
+
+def bert_of(**changes) -> dict:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = {"vocab_size": 50, "max_position_embeddings": 16, "initializer_range": 0.3}
+    return BertConfig(**{**config, **sizes, **none, **changes}).to_dict()
+
+
+def student_of(pooler: str = "concat_top_mean", layers: int = 2, **changes) -> DSESiameseClassifier:
+    torch.manual_seed(1)
+    flags = {"pooler_type": pooler, "pooler_num_top_hidden_layers": layers, "fc_dims": (5, 1)}
+    model = empty_student(DSEConfig(bert=bert_of(**changes), **flags))
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def ragged(lengths: list[int]) -> Ragged:
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Ragged(rng.integers(1, 50, offsets[-1]).astype(np.int32), offsets)
+
+
+def separate(lengths: list[int] = LENGTHS) -> SeparateFeatures:
+    texts = np.arange(len(lengths), dtype=np.int32)
+    return SeparateFeatures(ragged(lengths), texts, texts[::-1].copy(), np.zeros(len(lengths), np.int64), pad_id=0)
+
+
+def joint(lengths: list[int] = LENGTHS) -> JointFeatures:
+    firsts = np.array([length // 2 for length in lengths], dtype=np.int32)
+    return JointFeatures(ragged(lengths), firsts, np.zeros(len(lengths), np.int64), pad_id=0)
+
+
+def assert_same(compute, features, model: torch.nn.Module) -> None:
+    """The same outputs and gradients for every padding, of a scalar in which each output counts differently.
+
+    In double precision, where nothing hides behind rounding.
+    """
+    model.double()
+    rows = np.array([5, 1, 1, 8, 0, 10, 3, 2, 9])
+    results = {}
+    for features.padding in ("batch", "max", "packed"):
+        features.max_seq_length = 16
+        model.zero_grad()
+        outputs = compute(features.batch(rows))
+        (outputs * torch.arange(outputs.numel()).view_as(outputs)).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results[features.padding] = outputs.detach(), gradients
+    outputs, gradients = results.pop("batch")
+    assert outputs.abs().max() > 0.1
+    for padding, (others, other_gradients) in results.items():
+        torch.testing.assert_close(others, outputs, rtol=1e-9, atol=1e-9, msg=padding)
+        assert other_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("pooler", POOLER_TYPES)
+def test_student_with_every_pooler(pooler):
+    model = student_of(pooler)
+    assert_same(lambda inputs: model(**inputs), separate(), model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, {"hidden_act": "relu"}], ids=str)
+def test_teacher(changes):
+    torch.manual_seed(2)
+    model = BertForSequenceClassification(BertConfig(**bert_of(**changes), num_labels=3)).eval()
+    assert_same(lambda inputs: teacher_logits(model, inputs), joint(), model)
+
+
+def test_rows_of_one_length_need_no_padding():
+    model = student_of()
+    features = separate([6] * 11)
+    assert all(group.bias is None for group in pack(features.texts, np.arange(11)).groups)
+    assert_same(lambda inputs: model(**inputs), features, model)
+
+
+def test_frozen_encoder_and_gradient_checkpointing():
+    model = student_of()
+    model.dse_model.bert.bert.activation_checkpointing_enable()
+    model.train()
+    assert_same(lambda inputs: model(**inputs), separate(), model)
+    model.dse_model.bert.bert.requires_grad_(False)
+    assert_same(lambda inputs: model(**inputs), separate(), model)
+
+
+def test_checkpointing_repeats_the_dropout():
+    gradients = []
+    for enable in (False, True):
+        model = student_of(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3).train()
+        if enable:
+            model.dse_model.bert.bert.activation_checkpointing_enable()
+        features = separate()
+        features.padding = "packed"
+        torch.manual_seed(3)
+        model(**features.batch(np.arange(11))).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_by_hand():
+    tokens = Ragged(np.array([1, 2, 3, 4, 5, 6], dtype=np.int32), np.array([0, 2, 5, 6]))
+    batch = pack(tokens, np.array([0, 1]), first_lengths=np.array([1, 2]))
+    assert batch.ids.tolist() == [3, 4, 5, 1, 2]  # the longer row first
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
+    assert batch.types.tolist() == [0, 0, 1, 0, 1]
+    assert batch.starts.tolist() == [0, 3]
+    assert batch.order.tolist() == [1, 0]
+    (group,) = batch.groups
+    assert group.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert group.back.tolist() == [0, 1, 2, 3, 4]
+    assert group.place.tolist()[:5] == [0, 1, 2, 3, 4]
+
+
+def test_dropout_keeps_the_expectation_and_follows_the_seed():
+    shapes = [(400, 500), (3,), (0, 2), (100, 7)]
+    for rate in (0.1, 0.25):
+        torch.manual_seed(7)
+        factors = keep_factors(shapes, rate, torch.device("cpu"), torch.float32)
+        assert [tuple(factor.shape) for factor in factors] == shapes
+        scale = 65536 / (65536 - round(65536 * rate))
+        assert set(factors[0].unique().tolist()) == {0.0, torch.tensor(scale).item()}
+        assert (factors[0] == 0).float().mean() == pytest.approx(rate, abs=4 * (rate / 200_000) ** 0.5)
+        assert factors[0].mean() == pytest.approx(1, abs=0.005)
+        torch.manual_seed(7)
+        assert torch.equal(keep_factors(shapes, rate, torch.device("cpu"), torch.float32)[0], factors[0])
+        assert not torch.equal(factors[0][:200], factors[0][200:])
+
+
+@pytest.mark.parametrize("pooler", ["concat_top_mean", "cls"])
+def test_dropout_comes_where_the_padded_model_has_it(pooler, monkeypatch):
+    """Every dropout of either path multiplies by 1 + its rate instead."""
+    model = student_of(pooler, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.25).train()
+    model.dse_model.bert.bert.set_attn_implementation("eager")  # sdpa has its own dropout
+
+    def multiply(inputs, p=0.5, training=True, inplace=False):
+        return inputs * (1 + p) if training else inputs
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", multiply)
+    monkeypatch.setattr(
+        packing, "keep_factors", lambda shapes, rate, device, dtype: [torch.full(shape, 1 + rate) for shape in shapes]
+    )
+    assert_same(lambda inputs: model(**inputs), separate(), model)
+
+
+def test_dropout_follows_the_mode():
+    model = student_of(hidden_dropout_prob=0.5).train()
+    features = separate()
+    features.padding = "packed"
+    inputs = features.batch(np.arange(11))
+    assert not torch.equal(model.embed(**inputs), model.embed(**inputs))
+    model.eval()
+    assert torch.equal(model.embed(**inputs), model.embed(**inputs))
+
+
+def test_bf16_follows_float32():
+    for model, features, compute in (
+        (student_of(), separate(), lambda model, inputs: model(**inputs)),
+        (BertForSequenceClassification(BertConfig(**bert_of())), joint(), teacher_logits),
+    ):
+        features.padding = "packed"
+        inputs = features.batch(np.arange(11))
+        exact = compute(model, inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = compute(model, inputs)
+        rough.sum().backward()
+        assert 0 < (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_each_text_is_embedded_once_and_pairs_keep_their_order():
+    model = student_of()
+    features = separate()
+    expected = predict(model, lambda inputs: model(**inputs), features, 3, torch.device("cpu"), "pairs")
+    seen = []
+    model.dse_model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.extend(args[2].starts.tolist()), with_kwargs=True
+    )
+    features.padding = "packed"
+    outputs = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert len(seen) == len(LENGTHS)
+    embeddings = embed_texts(model, features, 3, torch.device("cpu"), "texts")
+    with torch.inference_mode():
+        alone = model.embed(**features.text_batch(np.array([4])))
+    np.testing.assert_allclose(embeddings[4], alone[0], atol=1e-5)
+
+
+def test_no_step_has_more_than_its_tokens():
+    costs = np.random.default_rng(0).integers(2, 60, 500)
+    batches = by_length(costs, 100)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    assert all(len(rows) * costs[rows].max() <= 100 for rows in batches)
+    assert by_length(np.array([500]), 100)[0].tolist() == [0]
