@@ -4,7 +4,7 @@ A batch's rows lie end to end, longest first: (tokens,) ids become (tokens, hidd
 projections, feed-forward and layer norms work. Attention needs rows apart. It pads them in groups of similar length,
 so that little is padded, and takes the padding out again:
 
-    rows of 9 8 8 5 4 4 tokens, in groups of 3  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
+    rows of 9 8 8 5 4 4 tokens, in two groups  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
 
 The weights and modules are those of transformers' BertModel, and so are the numbers, to rounding: padding is masked
 anyway. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from dse.features import Ragged
 
-_ROWS_PER_GROUP = 8  # fewer cost more calls, more cost more padding
+_FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
+_SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
 _MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
 
 
@@ -90,8 +91,23 @@ def pack(tokens: "Ragged", rows: np.ndarray, first_lengths: np.ndarray | None = 
         types,
         torch.from_numpy(starts),
         torch.from_numpy(np.argsort(order)),
-        [_group(lengths[i : i + _ROWS_PER_GROUP], starts[i]) for i in range(0, len(rows), _ROWS_PER_GROUP)],
+        [_group(lengths[some], starts[some.start]) for some in _cut(lengths)],
     )
+
+
+def _cut(lengths: np.ndarray) -> list[slice]:
+    """Where to cut rows of falling length into groups.
+
+    >>> [(some.start, some.stop) for some in _cut(np.array([9] * 10 + [5] * 40))]
+    [(0, 10), (10, 42), (42, 50)]
+    """
+    cuts, start = [], 0
+    while start < len(lengths):
+        similar = int((lengths[start : start + _MOST] >= _SHORTEST * lengths[start]).sum())
+        stop = min(start + max(similar, _FEWEST), len(lengths))
+        cuts.append(slice(start, stop))
+        start = stop
+    return cuts
 
 
 def _group(lengths: np.ndarray, start: int) -> Group:
