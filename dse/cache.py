@@ -1,7 +1,8 @@
 """Caches of arrays that know what they were made from.
 
 A cache is a safetensors file. Its header says what it was made from (for features: data by hash, task, tokenizer
-by content, casing, length, form) and the hash of its content; it counts only while all of that is the same.
+by content, casing, length, form) and the hash of its content; it counts only while all of that is the same. Its arrays
+are mapped from the disk, not loaded.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from dse.files import InputError, check_writable, one_line, write_whole
 logger = logging.getLogger(__name__)
 
 _HEADER = "dse_features"
+_KINDS = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, form: str) -> str:
@@ -63,11 +65,31 @@ def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] |
     if changed:
         logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
         return None
-    with safe_open(path, framework="numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        arrays = _mapped(path)
+    except (KeyError, ValueError):  # a type or a size that we do not write
+        arrays = {}
     if _content_hash(arrays) != content:
         logger.warning("feature cache %s is spoiled (its content does not match its hash); remade", path)
         return None
+    return arrays
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, whose header was found whole, read from the disk as they are used.
+
+    The file begins with the header's length (8 bytes, little-endian) and the header, JSON with types and places.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    arrays = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            kind, shape = _KINDS[entry["dtype"]], tuple(entry["shape"])
+            empty = begin == end  # which cannot be mapped
+            arrays[name] = np.empty(shape, kind) if empty else np.memmap(path, kind, "r", 8 + length + begin, shape)
     return arrays
 
 

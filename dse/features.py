@@ -12,8 +12,9 @@ Both are cached (cache.py), each form in a file of its own.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dse.processors import REGRESSION, Examples, Task, task_to_dict
 logger = logging.getLogger(__name__)
 
 _TOKENIZE_AT_ONCE = 4096
+_ROWS_AT_ONCE = 65536
 
 
 @dataclass
@@ -155,23 +157,22 @@ def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_lengt
     An empty second text gives `[CLS] a [SEP]`. A second text without pieces gives no second `[SEP]` either,
     but the first one keeps the budget of a pair, max_seq_length - 3.
     """
-    seconds = examples.second if examples.second is not None else [""] * len(examples)
-    pieces, places = _distinct_pieces([*examples.first, *seconds], tokenizer)
-    first, second = places[: len(examples)], places[len(examples) :]
-    cls_id, sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
-    rows, first_lengths = [], []
-    for i, text in enumerate(seconds):
-        a, b = pieces[first[i]], pieces[second[i]]
-        if text:
-            keep_a, keep_b = truncated_lengths(len(a), len(b), max_seq_length - 3)
-            row = [cls_id, *a[:keep_a], sep_id]
-        else:
-            keep_b, row = 0, [cls_id, *a[: max_seq_length - 2], sep_id]
-        first_lengths.append(len(row))
-        rows.append([*row, *b[:keep_b], sep_id] if keep_b else row)
-    return JointFeatures(
-        _ragged(rows), np.array(first_lengths, dtype=np.int32), label_array(task, examples), tokenizer.pad_token_id
-    )
+    count = len(examples)
+    seconds = examples.second if examples.second is not None else [""] * count
+    pieces, places = _distinct_pieces(chain(examples.first, seconds), 2 * count, tokenizer)
+    first, second = places[:count], places[count:]
+    is_pair = np.fromiter(map(bool, seconds), dtype=bool, count=count)
+    keep_a, keep_b = kept_lengths(pieces.lengths[first], pieces.lengths[second], is_pair, max_seq_length)
+    first_lengths = keep_a + 2
+    tokens = _empty_rows(first_lengths + keep_b + (keep_b > 0))
+    for some in _slices(count):
+        starts = tokens.offsets[:-1][some]
+        tokens.ids[starts] = tokenizer.cls_token_id
+        _copy(pieces, first[some], keep_a[some], tokens, starts + 1)
+        tokens.ids[starts + 1 + keep_a[some]] = tokenizer.sep_token_id
+        _copy(pieces, second[some], keep_b[some], tokens, starts + first_lengths[some])
+        tokens.ids[tokens.offsets[1:][some] - 1] = tokenizer.sep_token_id
+    return JointFeatures(tokens, first_lengths.astype(np.int32), label_array(task, examples), tokenizer.pad_token_id)
 
 
 def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
@@ -186,9 +187,15 @@ FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
     """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32."""
-    pieces, places = _distinct_pieces(texts, tokenizer)
-    cls_id, sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return _ragged([[cls_id, *row[: max_seq_length - 2], sep_id] for row in pieces]), places
+    pieces, places = _distinct_pieces(texts, len(texts), tokenizer)
+    keep = np.minimum(pieces.lengths, max_seq_length - 2)
+    tokens = _empty_rows(keep + 2)
+    for some in _slices(len(keep)):
+        starts = tokens.offsets[:-1][some]
+        tokens.ids[starts] = tokenizer.cls_token_id
+        _copy(pieces, np.arange(len(keep))[some], keep[some], tokens, starts + 1)
+        tokens.ids[starts + 1 + keep[some]] = tokenizer.sep_token_id
+    return tokens, places
 
 
 def truncated_lengths(a: int, b: int, budget: int) -> tuple[int, int]:
@@ -205,18 +212,51 @@ def truncated_lengths(a: int, b: int, budget: int) -> tuple[int, int]:
     return a, b
 
 
-def _distinct_pieces(texts: Sequence[str], tokenizer: Any) -> tuple[list[list[int]], np.ndarray]:
+def kept_lengths(
+    a: np.ndarray, b: np.ndarray, is_pair: np.ndarray, max_seq_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`truncated_lengths` of all rows; one that is no pair keeps max_seq_length - 2 of its first text, none else."""
+    budget = max_seq_length - 3
+    cut_b = np.minimum(b, np.maximum(budget // 2, budget - a))
+    over = a + b > budget
+    keep_a, keep_b = np.where(over, budget - cut_b, a), np.where(over, cut_b, b)
+    return np.where(is_pair, keep_a, np.minimum(a, max_seq_length - 2)), np.where(is_pair, keep_b, 0)
+
+
+def _distinct_pieces(texts: Iterable[str], count: int, tokenizer: Any) -> tuple[Ragged, np.ndarray]:
     """Token ids of each distinct text, uncut and without special tokens, and each text's place among them."""
     seen: dict[str, int] = {}
-    places = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32, count=len(texts))
-    distinct = list(seen)
-    pieces: list[list[int]] = []
-    with tqdm(total=len(distinct), desc="tokenize", unit="text", disable=None, leave=False) as bar:
-        for start in range(0, len(distinct), _TOKENIZE_AT_ONCE):
-            some = distinct[start : start + _TOKENIZE_AT_ONCE]
-            pieces += _word_pieces(some, tokenizer)
+    places = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32, count=count)
+    distinct = iter(seen)
+    ids, lengths = [np.empty(0, dtype=np.int32)], []
+    with tqdm(total=len(seen), desc="tokenize", unit="text", disable=None, leave=False) as bar:
+        while some := list(islice(distinct, _TOKENIZE_AT_ONCE)):
+            rows = _word_pieces(some, tokenizer)
+            lengths += [len(row) for row in rows]
+            ids.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
             bar.update(len(some))
-    return pieces, places
+    del seen, distinct
+    return Ragged(np.concatenate(ids), _offsets(np.array(lengths, dtype=np.int64))), places
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _empty_rows(lengths: np.ndarray) -> Ragged:
+    offsets = _offsets(lengths)
+    return Ragged(np.empty(offsets[-1], dtype=np.int32), offsets)
+
+
+def _slices(count: int) -> list[slice]:
+    """Rows in parts, so that the places of their tokens need little memory."""
+    return [slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE)]
+
+
+def _copy(source: Ragged, rows: np.ndarray, lengths: np.ndarray, target: Ragged, starts: np.ndarray) -> None:
+    """Copy the first `lengths` ids of rows of `source` to the places from `starts` on."""
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    target.ids[np.repeat(starts, lengths) + within] = source.ids[np.repeat(source.offsets[rows], lengths) + within]
 
 
 def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -240,13 +280,6 @@ def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
             pieces = [*pieces, tokenizer.convert_tokens_to_ids(special), *next(ids)]
         rows.append(pieces)
     return rows
-
-
-def _ragged(rows: list[list[int]]) -> Ragged:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    ids = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=offsets[-1])
-    return Ragged(ids, offsets)
 
 
 def cached_features(

@@ -11,15 +11,15 @@ names of the header. A user's own task is the same line in a JSON file (see the 
 This module knows neither torch nor tokenizers, so that bad data is refused before either is loaded.
 """
 
-import hashlib
 import logging
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dse.files import InputError, read_json
+from dse.files import InputError, read_json, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -242,25 +242,16 @@ def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
 def _read_tsv(
     path: Path, task: Task, text_a: int | str, text_b: int | str | None, label: int | str | None, header: bool
 ) -> Examples:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the data of {task.name} ({error.strerror}); see --data_dir") from error
-    lines = split_lines(raw, path)
     start = 1 if header else 0
-    if len(lines) <= start:
-        raise InputError(f"{path}: no rows of data in it; expected one pair per line")
-    places = _find_columns(path, lines[0] if header else None, (text_a, text_b, label))
+    lines = read_lines(path, f"the data of {task.name}")
+    names = next(lines, "") if header else None
+    places = _find_columns(path, names, (text_a, text_b, label))
     place_a, place_b, place_label = places
     used = [place for place in places if place is not None]
     needed = max(used) + (2 if -1 in used else 1)  # the last column must be one of its own
-    rows = Examples(
-        second=None if text_b is None else [],
-        labels=None if label is None else [],
-        files=[{"file": path.name, "sha256": hashlib.sha256(raw).hexdigest()}],
-    )
-    skipped = 0
-    for number, line in enumerate(lines[start:], start + 1):
+    rows = Examples(second=None if text_b is None else [], labels=None if label is None else [])
+    skipped, number, first = 0, start, ""
+    for number, line in enumerate(lines, start + 1):
         cells = line.split("\t")
         if len(cells) < needed:
             if not task.skip_short_rows:
@@ -269,32 +260,54 @@ def _read_tsv(
                 )
             skipped += 1
             continue
-        rows.first.append(cells[place_a])
+        if cells[place_a] != first:  # NLI repeats its premises: one string serves all
+            first = cells[place_a]
+        rows.first.append(first)
         if place_b is not None:
             rows.second.append(cells[place_b])
         if place_label is not None:
             rows.labels.append(_parse_label(task, cells[place_label], path, number))
+    if number == start:
+        raise InputError(f"{path}: no rows of data in it; expected one pair per line")
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
     if not len(rows):
         raise InputError(f"{path}: no row has the {needed} columns that {task.name} needs")
+    rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
     return rows
 
 
-def split_lines(raw: bytes, path: str | Path) -> list[str]:
-    """The lines of a UTF-8 file, with or without byte-order mark; only \\n, \\r\\n and \\r end a line."""
+def read_lines(path: Path, what: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, with or without byte-order mark; only \\n, \\r\\n and \\r end a line.
+
+    Raises InputError where it cannot be read or is no UTF-8; `what` names its role.
+    """
+    read = 0
     try:
-        text = raw.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:  # ends lines at the three, whatever the platform
+            for line in file:
+                yield line.removesuffix("\n")
+                read += 1
+    except OSError as error:
+        raise InputError(f"{path}: cannot read {what} ({error.strerror}); see --data_dir") from error
     except UnicodeDecodeError as error:
-        before = raw[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        raise InputError(
-            f"{path}, line {before.count(10) + 1}: byte 0x{raw[error.start]:02x} is no valid UTF-8; "
-            "save the file as UTF-8"
-        ) from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return lines
+        raise _no_utf8(path, read) from error
+
+
+def _no_utf8(path: Path, read: int) -> InputError:
+    """The error for a file of which `read` lines could be read, and one of those after them not."""
+    with open(path, "rb") as file:
+        rows = (row for line in file for row in line.splitlines())
+        for number, row in enumerate(rows, 1):
+            if number > read:
+                try:
+                    row.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    byte = row[error.start]
+                    return InputError(
+                        f"{path}, line {number}: byte 0x{byte:02x} is no valid UTF-8; save the file as UTF-8"
+                    )
+    return InputError(f"{path}: no valid UTF-8; save the file as UTF-8")
 
 
 def _find_columns(path: Path, header: str | None, columns: tuple[int | str | None, ...]) -> list[int | None]:

@@ -49,9 +49,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def report(title: str, results: dict[str, dict[str, float]], flops: dict[str, float], peak: float) -> dict[str, Any]:
-    """Print one table; what the JSON says of it."""
-    rates = {name: flops[name] / results[name]["seconds"] / 1e9 for name in results}
+def report(title: str, results: dict[str, dict[str, float]], rates: dict[str, float], peak: float) -> dict[str, Any]:
+    """Print one table of useful rates; what the JSON says of it."""
     print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
     for name, rate in rates.items():
         ratio = f"{rates['packed'] / rate:.2f}x"
@@ -106,7 +105,7 @@ def train_role(
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
-    from dse.benchmarks import layer_parameters, matmul_peak, random_batches, take_turns
+    from dse.benchmarks import matmul_peak, random_batches, take_turns, useful_gflops
     from dse.features import in_batches
     from dse.optimization import make_optimizer
     from dse.trainer import Trainer
@@ -135,10 +134,10 @@ def train_role(
     per_step = round(count / len(batches))
     variants = {padding: steps_with(padding) for padding in PADDINGS}
     results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_step, training=True))
-    flops = dict.fromkeys(PADDINGS, 6.0 * layer_parameters(bert.encoder) * count)
+    rates = {name: useful_gflops(bert.encoder, count, result["seconds"], True) for name, result in results.items()}
     seconds = {padding: result["seconds"] / len(batches) for padding, result in results.items()}
     return {
-        **report(f"{role} training", results, flops, peak),
+        **report(f"{role} training", results, rates, peak),
         "seconds_per_step": seconds,
         "tokens_per_step": count / len(batches),
     }
@@ -168,7 +167,7 @@ def inference(args: argparse.Namespace, given: SimpleNamespace) -> dict[str, Any
     import numpy as np
     import torch
 
-    from dse.benchmarks import layer_parameters, matmul_peak, take_turns
+    from dse.benchmarks import matmul_peak, take_turns, useful_gflops
     from dse.evaluation import TOKENS_PER_STEP, embed_texts
     from dse.features import in_batches, separate_features
     from dse.models import new_student
@@ -206,8 +205,9 @@ def inference(args: argparse.Namespace, given: SimpleNamespace) -> dict[str, Any
     )
     of_theirs = results.pop("theirs", None)
     tokens = {"max": sum(int(lengths[texts].sum()) for texts in part), "batch": lengths.sum(), "packed": lengths.sum()}
-    flops = {name: 2.0 * layer_parameters(model.dse_model.bert.bert.encoder) * count for name, count in tokens.items()}
-    numbers = report("inference", results, flops, peak)
+    encoder = model.dse_model.bert.bert.encoder
+    rates = {name: useful_gflops(encoder, int(tokens[name]), results[name]["seconds"], False) for name in results}
+    numbers = report("inference", results, rates, peak)
     if of_theirs is not None:
         numbers["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
         print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{numbers['ratio_to_sentence_transformers']:>8.2f}x")
@@ -215,26 +215,30 @@ def inference(args: argparse.Namespace, given: SimpleNamespace) -> dict[str, Any
 
 
 def features(args: argparse.Namespace, given: SimpleNamespace) -> dict[str, Any]:
-    """Tokenizing: texts a second, memory, and how long a first and a second start take."""
+    """From the data's files to token ids: texts a second, memory, and how long a first and a second start take."""
     from dse.benchmarks import forget_peak_memory, peak_memory
     from dse.features import cached_features
 
-    distinct = len(set(given.examples.first) | set(given.examples.second))
-    numbers: dict[str, Any] = {"texts": distinct, "pairs": len(given.examples)}
-    print(f"\n{'features':<28}{'seconds':>10}{'texts a second':>16}{'memory above':>14}")
+    numbers: dict[str, Any] = {}
+    print(f"\n{'features':<28}{'read, s':>10}{'token ids, s':>14}{'texts a second':>16}{'memory above':>16}")
     with tempfile.TemporaryDirectory() as folder:
         for start in ("first", "second"):
             forget_peak_memory()
             before, started = peak_memory(), time.perf_counter()
+            examples = read_examples(given.task, args.data_dir, "train")
+            read = time.perf_counter()
             made = cached_features(
-                "separate", given.task, given.examples, given.tokenizer, args.max_seq_length, Path(folder) / "f", True
+                "separate", given.task, examples, given.tokenizer, args.max_seq_length, Path(folder) / "f", True
             )
-            seconds, memory = time.perf_counter() - started, peak_memory() - before
-            print(f"{start + ' start':<28}{seconds:>10.2f}{distinct / seconds:>16,.0f}{memory:>10,.0f} MiB")
-            numbers |= {f"{start}_start_seconds": seconds, f"{start}_start_memory_mib": memory}
-            del made
-    numbers["texts_per_second"] = distinct / numbers["first_start_seconds"]
-    return numbers
+            ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
+            rate = texts / (ended - read)
+            print(
+                f"{start + ' start':<28}{read - started:>10.2f}{ended - read:>14.2f}{rate:>16,.0f}{memory:>12,.0f} MiB"
+            )
+            numbers |= {f"{start}_start_seconds": ended - started, f"{start}_start_memory_mib": memory}
+            numbers.setdefault("texts_per_second", rate)  # of the first start
+            del examples, made
+    return {**numbers, "pairs": given.pairs, "texts": texts}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -244,12 +248,15 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(Path(args.output).parent, "--output")
     cli.set_up_logging()
-    examples = read_examples(task, args.data_dir, "train")
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+    examples = read_examples(task, args.data_dir, "train")
     given = SimpleNamespace(task=task, examples=examples, folder=folder, bert=bert, tokenizer=tokenizer)
+    given.pairs = len(examples)
+    if args.what == "features":  # which reads for itself
+        del examples, given.examples
 
     # 2. Measure and tell.
     import torch

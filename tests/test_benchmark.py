@@ -1,0 +1,106 @@
+"""The benchmark command: what it counts, and that its JSON says what its table does. No test here is timed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dse import __main__ as entry
+from dse import benchmarks
+from conftest import as_flags
+
+
+@pytest.fixture
+def run(bert, data, tmp_path, monkeypatch, capsys):
+    """Run the benchmark on tiny data: its JSON and its output."""
+    monkeypatch.setattr(benchmarks, "_PEAK_SECONDS", 1e-4)
+
+    def measured(what: str, **changes: object) -> tuple[dict, str]:
+        flags = {
+            "task_name": "mrpc",
+            "data_dir": data("mrpc"),
+            "bert_model": bert,
+            "do_lower_case": True,
+            "max_seq_length": 48,
+            "pooler_num_top_hidden_layers": 2,
+            "fc_dims": [4, 1],
+            "batch_size": 6,
+            "steps": 2,
+            "rounds": 1,
+            "output": tmp_path / "benchmark.json",
+            **changes,
+        }
+        entry.main(["benchmark", what, *as_flags(flags)])
+        return json.loads((tmp_path / "benchmark.json").read_text()), capsys.readouterr().out
+
+    return measured
+
+
+def assert_ratios(numbers: dict, output: str) -> None:
+    rates = numbers["useful_gflops"]
+    assert numbers["ratio_to_fixed_padding"] == pytest.approx(rates["packed"] / rates["max"])
+    assert numbers["ratio_to_batch_padding"] == pytest.approx(rates["packed"] / rates["batch"])
+    assert numbers["fraction_of_matmul_peak"] == pytest.approx(rates["packed"] / numbers["matmul_peak_gflops"])
+    assert f"{numbers['ratio_to_fixed_padding']:.2f}x" in output
+    assert all(rate > 0 for rate in rates.values())
+
+
+@pytest.mark.parametrize("task", ["mrpc", "sts-b", "snli"])
+def test_training(run, data, task):
+    numbers, output = run("training", task_name=task, data_dir=data(task), fc_dims=[4, 3 if task == "snli" else 1])
+    for role in ("student", "teacher"):
+        assert_ratios(numbers[role], output)
+        assert f"{role} training" in output
+    assert numbers["settings"]["batch_size"] == 6
+
+
+def test_inference(run):
+    assert_ratios(*run("inference"))
+
+
+def test_features(run, data):
+    numbers, _ = run("features")
+    rows = [line.split("\t") for line in (data("mrpc") / "train.tsv").read_text().splitlines()[1:]]
+    assert numbers["pairs"] == len(rows)
+    assert numbers["texts"] == len({row[i] for row in rows for i in (3, 4)})
+
+
+def test_the_peak_counts_a_layers_products(monkeypatch):
+    """H = 2, I = 3, 5 tokens, a second each: 4 of 2*5*2*2, 2 of 2*5*2*3 in 6 s; backward has two more of each."""
+    monkeypatch.setattr(benchmarks, "_product_seconds", lambda a, b: 1.0)
+    for training in (False, True):
+        peak = benchmarks.matmul_peak({"hidden_size": 2, "intermediate_size": 3}, 5, training)
+        assert peak == pytest.approx((4 * 40 + 2 * 60) / 6 / 1e9)
+
+
+def test_useful_work():
+    layers = torch.nn.ModuleList([torch.nn.Linear(3, 4)])  # 16 parameters
+    assert benchmarks.useful_gflops(layers, tokens=10, seconds=2.0, training=True) == pytest.approx(6 * 16 * 10 / 2e9)
+    assert benchmarks.useful_gflops(layers, tokens=10, seconds=2.0, training=False) == pytest.approx(2 * 16 * 10 / 2e9)
+
+
+def test_variants_take_turns_and_the_fastest_round_counts(monkeypatch):
+    """Each call takes as long on a made-up clock as it says; the first of each is not measured."""
+    clock, calls = [0.0], []
+    takes = {"a": iter([9.0, 3.0, 2.0]), "b": iter([1.0, 5.0, 6.0])}
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: clock[0])
+
+    def variant(name):
+        def call():
+            calls.append(name)
+            clock[0] += next(takes[name])
+
+        return call
+
+    peaks = iter([4.0, 3.0])
+    results, peak = benchmarks.take_turns({name: variant(name) for name in takes}, 2, lambda: next(peaks))
+    assert {name: result["seconds"] for name, result in results.items()} == {"a": 2.0, "b": 5.0}
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert peak == 4.0
+
+
+def test_batches_are_distinct_rows():
+    batches = benchmarks.random_batches(20, 6, 9, seed=1)
+    assert [len(rows) for rows in batches] == [6, 6, 6]
+    assert len(set(np.concatenate(batches).tolist())) == 18
