@@ -92,6 +92,24 @@ def test_rows_of_one_length_need_no_padding():
     assert_same(lambda inputs: model(**inputs), features, model)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+def test_linear_against_torchs_own(onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(packing, "_ONEDNN", None)
+    torch.manual_seed(0)
+    inputs = [torch.randn(9, 6), torch.randn(4, 6), torch.randn(4)]
+    results = []
+    for compute in (packing.linear, torch.nn.functional.linear):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        outputs = compute(*leaves)
+        (outputs * torch.arange(36.0).view(9, 4)).sum().backward()
+        results.append([outputs, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    frozen = packing.linear(inputs[0].clone().requires_grad_(), inputs[1], inputs[2])
+    assert frozen.requires_grad and inputs[1].grad is None
+
+
 def test_frozen_encoder_and_gradient_checkpointing():
     model = student_of()
     model.dse_model.bert.bert.activation_checkpointing_enable()
