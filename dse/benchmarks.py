@@ -110,12 +110,12 @@ def _product_seconds(a: Tensor, b: Tensor) -> float:
 
 
 def sentence_transformer(bert_folder: Path, max_seq_length: int) -> Any:
-    """The same encoder with mean pooling in sentence-transformers, which must be installed."""
+    """The same encoder with mean pooling in sentence-transformers (tried with 6.2), which must be installed."""
     from sentence_transformers import SentenceTransformer, models
 
     encoder = models.Transformer(str(bert_folder), max_seq_length=max_seq_length)
     return SentenceTransformer(
-        modules=[encoder, models.Pooling(encoder.get_word_embedding_dimension(), pooling_mode="mean")], device="cpu"
+        modules=[encoder, models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device="cpu"
     )
 
 
@@ -130,7 +130,7 @@ def sentence_transformer_steps(
 
     loss = losses.CosineSimilarityLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
-    batches = [([util.batch_to_device(model.tokenize(side), model.device) for side in sides], labels)
+    batches = [([util.batch_to_device(model.preprocess(side), model.device) for side in sides], labels)
                for *sides, labels in pairs]  # fmt: skip
 
     def run() -> None:

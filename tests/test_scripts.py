@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_flags
 from safetensors.torch import load_file
 
 import dse_train_runner
@@ -14,7 +15,7 @@ import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse.checkpoint import load_checkpoint, student_from_checkpoint
 from dse.evaluation import measure_student, predict
-from dse.features import joint_features, separate_features
+from dse.features import PADDINGS, joint_features, separate_features
 from dse.models import load_teacher
 from dse.pretrained import load_tokenizer
 from dse.processors import get_task, read_examples
@@ -93,6 +94,43 @@ def test_the_finetune_cache_serves_the_logits_stage(teacher_flags, data, tmp_pat
     caplog.clear()
     run_distillation_logits_creator.main([str(f) for f in [*argv, "--bert_checkpoint_dir", tmp_path / "teacher"]])
     assert "joint features of 24 rows from the cache" in caplog.text
+
+
+def test_every_padding_gives_the_same_run_without_dropout(
+    teacher_flags, student_flags, checkpoints, bert, copied, edit_json, data, tmp_path, logits
+):
+    """Teacher, its logits and the student, through the flags alone."""
+    plain = copied(bert, "plain")
+    edit_json(plain / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    results, of_teacher, outputs = {}, {}, {}
+    for padding in PADDINGS:
+        teacher = tmp_path / f"teacher_{padding}"
+        finetune_bert.main(teacher_flags(bert_model=plain, padding=padding, output_dir=teacher))
+        results[padding] = {key: float(value) for key, value in results_of(teacher).items()}
+        argv = {"task_name": "mrpc", "data_dir": data("mrpc"), "do_lower_case": True, "max_seq_length": 48,
+                "train_features_path": tmp_path / "cache", "padding": padding, "output_dir": tmp_path,
+                "bert_checkpoint_dir": tmp_path / "teacher_packed"}  # fmt: skip
+        run_distillation_logits_creator.main(as_flags(argv))
+        of_teacher[padding] = torch.load(tmp_path / "teacher_packed_logits.pt", weights_only=True)
+        folder = tmp_path / f"student_{padding}"
+        dse_train_runner.main(student_flags(bert_model=plain, padding=padding, checkpoint_dir=folder))
+        outputs[padding] = load_checkpoint(checkpoints(folder.name)[-1])["trainer"]["history"][-1]["validation"]
+    for padding in PADDINGS:
+        assert results[padding] == pytest.approx(results["batch"], abs=1e-4)
+        torch.testing.assert_close(of_teacher[padding], of_teacher["batch"], rtol=0, atol=1e-5)
+        assert outputs[padding] == pytest.approx(outputs["batch"], abs=1e-4)
+
+
+def test_bf16_trains_teacher_and_student(teacher_flags, student_flags, checkpoints, tmp_path):
+    """Near the float32 run, and not equal to it."""
+    finetune_bert.main(teacher_flags(bf16=True))
+    for name, flags in (("half", {"bf16": True}), ("whole", {})):
+        dse_train_runner.main(student_flags(**flags, checkpoint_dir=tmp_path / name))
+    half, whole = (
+        load_checkpoint(checkpoints(name)[-1])["trainer"]["history"][-1]["train"]["loss"] for name in ("half", "whole")
+    )
+    assert half != whole
+    assert half == pytest.approx(whole, rel=0.1)
 
 
 def test_results_of_a_replaced_teacher_do_not_stay(teacher_flags, tmp_path):
@@ -322,7 +360,6 @@ def test_a_bare_tensor_of_logits_is_taken_with_a_warning(student_flags, copied, 
 
 
 def test_own_task_from_a_json_file(teacher_flags, bert, tmp_path, checkpoints):
-    from conftest import as_flags
 
     from dse.synthetic import write_pairs
 
