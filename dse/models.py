@@ -121,22 +121,12 @@ class DSESiameseClassifier(nn.Module):
         self.dse_model = DSEModel(bert, config)
         self.siamese_head = SiameseHead(config)
 
-    def embed(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        packed: PackedBatch | None = None,
-    ) -> Tensor:
-        """(batch, length) ids and mask, int64, or the same sentences packed, to (batch, embedding_size), float32."""
-        return self.dse_model(input_ids, attention_mask, packed)
+    def embed(self, *args: Any, **inputs: Any) -> Tensor:
+        """Inputs as SentenceEncoder takes them to (batch, embedding_size), float32."""
+        return self.dse_model(*args, **inputs)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        packed: PackedBatch | None = None,
-    ) -> Tensor:
-        """Score B pairs.
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """Score B pairs; inputs as SentenceEncoder takes them.
 
         Args:
             input_ids: (2 * B, length), int64: the first sentences of all pairs, then the second ones, so that
@@ -147,7 +137,7 @@ class DSESiameseClassifier(nn.Module):
         Returns:
             (B, fc_dims[-1]), float32: logits, or scores for regression.
         """
-        u, v = self.embed(input_ids, attention_mask, packed).chunk(2)
+        u, v = self.embed(*args, **inputs).chunk(2)
         return self.siamese_head(u, v)
 
 

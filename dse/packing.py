@@ -4,7 +4,7 @@ A batch's rows lie end to end, longest first: (tokens,) ids become (tokens, hidd
 projections, feed-forward and layer norms work. Attention needs rows apart. It pads them in groups of similar length,
 so that little is padded, and takes the padding out again:
 
-    rows of 9 8 8 5 4 4 tokens, in two groups  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
+    rows of 9 8 8 5 4 4 tokens, say in threes  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
 
 The weights and modules are those of transformers' BertModel, and so are the numbers, to rounding: padding is masked
 anyway. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
@@ -13,9 +13,9 @@ Dropout draws 16 random bits per element, so that a rate p becomes round(65536 p
 expectation; torch's own mask on CPU costs many times more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,6 +174,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the context, (tokens, hidden), to that of the projections, (tokens, 3 * hidden)."""
         q, k, v, weights, keep, kept = ctx.saved_tensors
         group, heads, width = ctx.group, ctx.heads, q.shape[2]
         if group.bias is not None:
@@ -219,44 +220,44 @@ def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.devic
     return [part.view(shape) for part, shape in zip(factors.split(sizes), shapes, strict=True)]
 
 
-class _Dropout:
-    """The factors of one pass through the encoder, drawn at once; layer by layer in the order of their use.
+class _Keep(NamedTuple):
+    """Dropout's factors for one layer; None where nothing is dropped."""
+
+    weights: list[Tensor | None]  # by group: (rows * heads, queries, length)
+    context: Tensor | None  # (tokens, hidden)
+    output: Tensor | None  # (tokens, hidden)
+
+
+def _draw(bert: "BertModel", batch: PackedBatch, like: Tensor, last_alone: bool) -> tuple[Tensor | None, list[_Keep]]:
+    """The factors of one pass through the encoder: for the embeddings, and for each layer.
 
     Args:
+        like: the embeddings, (tokens, hidden).
         last_alone: is the last layer computed for each row's first token only?
     """
+    config, groups, layers = bert.config, batch.groups, len(bert.encoder.layer)
+    heads, whole, alone = config.num_attention_heads, layers - last_alone, int(last_alone)
+    hidden = [like.shape] * (1 + 2 * whole) + [(len(batch.starts), like.shape[1])] * (2 * alone)
+    weights = [(group.rows * heads, group.length, group.length) for group in groups] * whole
+    weights += [(group.rows * heads, 1, group.length) for group in groups] * alone
 
-    def __init__(self, bert: "BertModel", batch: PackedBatch, like: Tensor, last_alone: bool) -> None:
-        config, heads = bert.config, bert.config.num_attention_heads
-        whole, rows = config.num_hidden_layers - last_alone, sum(group.rows for group in batch.groups)
-        hidden = [like.shape] * (1 + 2 * whole) + [(rows, like.shape[1])] * (2 * last_alone)
-        weights = [(group.rows * heads, group.length, group.length) for group in batch.groups] * whole
-        weights += [(group.rows * heads, 1, group.length) for group in batch.groups] * last_alone
-        self._groups = len(batch.groups)
-        self._hidden = self._factors(hidden, config.hidden_dropout_prob, bert.training, like)
-        self._weights = self._factors(weights, config.attention_probs_dropout_prob, bert.training, like)
+    def factors(shapes: list[Any], rate: float) -> list[Any]:
+        return keep_factors(shapes, rate, like.device, like.dtype) if bert.training and rate else [None] * len(shapes)
 
-    @staticmethod
-    def _factors(shapes: list[Any], rate: float, training: bool, like: Tensor) -> Iterator[Tensor | None]:
-        if not (training and rate):
-            return iter([None] * len(shapes))
-        return iter(keep_factors([tuple(shape) for shape in shapes], rate, like.device, like.dtype))
-
-    def embeddings(self) -> Tensor | None:
-        """For the embeddings, (tokens, hidden)."""
-        return next(self._hidden)
-
-    def layer(self) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-        """For the next layer: its attention weights by group, and its two outputs."""
-        return [next(self._weights) for _ in range(self._groups)], next(self._hidden), next(self._hidden)
+    embeddings, *outputs = factors(hidden, config.hidden_dropout_prob)
+    attention = factors(weights, config.attention_probs_dropout_prob)
+    count = len(groups)
+    return embeddings, [
+        _Keep(attention[i * count : (i + 1) * count], outputs[2 * i], outputs[2 * i + 1]) for i in range(layers)
+    ]
 
 
 def hidden_states(bert: "BertModel", batch: PackedBatch, top: int) -> list[Tensor]:
     """The last `top` layers' states, lowest first, each (tokens, hidden)."""
-    states, dropout = _embed(bert, batch, last_alone=False)
+    states, keeps = _embed(bert, batch, last_alone=False)
     layers = []
-    for layer in bert.encoder.layer:
-        states = _run(_layer, layer, states, batch, dropout)
+    for layer, keep in zip(bert.encoder.layer, keeps, strict=True):
+        states = _run(_layer, layer, states, batch, keep)
         layers.append(states)
     return layers[-top:]
 
@@ -266,20 +267,22 @@ def first_states(bert: "BertModel", batch: PackedBatch) -> Tensor:
 
     The last layer's queries, and all that follows them, are computed for these alone.
     """
-    states, dropout = _embed(bert, batch, last_alone=True)
+    states, keeps = _embed(bert, batch, last_alone=True)
     *below, last = bert.encoder.layer
-    for layer in below:
-        states = _run(_layer, layer, states, batch, dropout)
-    return _run(_last_layer, last, states, batch, dropout).index_select(0, batch.order)
+    for layer, keep in zip(below, keeps[:-1], strict=True):
+        states = _run(_layer, layer, states, batch, keep)
+    return _run(_last_layer, last, states, batch, keeps[-1]).index_select(0, batch.order)
 
 
-def _run(compute: Any, layer: nn.Module, states: Tensor, batch: PackedBatch, dropout: _Dropout) -> Tensor:
+def _run(compute: Callable[..., Tensor], layer: nn.Module, *inputs: Any) -> Tensor:
+    """A layer, its states forgotten until the backward pass where gradient checkpointing is on."""
     if layer.gradient_checkpointing and layer.training:
-        return checkpoint(compute, layer, states, batch, *dropout.layer(), use_reentrant=False)
-    return compute(layer, states, batch, *dropout.layer())
+        return checkpoint(compute, layer, *inputs, use_reentrant=False)
+    return compute(layer, *inputs)
 
 
-def _embed(bert: "BertModel", batch: PackedBatch, last_alone: bool) -> tuple[Tensor, _Dropout]:
+def _embed(bert: "BertModel", batch: PackedBatch, last_alone: bool) -> tuple[Tensor, list[_Keep]]:
+    """(tokens, hidden) embeddings, and the layers' dropout."""
     modules = bert.embeddings
     states = modules.word_embeddings(batch.ids)
     if batch.types is None:
@@ -287,30 +290,22 @@ def _embed(bert: "BertModel", batch: PackedBatch, last_alone: bool) -> tuple[Ten
     else:
         states = states + modules.token_type_embeddings(batch.types)
     states = modules.LayerNorm(states + modules.position_embeddings(batch.positions))
-    dropout = _Dropout(bert, batch, states, last_alone)
-    keep = dropout.embeddings()
-    return (states if keep is None else states * keep), dropout
+    keep, keeps = _draw(bert, batch, states, last_alone)
+    return (states if keep is None else states * keep), keeps
 
 
-def _layer(
-    layer: nn.Module,
-    states: Tensor,
-    batch: PackedBatch,
-    keep_weights: list[Tensor | None],
-    keep_context: Tensor | None,
-    keep_output: Tensor | None,
-) -> Tensor:
+def _layer(layer: nn.Module, states: Tensor, batch: PackedBatch, keep: _Keep) -> Tensor:
     """One BertLayer: (tokens, hidden) to (tokens, hidden)."""
     own, heads = layer.attention.self, layer.attention.self.num_attention_heads
     projected = _project(states, own.query, own.key, own.value)
     context = torch.cat(
         [
-            _Attention.apply(projected[group.tokens], None if keep is None else keep.to(projected.dtype), group, heads)
-            for group, keep in zip(batch.groups, keep_weights, strict=True)
+            _Attention.apply(projected[group.tokens], None if kept is None else kept.to(projected.dtype), group, heads)
+            for group, kept in zip(batch.groups, keep.weights, strict=True)
         ]
     )
-    states = _add_and_norm(layer.attention.output, context, states, keep_context)
-    return _feed_forward(layer, states, keep_output)
+    states = _add_and_norm(layer.attention.output, context, states, keep.context)
+    return _feed_forward(layer, states, keep.output)
 
 
 def _feed_forward(layer: nn.Module, states: Tensor, keep: Tensor | None) -> Tensor:
@@ -320,29 +315,22 @@ def _feed_forward(layer: nn.Module, states: Tensor, keep: Tensor | None) -> Tens
     return _add_and_norm(layer.output, inner, states, keep)
 
 
-def _last_layer(
-    layer: nn.Module,
-    states: Tensor,
-    batch: PackedBatch,
-    keep_weights: list[Tensor | None],
-    keep_context: Tensor | None,
-    keep_output: Tensor | None,
-) -> Tensor:
+def _last_layer(layer: nn.Module, states: Tensor, batch: PackedBatch, keep: _Keep) -> Tensor:
     """One BertLayer for the first token of each row alone: (tokens, hidden) to (rows, hidden)."""
     own, heads = layer.attention.self, layer.attention.self.num_attention_heads
     first = states.index_select(0, batch.starts)
     queries = linear(first, own.query.weight, own.query.bias).split([group.rows for group in batch.groups])
     keys_values = _project(states, own.key, own.value)
     context = []
-    for group, query, keep in zip(batch.groups, queries, keep_weights, strict=True):
+    for group, query, kept in zip(batch.groups, queries, keep.weights, strict=True):
         width = query.shape[1] // heads
         both = padded(keys_values, group).view(group.rows, group.length, 2, heads, width).permute(2, 0, 3, 1, 4)
         k, v = both.reshape(2, group.rows * heads, group.length, width)
         weights = torch.softmax(_scores(query.reshape(-1, 1, width), k, group, heads), dim=-1).to(query.dtype)
-        weights = weights if keep is None else weights * keep.to(weights.dtype)
+        weights = weights if kept is None else weights * kept.to(weights.dtype)
         context.append(torch.bmm(weights, v).view(group.rows, heads * width))
-    states = _add_and_norm(layer.attention.output, torch.cat(context), first, keep_context)
-    return _feed_forward(layer, states, keep_output)
+    states = _add_and_norm(layer.attention.output, torch.cat(context), first, keep.context)
+    return _feed_forward(layer, states, keep.output)
 
 
 def _project(states: Tensor, *modules: nn.Module) -> Tensor:

@@ -106,8 +106,9 @@ def test_linear_against_torchs_own(onednn, monkeypatch):
         results.append([outputs, *(leaf.grad for leaf in leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    frozen = packing.linear(inputs[0].clone().requires_grad_(), inputs[1], inputs[2])
-    assert frozen.requires_grad and inputs[1].grad is None
+    states = inputs[0].clone().requires_grad_()  # and frozen weights
+    packing.linear(states, inputs[1], inputs[2]).sum().backward()
+    torch.testing.assert_close(states.grad, inputs[1].sum(dim=0).expand(9, 6), rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_encoder_and_gradient_checkpointing():
@@ -210,7 +211,7 @@ def test_each_text_is_embedded_once_and_pairs_keep_their_order():
     expected = predict(model, lambda inputs: model(**inputs), features, 3, torch.device("cpu"), "pairs")
     seen = []
     model.dse_model.register_forward_pre_hook(
-        lambda module, args, inputs: seen.extend(args[2].starts.tolist()), with_kwargs=True
+        lambda module, args, inputs: seen.extend(inputs["packed"].starts.tolist()), with_kwargs=True
     )
     features.padding = "packed"
     outputs = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
