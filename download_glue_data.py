@@ -25,6 +25,7 @@ import filelock
 from dse import cli
 from dse.download import DownloadError, fetch, forget, keep_aside, shown, unzip
 from dse.files import InputError, check_writable, read_json, sha256_file, utc_stamp, write_text, write_whole
+from dse.processors import read_lines
 
 PROG = "download_glue_data.py"
 BASE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -152,16 +153,6 @@ def check_url(url: str, flag: str) -> None:
         raise InputError(f"{flag}: no address such as {BASE_URL}: http:// or https://, a host, a path")
 
 
-def lines_of(path: Path, errors: str = "strict") -> Iterator[str]:
-    """Lines that end at \\n, \\r\\n or \\r, without their ends."""
-    with open(path, encoding="utf-8", errors=errors) as file:
-        try:
-            for line in file:
-                yield line.removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path.name}: not UTF-8 ({error.reason})") from error
-
-
 def line_start(cells: list[str]) -> str:
     return repr("\t".join(cells)[:80])
 
@@ -175,7 +166,7 @@ def split_mrpc(raw: dict[str, Path], folder: Path) -> None:
     """Write train.tsv, dev.tsv and test.tsv below `folder` from the raw files, given by name."""
 
     def rows_of(name: str, columns: int, start: int) -> Iterator[list[str]]:
-        for number, line in enumerate(lines_of(raw[name]), 1):
+        for number, line in enumerate(read_lines(raw[name], "MRPC's raw file"), 1):
             if number > start and line.strip():
                 cells = line.strip().split("\t")
                 if len(cells) != columns:
@@ -185,7 +176,7 @@ def split_mrpc(raw: dict[str, Path], folder: Path) -> None:
                 yield cells
 
     dev_ids = {tuple(cells) for cells in rows_of("dev_ids.tsv", 2, start=0)}
-    header = next(lines_of(raw[MRPC_RAW[0]]), "")  # keeps its byte-order mark
+    header = next(read_lines(raw[MRPC_RAW[0]], "MRPC's raw file", keep_mark=True), "")
     splits: dict[str, list[str]] = {"train.tsv": [header], "dev.tsv": [header]}
     for cells in rows_of(MRPC_RAW[0], 5, start=1):
         splits["dev.tsv" if tuple(cells[1:3]) in dev_ids else "train.tsv"].append("\t".join(cells))
@@ -201,7 +192,7 @@ def convert_snli(path: Path) -> Iterator[str]:
 
     Rows without a gold label are left out; labels of single annotators that a row lacks are empty.
     """
-    lines = lines_of(path)
+    lines = read_lines(path, "SNLI's text file")
     names = next(lines, "").split("\t")
     kept = f"captionID pairID {_PARSES}".split()
     lacking = [name for name in (*kept, "gold_label") if name not in names]
@@ -298,14 +289,15 @@ def differences(task: str, folder: Path) -> list[str]:
             found.append(f"no {path.name}")
             continue
         names = header.split("\t") if "\t" in header else header.split()
-        lines = (line.split("\t") for line in lines_of(path, errors="replace"))
-        columns = 1
-        if names:
-            first = [cell.removeprefix("\ufeff") for cell in next(lines, [])]
-            columns = len(first)
-            if first != names:
-                found.append(f"{path.name} has the header {' | '.join(first)[:200]!r}, expected {' | '.join(names)!r}")
-        count = sum(len(cells) >= columns and cells != [""] for cells in lines)
+        lines = (line.split("\t") for line in read_lines(path, f"a file of {task}"))
+        try:
+            first = next(lines, []) if names else [""]
+            count = sum(len(cells) >= len(first) and cells != [""] for cells in lines)
+        except InputError as error:  # no UTF-8
+            found.append(str(error).removeprefix(f"{folder}/"))
+            continue
+        if names and first != names:
+            found.append(f"{path.name} has the header {' | '.join(first)[:200]!r}, expected {' | '.join(names)!r}")
         if count != rows:
             found.append(f"{path.name} has {count:,} rows, expected {rows:,}")
     return found
@@ -339,12 +331,12 @@ def what_is_there(task: str, folder: Path) -> str | None:
             raise DownloadError(f"{', '.join(changed)} changed since the download: {again}")
         if lacking:
             return None  # an interrupted move, or files were removed
-        fewer = (
-            f"; {len(record['files']) - len(there)} other files were removed"
-            if len(there) < len(record["files"])
-            else ""
+        removed = len(record["files"]) - len(there)  # files that no script reads
+        return (
+            "unchanged since the download"
+            + (", which differed from the recorded hashes" if unlike else "")
+            + (f"; {removed} other files were removed" if removed else "")
         )
-        return "unchanged since the download" + (", which differed from the recorded hashes" if unlike else "") + fewer
     if lacking == names:
         return None
     if lacking:
@@ -405,9 +397,8 @@ def get_task(task: str, args: argparse.Namespace) -> tuple[str, str]:
 
             # 5. It appears, whole.
             put_in_place(made, folder)
-        except BaseException:
+        finally:
             clean_up(task, area, downloads=False)
-            raise
         clean_up(task, area)
     return "done", found
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from dse.config import HEAD_TYPES, POOLER_TYPES
+from dse.config import HEAD_TYPES, PADDINGS, POOLER_TYPES
 from dse.files import InputError, check_writable
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def add_padding_flag(parser: argparse.ArgumentParser) -> None:
     """How batches are laid out; the numbers are the same to rounding."""
     parser.add_argument(
         "--padding",
-        choices=("packed", "batch", "max"),
+        choices=PADDINGS,
         help="packed: none but in attention; batch: to the longest row; max: to max_seq_length "
         "(not given: packed on CPU, batch on CUDA)",
     )
@@ -232,7 +232,10 @@ def keep_freed_memory() -> None:
 
 
 def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
-    """CUDA where there is one, unless told otherwise. Raises InputError for a GPU that is not there."""
+    """CUDA where there is one, unless told otherwise; the CPU is made ready (`keep_freed_memory`).
+
+    Raises InputError for a GPU that is not there.
+    """
     import torch
 
     if no_gpu or not torch.cuda.is_available():

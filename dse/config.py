@@ -15,6 +15,7 @@ _POOLED = tuple(
 )
 POOLER_TYPES = (*_POOLED, *(f"{name}_with_cls" for name in _POOLED), "cls")
 HEAD_TYPES = ("concat", "dot")
+PADDINGS = ("packed", "batch", "max")  # how batches are laid out (features.py)
 
 
 @dataclass(frozen=True)

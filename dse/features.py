@@ -64,7 +64,7 @@ class JointFeatures:
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
     labels: np.ndarray | None  # (n,), int64 or, for regression, float32
     pad_id: int
-    padding: str = "batch"  # one of PADDINGS
+    padding: str = "batch"  # one of config.PADDINGS
     max_seq_length: int | None = None  # what "max" pads to
 
     def __len__(self) -> int:
@@ -136,7 +136,6 @@ class SeparateFeatures:
 
 
 Features = JointFeatures | SeparateFeatures
-PADDINGS = ("packed", "batch", "max")
 
 
 def padding_for(device: torch.device, asked: str | None) -> str:
@@ -300,7 +299,7 @@ def cached_features(
         path: of the cache.
         chosen: did the user name the path? Then another kind of file there is refused, and so is a place
             that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
-        padding: one of PADDINGS: how their batches are laid out.
+        padding: one of config.PADDINGS: how their batches are laid out.
     """
     path = Path(path)
     features_class, make = FORMS[form]

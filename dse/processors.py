@@ -244,7 +244,9 @@ def _read_tsv(
 ) -> Examples:
     start = 1 if header else 0
     lines = read_lines(path, f"the data of {task.name}")
-    names = next(lines, "") if header else None
+    names = next(lines, None) if header else ""
+    if names is None:
+        raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
     places = _find_columns(path, names, (text_a, text_b, label))
     place_a, place_b, place_label = places
     used = [place for place in places if place is not None]
@@ -277,14 +279,19 @@ def _read_tsv(
     return rows
 
 
-def read_lines(path: Path, what: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without byte-order mark; only \\n, \\r\\n and \\r end a line.
+def read_lines(path: Path, what: str, keep_mark: bool = False) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends; only \\n, \\r\\n and \\r end a line.
 
-    Raises InputError where it cannot be read or is no UTF-8; `what` names its role.
+    Args:
+        what: names the file's role in errors.
+        keep_mark: keep a byte-order mark at the start, which is dropped otherwise.
+
+    Raises InputError where it cannot be read or is no UTF-8.
     """
     read = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:  # ends lines at the three, whatever the platform
+        # text mode ends lines at the three, whatever the platform
+        with open(path, encoding="utf-8" if keep_mark else "utf-8-sig") as file:
             for line in file:
                 yield line.removesuffix("\n")
                 read += 1
@@ -310,9 +317,9 @@ def _no_utf8(path: Path, read: int) -> InputError:
     return InputError(f"{path}: no valid UTF-8; save the file as UTF-8")
 
 
-def _find_columns(path: Path, header: str | None, columns: tuple[int | str | None, ...]) -> list[int | None]:
+def _find_columns(path: Path, header: str, columns: tuple[int | str | None, ...]) -> list[int | None]:
     """Numbers of the columns; names are looked up in the header line."""
-    names = header.split("\t") if header is not None else []
+    names = header.split("\t")
     places: list[int | None] = []
     for column in columns:
         if isinstance(column, str):

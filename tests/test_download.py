@@ -826,10 +826,12 @@ def test_headers_and_rows_that_differ_are_warned_of(server, get, glue, caplog):
     files = wnli()
     files["WNLI/dev.tsv"] = files["WNLI/dev.tsv"].replace(b"sentence1\tsentence2", b"a\tb")
     files["WNLI/test.tsv"] += b"146\tone column too few\n"
+    files["WNLI/train.tsv"] = files["WNLI/train.tsv"][:-2] + b"\xff\n"
     server.files["/glue/data/WNLI.zip"] = zip_of(files)
     code, table = get("--no_verify")
+    train = "train.tsv, line 636: byte 0xff is no valid UTF-8; save the file as UTF-8"
     header = "dev.tsv has the header 'index | a | b | label', expected 'index | sentence1 | sentence2 | label'"
-    assert (code, table["WNLI"]) == (0, ["done", header])  # the short row is no row
+    assert (code, table["WNLI"]) == (0, ["done", f"{train}; {header}"])  # the short row is no row
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"WNLI: {header}" in warnings
 

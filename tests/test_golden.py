@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from dse.config import POOLER_TYPES, DSEConfig
+from dse.config import PADDINGS, POOLER_TYPES, DSEConfig
 from dse.distillation import distillation_targets, student_loss
 from dse.evaluation import predict, predict_pairs
-from dse.features import PADDINGS, SeparateFeatures, in_batches, joint_features, separate_features
+from dse.features import SeparateFeatures, in_batches, joint_features, separate_features
 from dse.models import DSESiameseClassifier, new_student, teacher_logits
 from dse.optimization import make_optimizer
 from dse.pretrained import bert_config, load_tokenizer

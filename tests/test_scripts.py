@@ -14,8 +14,9 @@ import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.config import PADDINGS
 from dse.evaluation import measure_student, predict
-from dse.features import PADDINGS, joint_features, separate_features
+from dse.features import joint_features, separate_features
 from dse.models import load_teacher
 from dse.pretrained import load_tokenizer
 from dse.processors import get_task, read_examples
