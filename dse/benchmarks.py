@@ -6,12 +6,17 @@ of them. Useful work is that of real tokens in the encoder's layers, whatever is
     FLOP = 2 x parameters of the layers x tokens, and in training 3 times that (forward, and two products backward)
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
+import importlib.util
+import logging
 import resource
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dse.config import DSEConfig
+from dse.distillation import distillation_targets, student_loss, teacher_loss
+from dse.evaluation import TOKENS_PER_STEP, embed_texts
+from dse.features import cached_features, in_batches, joint_features, separate_features
+from dse.models import load_teacher, new_student, teacher_logits
+from dse.optimization import make_optimizer
+from dse.processors import Examples, Task, read_examples
+from dse.trainer import Trainer, epoch_order
+
+logger = logging.getLogger(__name__)
+
 PEAK_REPEATS = 5
 _PEAK_SECONDS = 0.02  # of one repeat, at least
+PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "packed": "packed (ours)"}
+
+
+@dataclass
+class Given:
+    """What is measured: a task's data and a BERT."""
+
+    task: Task
+    folder: Path  # of the BERT
+    bert: dict[str, Any]  # its configuration
+    tokenizer: Any
 
 
 def take_turns(
@@ -40,7 +67,7 @@ def take_turns(
         for name, run in variants.items():
             forget_peak_memory()
             result = results[name]
-            result["seconds"] = min(result["seconds"], *(_seconds(run) for _ in range(repeats[name])), float("inf"))
+            result["seconds"] = min(result["seconds"], *(_seconds(run) for _ in range(repeats[name])))
             result["peak_memory_mib"] = max(result["peak_memory_mib"], peak_memory())
     return results, highest
 
@@ -145,7 +172,173 @@ def sentence_transformer_steps(
     return run
 
 
-def random_batches(rows: int, batch_size: int, count: int, seed: int) -> list[np.ndarray]:
-    """Batches of rows as training draws them."""
-    order = np.random.default_rng(seed).permutation(rows)
-    return [order[i * batch_size : (i + 1) * batch_size] for i in range(count) if (i + 1) * batch_size <= rows]
+def report(title: str, results: dict[str, dict[str, float]], rates: dict[str, float], peak: float) -> dict[str, Any]:
+    """Print one table of useful rates; what the JSON says of it."""
+    print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
+    for name, rate in rates.items():
+        ratio = f"{rates['packed'] / rate:.2f}x"
+        memory = f"{results[name]['peak_memory_mib']:,.0f} MiB"
+        print(f"{PADDINGS[name]:<28}{rate:>16.1f}{rate / peak:>13.0%}{ratio:>9}{memory:>14}")
+    print(f"{'matrix products alone':<28}{peak:>16.1f}")
+    return {
+        "ratio_to_fixed_padding": rates["packed"] / rates["max"],
+        "ratio_to_batch_padding": rates["packed"] / rates["batch"],
+        "fraction_of_matmul_peak": rates["packed"] / peak,
+        "matmul_peak_gflops": peak,
+        "useful_gflops": rates,
+        "peak_memory_mib": {name: result["peak_memory_mib"] for name, result in results.items()},
+    }
+
+
+def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+    """Student and teacher: whole steps, from token ids to the update."""
+    task, config = given.task, DSEConfig.from_flags(args, given.bert)
+    examples = read_examples(task, args.data_dir, "train")
+    separate, joint = (
+        make(task, examples, given.tokenizer, args.max_seq_length) for make in (separate_features, joint_features)
+    )
+    labels = torch.from_numpy(separate.labels)
+    targets = distillation_targets(task.kind, torch.zeros(len(labels), task.num_logits))
+    student, teacher = new_student(given.folder, config), load_teacher(given.folder, task, fine_tuned=False)
+    roles = {
+        "student": (
+            student, student.dse_model.bert.bert, separate, separate.texts.lengths[separate.first]
+            + separate.texts.lengths[separate.second], lambda inputs: student(**inputs),
+            lambda outputs, rows: student_loss(task.kind, outputs, labels[rows], targets[rows], 0.5),
+        ),
+        "teacher": (
+            teacher, teacher.bert, joint, joint.costs, lambda inputs: teacher_logits(teacher, inputs),
+            lambda logits, rows: teacher_loss(task.kind, logits, labels[rows]),
+        ),
+    }  # fmt: skip
+    results = {role: train_role(args, given, role, *parts) for role, parts in roles.items()}
+    if importlib.util.find_spec("sentence_transformers"):
+        results["student"] |= train_sentence_transformer(args, given, examples, results["student"])
+    return results
+
+
+def first_batches(args: argparse.Namespace, pairs: int) -> list[np.ndarray]:
+    """The batches with which training of that seed begins."""
+    return in_batches(epoch_order(pairs, args.random_seed, 0), args.batch_size)[: args.steps]
+
+
+def train_role(
+    args: argparse.Namespace, given: Given, role: str, model: Any, bert: Any, features: Any, tokens: Any,
+    forward: Any, loss: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Time the Trainer's own batches and updates of a student or a teacher with each padding."""
+    trainer = Trainer(
+        model, forward, loss, lambda outputs, labels: {}, features, make_optimizer(model, 1e-9, 10**6, 0.1),
+        batch_size=args.batch_size, accumulation_steps=args.gradient_accumulation_steps, seed=args.random_seed,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    batches = first_batches(args, len(features))
+    features.max_seq_length = args.max_seq_length
+
+    def steps_with(padding: str) -> Any:
+        def run() -> None:
+            features.padding = padding
+            model.train()
+            for group in in_batches(batches, args.gradient_accumulation_steps):
+                for rows in group:
+                    trainer.backward(rows, len(group))
+                trainer.update()
+
+        return run
+
+    count = sum(int(tokens[rows].sum()) for rows in batches)
+    logger.info("%s: %d batches of %d pairs, %d tokens each", role, len(batches), args.batch_size, count / len(batches))
+    per_step = round(count / len(batches))
+    variants = {padding: steps_with(padding) for padding in PADDINGS}
+    results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_step, training=True))
+    rates = {name: useful_gflops(bert.encoder, count, result["seconds"], True) for name, result in results.items()}
+    seconds = {padding: result["seconds"] / len(batches) for padding, result in results.items()}
+    return {
+        **report(f"{role} training", results, rates, peak),
+        "seconds_per_step": seconds,
+        "tokens_per_step": count / len(batches),
+    }
+
+
+def train_sentence_transformer(
+    args: argparse.Namespace, given: Given, examples: Examples, ours: dict[str, Any]
+) -> dict[str, Any]:
+    """Time sentence-transformers on the student's batches; the ratio to ours."""
+    batches = first_batches(args, len(examples.first))
+    labels = torch.as_tensor(examples.labels).float()
+    scores = labels / max(1.0, float(labels.max()))
+    pairs = [([examples.first[i] for i in rows], [examples.second[i] for i in rows], scores[rows]) for rows in batches]
+    model = sentence_transformer(given.folder, args.max_seq_length)
+    steps = sentence_transformer_steps(model, pairs, args.gradient_accumulation_steps)
+    seconds = take_turns({"theirs": steps}, args.rounds)[0]["theirs"]["seconds"] / len(batches)
+    ratio = seconds / ours["seconds_per_step"]["packed"]
+    print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{ratio:>8.2f}x")
+    return {"ratio_to_sentence_transformers": ratio}
+
+
+def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+    """Embeddings of the distinct sentences of the first pairs; padding to max_seq_length is measured on a part."""
+    examples = read_examples(given.task, args.data_dir, "train")
+    first, second = (side[: args.pairs] for side in (examples.first, examples.second))
+    features = separate_features(given.task, Examples(first, second), given.tokenizer, args.max_seq_length)
+    features.max_seq_length = args.max_seq_length
+    model = new_student(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
+    lengths, cpu = features.texts.lengths, torch.device("cpu")
+    in_file_order = in_batches(np.arange(len(lengths)), args.batch_size)
+    part = in_file_order[:: max(1, len(in_file_order) // (4 * args.steps))]
+
+    def padded_with(padding: str, batches: list[Any]) -> Any:
+        def run() -> None:
+            features.padding = padding
+            with torch.inference_mode():
+                for texts in batches:
+                    model.embed(**features.text_batch(texts))
+
+        return run
+
+    def packed() -> None:
+        features.padding = "packed"
+        embed_texts(model, features, 10**6, cpu, "encode")
+
+    variants = {"max": padded_with("max", part), "batch": padded_with("batch", in_file_order), "packed": packed}
+    if importlib.util.find_spec("sentence_transformers"):
+        theirs = sentence_transformer(given.folder, args.max_seq_length)
+        texts = list(dict.fromkeys([*first, *second]))
+        variants["theirs"] = lambda: theirs.encode(texts, batch_size=32, show_progress_bar=False)
+    results, peak = take_turns(
+        variants, args.rounds, lambda: matmul_peak(given.bert, TOKENS_PER_STEP["cpu"], training=False)
+    )
+    of_theirs = results.pop("theirs", None)
+    tokens = {"max": sum(int(lengths[texts].sum()) for texts in part), "batch": lengths.sum(), "packed": lengths.sum()}
+    encoder = model.dse_model.bert.bert.encoder
+    rates = {name: useful_gflops(encoder, int(tokens[name]), results[name]["seconds"], False) for name in results}
+    numbers = report("inference", results, rates, peak)
+    if of_theirs is not None:
+        numbers["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
+        print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{numbers['ratio_to_sentence_transformers']:>8.2f}x")
+    return numbers
+
+
+def features(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+    """From the data's files to token ids: texts a second, memory, and how long a first and a second start take."""
+    numbers: dict[str, Any] = {}
+    print(f"\n{'features':<28}{'read, s':>10}{'token ids, s':>14}{'texts a second':>16}{'memory above':>16}")
+    with tempfile.TemporaryDirectory() as folder:
+        for start in ("first", "second"):
+            forget_peak_memory()
+            before, started = peak_memory(), time.perf_counter()
+            examples = read_examples(given.task, args.data_dir, "train")
+            read = time.perf_counter()
+            made = cached_features(
+                "separate", given.task, examples, given.tokenizer, args.max_seq_length, Path(folder) / "f", True
+            )
+            ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
+            rate = texts / (ended - read)
+            print(
+                f"{start + ' start':<28}{read - started:>10.2f}{ended - read:>14.2f}{rate:>16,.0f}{memory:>12,.0f} MiB"
+            )
+            numbers |= {f"{start}_start_seconds": ended - started, f"{start}_start_memory_mib": memory}
+            numbers.setdefault("texts_per_second", rate)  # of the first start
+            numbers |= {"pairs": len(examples.first), "texts": texts}
+            del examples, made
+    return numbers
