@@ -240,23 +240,26 @@ def train_role(
             features.padding = padding
             model.train()
             for group in in_batches(batches, args.gradient_accumulation_steps):
-                for rows in group:
-                    trainer.backward(rows, len(group))
+                for together in trainer.passes(group):
+                    trainer.backward(together, len(group))
                 trainer.update()
 
         return run
 
     count = sum(int(tokens[rows].sum()) for rows in batches)
     logger.info("%s: %d batches of %d pairs, %d tokens each", role, len(batches), args.batch_size, count / len(batches))
-    per_step = round(count / len(batches))
+    features.padding = "packed"
+    passes = sum(len(trainer.passes(group)) for group in in_batches(batches, args.gradient_accumulation_steps))
+    per_pass = round(count / passes)
     variants = {padding: steps_with(padding) for padding in PADDINGS}
-    results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_step, training=True))
+    results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))
     rates = {name: useful_gflops(bert.encoder, count, result["seconds"], True) for name, result in results.items()}
     seconds = {padding: result["seconds"] / len(batches) for padding, result in results.items()}
     return {
         **report(f"{role} training", results, rates, peak),
         "seconds_per_step": seconds,
         "tokens_per_step": count / len(batches),
+        "tokens_per_packed_pass": per_pass,
     }
 
 

@@ -5,6 +5,8 @@ their rows into the scalar to descend, `measure` turns a whole epoch's outputs i
 
 An update comes every `accumulation_steps` batches, each batch's loss divided by the batches of its group,
 and the last group of an epoch may be shorter:  5 batches by 2 -> (1/2, 1/2), (1/2, 1/2), (1).
+Packed batches of a group go through the model in one pass where that needs no more room than one padded
+batch: the sum is the same, and bigger matrix products are faster ones.
 
 The order of an epoch depends on the seed and the epoch alone, so a run that goes on needs no more than the
 numbers in `state_dict` to make the same updates as one that never stopped.
@@ -68,6 +70,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, dtype=half, enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.history: list[Record] = []
+        self._costs = features.costs
 
     @property
     def updates(self) -> int:
@@ -113,12 +116,12 @@ class Trainer:
             total=total, desc=f"epoch {epoch} of 0 to {epochs - 1}", unit="batch", disable=None, leave=False
         ) as bar:
             for group in self.groups(epoch):
-                for rows in group:
-                    batch = self.backward(rows, len(group))
+                for batches in self.passes(group):
+                    some = self.backward(batches, len(group))
                     if outputs is None:
-                        outputs = np.empty((len(self.features), batch.shape[1]), dtype=np.float32)
-                    outputs[rows] = batch
-                    bar.update()
+                        outputs = np.empty((len(self.features), some.shape[1]), dtype=np.float32)
+                    outputs[np.concatenate(batches)] = some
+                    bar.update(len(batches))
                 self.update()
         return self.measure(outputs, self.features.labels)
 
@@ -127,12 +130,31 @@ class Trainer:
         order = epoch_order(len(self.features), self.seed, epoch)
         return in_batches(in_batches(order, self.batch_size), self.accumulation_steps)
 
-    def backward(self, rows: np.ndarray, group_size: int) -> np.ndarray:
-        """Add one batch's share of the gradient; its outputs, (batch, width)."""
-        inputs = {name: tensor.to(self.device) for name, tensor in self.features.batch(rows).items()}
+    def passes(self, group: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """An update's batches by pass through the model: packed ones share a pass while they fit in the places
+        that one batch padded to max_seq_length has, others have one each.
+        """
+        if self.features.padding != "packed":
+            return [[rows] for rows in group]
+        places = self.batch_size * (self.features.max_seq_length or int(self._costs.max()))
+        passes: list[list[np.ndarray]] = []
+        room = -1
+        for rows in group:
+            needed = int(self._costs[rows].sum())
+            if needed > room:
+                passes.append([])
+                room = places
+            passes[-1].append(rows)
+            room -= needed
+        return passes
+
+    def backward(self, batches: list[np.ndarray], group_size: int) -> np.ndarray:
+        """Add the batches' shares of the gradient; their outputs, (rows, width)."""
+        inputs = self.features.batch(np.concatenate(batches))
         with self.autocast:
-            outputs = self.forward(inputs)
-            loss = self.loss(outputs, rows)
+            outputs = self.forward({name: tensor.to(self.device) for name, tensor in inputs.items()})
+            parts = outputs.split([len(rows) for rows in batches])
+            loss = sum(self.loss(part, rows) for part, rows in zip(parts, batches, strict=True))
         self.scaler.scale(loss / group_size).backward()
         return outputs.detach().float().cpu().numpy()
 

@@ -1,6 +1,7 @@
 """The shared loop: groups, modes, metrics of the batches as they passed, order."""
 
 import numpy as np
+import pytest
 import torch
 
 from dse.evaluation import predict
@@ -11,10 +12,12 @@ from dse.trainer import Trainer, count_updates, epoch_order
 class Line:
     """Features of a model w * x with w = 0: row i has x = i + 1."""
 
+    padding = "batch"
+    max_seq_length = None
+
     def __init__(self, rows: int) -> None:
         self.labels = np.zeros(rows, dtype=np.int64)
         self.costs = np.arange(rows) + 1
-        self.max_seq_length = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,16 +48,45 @@ def trainer_of(rows: int, batch_size: int, accumulation: int, **options) -> tupl
     return trainer, gradients
 
 
-def test_each_group_has_its_own_update_and_no_gradient_leaks():
-    """The gradient of mean(w * x) is the mean of x, so each update's is the mean over its group's batch means."""
-    trainer, gradients = trainer_of(rows=9, batch_size=2, accumulation=2)
+@pytest.mark.parametrize("padding", ["batch", "packed"])
+@pytest.mark.parametrize("rows", [9, 11])
+def test_each_group_has_its_own_update_and_no_gradient_leaks(rows, padding):
+    """The gradient of mean(w * x) is the mean of x, so each update's is the mean over its group's batch means.
+
+    That of the last, shorter batch counts as much as the others of its group, in one pass with them or not.
+    """
+    trainer, gradients = trainer_of(rows, batch_size=2, accumulation=2)
+    trainer.features.padding = padding
     trainer.fit(2)
     expected = []
     for epoch in (0, 1):
-        x = epoch_order(9, 5, epoch) + 1.0
-        expected += [(x[0:2].mean() + x[2:4].mean()) / 2, (x[4:6].mean() + x[6:8].mean()) / 2, x[8]]
+        x = epoch_order(rows, 5, epoch) + 1.0
+        expected += [(x[0:2].mean() + x[2:4].mean()) / 2, (x[4:6].mean() + x[6:8].mean()) / 2]
+        expected += [x[8]] if rows == 9 else [(x[8:10].mean() + x[10]) / 2]
     np.testing.assert_allclose(gradients, expected, rtol=1e-6)
-    assert trainer.updates == 6 == 2 * count_updates(9, 2, 2)
+    assert trainer.updates == 6 == 2 * count_updates(rows, 2, 2)
+
+
+def test_packed_batches_share_a_pass_while_one_padded_batch_has_the_places():
+    """Rows 0 to 9 cost 1 to 10, and a padded batch of two has 20 places: 1+2+3+4 fit, 5+6 more are one too many."""
+    trainer, _ = trainer_of(rows=10, batch_size=2, accumulation=5)
+    group = [np.array([i, i + 1]) for i in (0, 2, 4, 6, 8)]
+
+    def passes() -> list[list[int]]:
+        return [[int(rows[0]) for rows in batches] for batches in trainer.passes(group)]
+
+    assert passes() == [[0], [2], [4], [6], [8]]
+    trainer.features.padding = "packed"
+    assert passes() == [[0, 2], [4], [6], [8]]
+    trainer.features.max_seq_length = 27  # 2 x 27 = 54 places; all ten cost 55
+    assert passes() == [[0, 2, 4, 6], [8]]
+    trainer.features.max_seq_length = 28  # 56
+    assert passes() == [[0, 2, 4, 6, 8]]
+    calls = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    outputs = trainer.backward(group[:2], 5)
+    assert len(calls) == 1
+    assert outputs.shape == (4, 1)
 
 
 def test_the_order_changes_by_epoch_and_seed_and_holds_every_row():
