@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dse.config import DSEConfig
 from dse.files import InputError, one_line
-from dse.packing import PackedBatch, first_states, hidden_states, padded
+from dse.packing import PackedBatch, by_group, first_states, hidden_states, padded
 from dse.poolers import pool
 from dse.pretrained import bert_config
 from dse.processors import Task
@@ -59,11 +59,13 @@ class SentenceEncoder(nn.Module):
         if self.config.pooler_type == "cls":
             return self.bert.pooler(first_states(self.bert, batch).unsqueeze(1))
         top = hidden_states(self.bert, batch, self.config.pooler_num_top_hidden_layers)
-        groups = [
-            pool(self.config.pooler_type, [padded(states, group) for states in top], group.mask)
-            for group in batch.groups
+        # By group, the layers' states of its tokens.
+        parts = zip(*(by_group(states, batch) for states in top), strict=True)
+        pooled = [
+            pool(self.config.pooler_type, [padded(states, group) for states in layers], group.mask)
+            for group, layers in zip(batch.groups, parts, strict=True)
         ]
-        return torch.cat(groups).index_select(0, batch.order)
+        return torch.cat(pooled).index_select(0, batch.order)
 
     def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooler_type == "cls":

@@ -9,6 +9,10 @@ so that little is padded, and takes the padding out again:
 The weights and modules are those of transformers' BertModel, and so are the numbers, to rounding: padding is masked
 anyway. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
 
+oneDNN keeps its compiled product, a megabyte or so, for each number of rows that it meets. So that these stay few, a
+batch ends with up to 3 % of idle tokens (`_few_sizes`), which belong to no row and so reach neither outputs nor
+gradients.
+
 Dropout draws 16 random bits per element, so that a rate p becomes round(65536 p) / 65536, and keeps exactly that
 expectation; torch's own mask on CPU costs many times more.
 """
@@ -50,7 +54,7 @@ class Group:
 
 @dataclass
 class PackedBatch:
-    """Rows of token ids end to end, longest first."""
+    """Rows of token ids end to end, longest first, then idle tokens."""
 
     ids: Tensor  # int64, (tokens,)
     positions: Tensor  # int64, (tokens,)
@@ -82,19 +86,30 @@ def pack(tokens: "Ragged", rows: np.ndarray, first_lengths: np.ndarray | None = 
     rows = rows[order]
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     starts = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    ids = tokens.ids[np.repeat(tokens.offsets[rows], lengths) + positions].astype(np.int64)
-    types = None
+    count = int(lengths.sum())
+    ids, positions, types = np.zeros((3, _few_sizes(count)), dtype=np.int64)
+    positions[:count] = np.arange(count) - np.repeat(starts, lengths)
+    ids[:count] = tokens.ids[np.repeat(tokens.offsets[rows], lengths) + positions[:count]]
     if first_lengths is not None:
-        types = torch.from_numpy((positions >= np.repeat(first_lengths[order], lengths)).astype(np.int64))
+        types[:count] = positions[:count] >= np.repeat(first_lengths[order], lengths)
     return PackedBatch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
-        types,
+        None if first_lengths is None else torch.from_numpy(types),
         torch.from_numpy(starts),
         torch.from_numpy(np.argsort(order)),
         [_group(lengths[some], starts[some.start]) for some in _cut(lengths)],
     )
+
+
+def _few_sizes(count: int) -> int:
+    """`count` rounded up to one of 32 sizes between a power of 2 and the next.
+
+    >>> [_few_sizes(count) for count in (9, 63, 65, 1000, 1025)]
+    [9, 63, 66, 1008, 1056]
+    """
+    step = 1 << max(0, count.bit_length() - 6)
+    return -(-count // step) * step
 
 
 def _cut(lengths: np.ndarray) -> list[slice]:
@@ -146,9 +161,15 @@ class _Pad(torch.autograd.Function):
         return gradient if ctx.group.bias is None else gradient.index_select(0, ctx.group.back), None
 
 
+def by_group(states: Tensor, batch: PackedBatch) -> list[Tensor]:
+    """(tokens, width) cut into each group's tokens; a split, whose gradient is put together in one pass."""
+    sizes = [group.tokens.stop - group.tokens.start for group in batch.groups]
+    return list(states.split([*sizes, len(states) - sum(sizes)]))[:-1]
+
+
 def padded(states: Tensor, group: Group) -> Tensor:
-    """A group's rows of (tokens, width) as (rows, length, width), to be used with `group.mask`."""
-    return _Pad.apply(states[group.tokens], group).view(group.rows, group.length, -1)
+    """A group's tokens, (tokens, width), as (rows, length, width), to be used with `group.mask`."""
+    return _Pad.apply(states, group).view(group.rows, group.length, -1)
 
 
 class _Attention(torch.autograd.Function):
@@ -298,12 +319,12 @@ def _layer(layer: nn.Module, states: Tensor, batch: PackedBatch, keep: _Keep) ->
     """One BertLayer: (tokens, hidden) to (tokens, hidden)."""
     own, heads = layer.attention.self, layer.attention.self.num_attention_heads
     projected = _project(states, own.query, own.key, own.value)
-    context = torch.cat(
-        [
-            _Attention.apply(projected[group.tokens], None if kept is None else kept.to(projected.dtype), group, heads)
-            for group, kept in zip(batch.groups, keep.weights, strict=True)
-        ]
-    )
+    contexts = [
+        _Attention.apply(part, None if kept is None else kept.to(part.dtype), group, heads)
+        for part, group, kept in zip(by_group(projected, batch), batch.groups, keep.weights, strict=True)
+    ]
+    idle = len(states) - sum(map(len, contexts))
+    context = torch.cat([*contexts, contexts[0].new_zeros(idle, states.shape[1])])
     states = _add_and_norm(layer.attention.output, context, states, keep.context)
     return _feed_forward(layer, states, keep.output)
 
@@ -320,11 +341,11 @@ def _last_layer(layer: nn.Module, states: Tensor, batch: PackedBatch, keep: _Kee
     own, heads = layer.attention.self, layer.attention.self.num_attention_heads
     first = states.index_select(0, batch.starts)
     queries = linear(first, own.query.weight, own.query.bias).split([group.rows for group in batch.groups])
-    keys_values = _project(states, own.key, own.value)
+    keys_values = by_group(_project(states, own.key, own.value), batch)
     context = []
-    for group, query, kept in zip(batch.groups, queries, keep.weights, strict=True):
+    for group, query, part, kept in zip(batch.groups, queries, keys_values, keep.weights, strict=True):
         width = query.shape[1] // heads
-        both = padded(keys_values, group).view(group.rows, group.length, 2, heads, width).permute(2, 0, 3, 1, 4)
+        both = padded(part, group).view(group.rows, group.length, 2, heads, width).permute(2, 0, 3, 1, 4)
         k, v = both.reshape(2, group.rows * heads, group.length, width)
         weights = torch.softmax(_scores(query.reshape(-1, 1, width), k, group, heads), dim=-1).to(query.dtype)
         weights = weights if kept is None else weights * kept.to(weights.dtype)

@@ -92,6 +92,20 @@ def test_rows_of_one_length_need_no_padding():
     assert_same(lambda inputs: model(**inputs), features, model)
 
 
+def test_idle_tokens_reach_nothing():
+    """The pairs of assert_same have 16 x 12 + 2 x 3 = 198 tokens, which become 200; the joint ones 99, and 100."""
+    lengths, rows = [12] * 10 + [3], np.array([5, 1, 1, 8, 0, 10, 3, 2, 9])
+    for features, tokens in ((separate(lengths), 200), (joint(lengths), 100)):
+        features.padding = "packed"
+        assert len(features.batch(rows)["packed"].ids) == tokens
+    for pooler in ("concat_top_mean", "cls"):
+        student = student_of(pooler)
+        assert_same(lambda inputs, student=student: student(**inputs), separate(lengths), student)
+    torch.manual_seed(1)
+    teacher = BertForSequenceClassification(BertConfig(**bert_of()))
+    assert_same(lambda inputs: teacher_logits(teacher, inputs), joint(lengths), teacher)
+
+
 @pytest.mark.parametrize("onednn", [True, False])
 def test_linear_against_torchs_own(onednn, monkeypatch):
     if not onednn:
