@@ -144,7 +144,7 @@ def start_fresh(args: argparse.Namespace, stamp: str) -> Start:
 
 
 def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start:
-    from dse.checkpoint import architecture_of, check_same_run, load_checkpoint
+    from dse.checkpoint import check_same_run, load_checkpoint
     from dse.pretrained import tokenizer_from_files
 
     checkpoint = load_checkpoint(args.trainer_checkpoint)
@@ -152,7 +152,7 @@ def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, 
     return Start(
         tokenizer_from_files(checkpoint["tokenizer"]),
         checkpoint["stamp"],
-        config=architecture_of(checkpoint),
+        config=DSEConfig.from_dict(checkpoint["architecture"]),
         checkpoint=checkpoint,
     )
 
@@ -271,7 +271,8 @@ def make_after_epoch(
     args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any], log_file: Path | None
 ) -> Callable[[Record], bool]:
     """After each epoch: JSON line, checkpoint, plots; True ends the training early."""
-    from dse.checkpoint import CheckpointFolder, architecture_entry, new_run_folder
+    from dse.checkpoint import CheckpointFolder, new_run_folder, origin_of
+    from dse.encoding import TextSettings
 
     folder = Path(args.trainer_checkpoint).parent  # a run that goes on does so in the same folder
     if start.checkpoint is None and args.store_checkpoints:
@@ -281,13 +282,14 @@ def make_after_epoch(
         checkpoints.take_over(Path(args.trainer_checkpoint), start.checkpoint)
     run_name = f"{args.experiment_name}_{start.stamp}"
     unchanging = {
-        "architecture": architecture_entry(trainer.model.config),
+        "architecture": trainer.model.config.to_dict(),
         "tokenizer": tokenizer_to_files(start.tokenizer),
         "task": task_to_dict(task),
         "data": data,
         "run": run_flags(args),
         "stamp": start.stamp,
     }
+    trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length)
 
     def after_epoch(record: Record) -> bool:
         if log_file is not None:
@@ -297,6 +299,9 @@ def make_after_epoch(
             state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict()}
             path = checkpoints.save(record["epoch"], score_of(task, record), best, {**unchanging, **state})
             logger.info("checkpoint %s", path)
+            if best == record["epoch"]:
+                trainer.model.origin = origin_of(run_flags(args), record, data["logits"])
+                trainer.model.save_pretrained(path.parent / "best")
         if args.plot_metrics:
             plot_metrics(trainer.history, Path(args.plots_dir) / run_name, args.experiment_name)
         stop = out_of_patience(task, trainer.history, args.patience)

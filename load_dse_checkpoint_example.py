@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stage 5: load a student and embed sentences with it. Copy from here.
+"""Stage 5: load a student, embed sentences and score their pair with it. Copy from here.
 
     python load_dse_checkpoint_example.py --task_name mrpc --trainer_checkpoint <path_to_saved_checkpoint>
 
@@ -10,7 +10,7 @@ Without a checkpoint the encoder is the pre-trained one and the head is untraine
 import argparse
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dse import cli
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
@@ -18,21 +18,24 @@ from dse.files import InputError
 from dse.pretrained import bert_config, find_bert, load_tokenizer
 from dse.processors import Task, check_sentence_pairs, get_task
 
+if TYPE_CHECKING:
+    from dse.models import DSESiameseClassifier
+
 PROG = "load_dse_checkpoint_example.py"
 SENTENCES = ("The student embeds each sentence alone.", "Every sentence is embedded on its own by the student.")
 logger = logging.getLogger("dse.load_dse_checkpoint_example")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog=PROG, description="Load a student and embed two sentences.")
+    parser = cli.Parser(prog=PROG, description="Load a student, embed two sentences and score their pair.")
     parser.add_argument("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     parser.add_argument("--trainer_checkpoint", default="", help="a checkpoint of dse_train_runner.py")
     cli.add_architecture_flags(parser, given_only=True)
     return parser.parse_args(argv)
 
 
-def load_trained(path: str, task: Task, given: dict[str, Any]) -> tuple[Any, Any, int]:
-    """Student, tokenizer and length of a checkpoint; flags that disagree with it are refused."""
+def load_trained(path: str, task: Task, given: dict[str, Any]) -> "DSESiameseClassifier":
+    """The student of a checkpoint; flags that disagree with it are refused."""
     from dse.checkpoint import check_task, load_checkpoint, student_from_checkpoint
 
     checkpoint = load_checkpoint(path)
@@ -43,11 +46,10 @@ def load_trained(path: str, task: Task, given: dict[str, Any]) -> tuple[Any, Any
                 f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint['run'][flag]}; "
                 "leave the flag out, the checkpoint knows it"
             )
-    model, tokenizer = student_from_checkpoint(checkpoint)
-    return model, tokenizer, checkpoint["run"]["max_seq_length"]
+    return student_from_checkpoint(checkpoint)[0]
 
 
-def build_untrained(task: Task, given: dict[str, Any]) -> tuple[Any, Any, int]:
+def build_untrained(task: Task, given: dict[str, Any]) -> "DSESiameseClassifier":
     """A student with a pre-trained encoder and an untrained head, by the flags and their defaults."""
     defaults = cli.Parser()
     cli.add_architecture_flags(defaults)
@@ -58,10 +60,13 @@ def build_untrained(task: Task, given: dict[str, Any]) -> tuple[Any, Any, int]:
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
 
+    from dse.encoding import TextSettings
     from dse.models import new_student
 
     logger.warning("no --trainer_checkpoint: the encoder is pre-trained, but the head is UNTRAINED")
-    return new_student(folder, DSEConfig.from_flags(args, bert)).eval(), tokenizer, args.max_seq_length
+    model = new_student(folder, DSEConfig.from_flags(args, bert)).eval()
+    model.settings = TextSettings(tokenizer, task, args.max_seq_length)
+    return model
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,22 +78,17 @@ def run(args: argparse.Namespace) -> None:
 
     # 2. The student: from the checkpoint alone, or with an untrained head.
     if args.trainer_checkpoint:
-        model, tokenizer, max_seq_length = load_trained(args.trainer_checkpoint, task, given)
+        model = load_trained(args.trainer_checkpoint, task, given)
     else:
-        model, tokenizer, max_seq_length = build_untrained(task, given)
+        model = build_untrained(task, given)
 
-    # 3. Sentences to embeddings.
-    import torch
-
-    from dse.features import encode_texts
-
-    texts, places = encode_texts(SENTENCES, tokenizer, max_seq_length)
-    ids, mask = texts.padded(places, tokenizer.pad_token_id)
-    with torch.inference_mode():
-        embeddings = model.embed(ids, mask)
+    # 3. Sentences to embeddings, and a pair of them to its score.
+    embeddings = model.encode(SENTENCES, convert_to="tensor")
+    scores = model.score([SENTENCES])
     for sentence, embedding in zip(SENTENCES, embeddings, strict=True):
         print(f"Sentence: {sentence}")
         print(f"Embedding: {embedding}")
+    print(f"Score: {scores[0]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

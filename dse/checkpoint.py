@@ -14,9 +14,9 @@ One file per epoch, a dict of tensors, numbers, strings, lists and dicts that `w
 
 import glob
 import logging
+import math
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ import torch
 
 from dse.cli import same_value
 from dse.config import DSEConfig
+from dse.encoding import TextSettings
 from dse.files import InputError, check_file, load_tensors, one_line, utc_stamp, write_whole
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
-from dse.processors import Task, task_to_dict
+from dse.processors import Task, task_from_dict, task_to_dict
+from dse.reporting import Record
 
 logger = logging.getLogger(__name__)
 
@@ -98,27 +100,35 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
         )
 
 
-def architecture_of(checkpoint: dict[str, Any]) -> DSEConfig:
-    """The architecture that a checkpoint carries."""
-    entries = checkpoint["architecture"]
-    return DSEConfig(**{**entries, "fc_dims": tuple(entries["fc_dims"])})
-
-
-def architecture_entry(config: DSEConfig) -> dict[str, Any]:
-    """The architecture as a checkpoint stores it."""
-    return {**asdict(config), "fc_dims": list(config.fc_dims)}
-
-
 def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClassifier, Any]:
-    """The student, in evaluation mode on the CPU, and its tokenizer; no pre-trained weights are needed."""
+    """The student, in evaluation mode on the CPU, and its tokenizer; no pre-trained weights are needed.
+
+    The student takes texts (encoding.py) and can be saved as a folder (sharing.py).
+    """
     try:
-        model = empty_student(architecture_of(checkpoint))
+        model = empty_student(DSEConfig.from_dict(checkpoint["architecture"]))
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, KeyError) as error:
         raise InputError(
             f"--trainer_checkpoint: its weights and its architecture differ ({one_line(error)})"
         ) from error
-    return model.eval(), tokenizer_from_files(checkpoint["tokenizer"])
+    run, record = checkpoint["run"], checkpoint["trainer"]["history"][-1]
+    tokenizer = tokenizer_from_files(checkpoint["tokenizer"])
+    model.settings = TextSettings(tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"])
+    model.origin = origin_of(run, record, checkpoint["data"]["logits"])
+    return model.eval(), tokenizer
+
+
+def origin_of(run: dict[str, Any], record: Record, logits: str) -> dict[str, Any]:
+    """What a saved student tells of its training.
+
+    Args:
+        run: the flags.
+        record: of the epoch.
+        logits: SHA-256 of the teacher's.
+    """
+    metrics = {name: value for name, value in record.get("validation", {}).items() if math.isfinite(value)}
+    return {"epoch": record["epoch"], "metrics": metrics, "run": run, "logits_sha256": logits}
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:

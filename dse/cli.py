@@ -6,6 +6,7 @@ Loads no torch at import, so that `-h` and refusals are immediate.
 import argparse
 import contextlib
 import ctypes
+import io
 import logging
 import math
 import os
@@ -20,9 +21,12 @@ from tqdm import tqdm
 
 from dse.config import HEAD_TYPES, PADDINGS, POOLER_TYPES
 from dse.files import InputError, check_writable
+from dse.processors import read_lines
 
 if TYPE_CHECKING:
     import torch
+
+    from dse.models import DSESiameseClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +185,56 @@ def add_precision_flags(parser: argparse.ArgumentParser) -> None:
     """Mixed precision for training."""
     parser.add_argument("--fp16", action="store_true", help="mixed precision with float16, CUDA only")
     parser.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
+
+
+def add_inference_flags(parser: argparse.ArgumentParser) -> None:
+    """What the commands that use a student share."""
+    add = parser.add_argument
+    add("--batch_size", type=whole_number(1), default=32, help="sentences of full length per step")
+    add("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
+    add("--gpu_id", type=whole_number(0), default=0, help="which GPU")
+
+
+def load_student(args: argparse.Namespace) -> "DSESiameseClassifier":
+    """The student of --model, on the device that the flags choose."""
+    from dse.models import DSESiameseClassifier
+
+    device = select_device(args.disable_gpu, args.gpu_id)
+    model = DSESiameseClassifier.from_pretrained(args.model)
+    logger.info("student of %s from %s on %s", model.settings.task.name, args.model, describe_device(device))
+    return model.to(device)
+
+
+def check_texts(path: str, flag: str) -> None:
+    """Raise InputError unless `path` is a file or `-`."""
+    if path != "-" and not Path(path).exists():
+        raise InputError(f"{flag}: there is no file {path}; expected a UTF-8 file with a text per line, or -")
+    if Path(path).is_dir():
+        raise InputError(f"{flag}: {path} is a folder; expected a UTF-8 file with a text per line, or -")
+
+
+def texts_of(path: str, flag: str) -> Iterator[str]:
+    """The lines of a UTF-8 file or, for `-`, of standard input, empty ones too, of which is warned.
+
+    Raises InputError for what is no UTF-8.
+    """
+    lines = _lines_of_input(flag) if path == "-" else read_lines(Path(path), "the texts", flag=flag)
+    empty = 0
+    for line in lines:
+        empty += not line.strip()
+        yield line
+    if empty:
+        logger.warning("%s: %d of the lines are empty; each counts as an empty text", flag, empty)
+
+
+def _lines_of_input(flag: str) -> Iterator[str]:
+    number = 0
+    try:
+        for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig"):
+            number += 1
+            yield line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag}: standard input is no UTF-8, after line {number} ({error.reason})") from error
 
 
 class _ConsoleHandler(logging.Handler):

@@ -4,7 +4,7 @@ Kept apart from models.py so that flags are refused before torch is loaded.
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dse.files import InputError
@@ -38,6 +38,15 @@ class DSEConfig:
         """The architecture that cli.add_architecture_flags asked for, over that BERT."""
         names = {field.name for field in fields(cls)} - {"bert", "fc_dims"}
         return cls(bert=bert, fc_dims=tuple(args.fc_dims), **{name: getattr(args, name) for name in names})
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> "DSEConfig":
+        """The architecture that `to_dict` wrote. Raises KeyError or TypeError where entries are missing or unknown."""
+        return cls(**{**entries, "fc_dims": tuple(entries["fc_dims"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The architecture as JSON values, as checkpoints and folders store it."""
+        return {**asdict(self), "fc_dims": list(self.fc_dims)}
 
     @property
     def pooled_size(self) -> int:

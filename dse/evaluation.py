@@ -62,18 +62,24 @@ def predict(
 
 
 def predict_pairs(
-    model: "DSESiameseClassifier", features: SeparateFeatures, batch_size: int, device: torch.device, what: str
+    model: "DSESiameseClassifier",
+    features: SeparateFeatures,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    show: bool | None = None,
 ) -> np.ndarray:
     """The student's outputs for all pairs, in file order, without dropout; each distinct text is embedded once.
 
     Args:
         batch_size: pairs of texts of max_seq_length that a step may hold; of shorter texts it holds more.
+        what, show: name of the progress bar; None: where the output is a terminal.
 
     Returns:
         (n, fc_dims[-1]), float32.
     """
     with _inference(model):
-        embeddings = embed_texts(model, features, 2 * batch_size, device, what)
+        embeddings = embed_texts(model, features, 2 * batch_size, device, what, show)
         outputs = []
         for rows in in_batches(np.arange(len(features)), _PAIRS_PER_STEP):
             u, v = (torch.from_numpy(embeddings[texts[rows]]).to(device) for texts in (features.first, features.second))
@@ -82,17 +88,24 @@ def predict_pairs(
 
 
 def embed_texts(
-    model: "DSESiameseClassifier", features: SeparateFeatures, batch_size: int, device: torch.device, what: str
+    model: "DSESiameseClassifier",
+    features: SeparateFeatures,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    show: bool | None = None,
 ) -> np.ndarray:
     """Embeddings of all distinct texts, (texts, embedding_size), float32, without dropout."""
     lengths, tokens = features.texts.lengths, _tokens_per_step(batch_size, features, device)
     with _inference(model):
-        return _by_batches(lambda inputs: model.embed(**inputs), features.text_batch, lengths, tokens, device, what)
+        return _by_batches(
+            lambda inputs: model.embed(**inputs), features.text_batch, lengths, tokens, device, what, show
+        )
 
 
 def _tokens_per_step(batch_size: int, features: Features, device: torch.device) -> int:
     longest = features.max_seq_length or int(features.costs.max())
-    return min(batch_size * longest, TOKENS_PER_STEP.get(device.type, TOKENS_PER_STEP["cuda"]))
+    return min(batch_size * longest, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
 
 
 @contextlib.contextmanager
@@ -114,9 +127,11 @@ def _by_batches(
     tokens: int,
     device: torch.device,
     what: str,
+    show: bool | None = None,
 ) -> np.ndarray:
     outputs: np.ndarray | None = None
-    with tqdm(total=len(costs), desc=what, unit="row", disable=None, leave=False) as bar:
+    disable = None if show is None else not show  # None: where there is no terminal
+    with tqdm(total=len(costs), desc=what, unit="row", disable=disable, leave=False) as bar:
         for rows in by_length(costs, tokens):
             some = forward({name: tensor.to(device) for name, tensor in batch(rows).items()}).float().cpu()
             if outputs is None:

@@ -9,6 +9,8 @@ from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore
 
 from dse.processors import BINARY, MULTICLASS, REGRESSION
 
+SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # what ranks checkpoints
+
 
 def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of fine-tuning that a task names.
@@ -53,7 +55,7 @@ def student_metrics(
         return {"pearson": pearson, "spearman": spearman}
     if kind == MULTICLASS:
         return {"accuracy": float((outputs.argmax(axis=1) == labels).mean())}
-    probability = 0.5 * (1.0 + np.tanh(0.5 * outputs[:, 0].astype(np.float64)))  # the sigmoid, without overflow
+    probability = sigmoid(outputs[:, 0])
     metrics = {}
     for threshold in thresholds:
         predicted = (probability > threshold).astype(np.int64)
@@ -66,11 +68,16 @@ def student_metrics(
     return metrics
 
 
+def sigmoid(outputs: np.ndarray) -> np.ndarray:
+    """Logits to probabilities, float64, without overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * outputs.astype(np.float64)))
+
+
 def best_score(kind: str, metrics: dict[str, float]) -> tuple[str, float]:
     """Name and value of the score that ranks checkpoints: the best f1 over thresholds, accuracy, or Pearson."""
+    name = SCORES[kind]
     if kind == BINARY:
-        return "f1", max(value for name, value in metrics.items() if name.startswith("f1_"))
-    name = "accuracy" if kind == MULTICLASS else "pearson"
+        return name, max(value for key, value in metrics.items() if key.startswith("f1_"))
     return name, metrics[name]
 
 

@@ -21,11 +21,13 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.utils import logging as transformers_logging
 
 from dse.config import DSEConfig
+from dse.encoding import TextInterface
 from dse.files import InputError, one_line
 from dse.packing import PackedBatch, by_group, first_states, hidden_states, padded
 from dse.poolers import pool
 from dse.pretrained import bert_config
 from dse.processors import Task
+from dse.sharing import Shareable
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +111,10 @@ class SiameseHead(nn.Module):
         return self.fc_layers[-1](x)
 
 
-class DSESiameseClassifier(nn.Module):
+class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
     """The student: embeds both sentences of each pair with one encoder and scores the pair with the head.
+
+    For texts see encoding.py (`encode`, `score`, `predict`), for folders and the hub sharing.py (`from_pretrained`).
 
     Args:
         bert: the encoder, float32; with its tanh pooler for pooler_type `cls`, without it otherwise.

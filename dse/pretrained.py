@@ -186,3 +186,13 @@ def tokenizer_from_files(files: dict[str, str]) -> Any:
         for name, text in files.items():
             (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
         return BertTokenizer.from_pretrained(folder)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that a student's folder holds. Raises InputError where it cannot be loaded."""
+    from transformers import BertTokenizer
+
+    try:
+        return BertTokenizer.from_pretrained(folder)
+    except Exception as error:  # a spoiled one raises whatever its reader trips over
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error

@@ -140,6 +140,12 @@ def task_to_dict(task: Task) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in line.items()}
 
 
+def task_from_dict(line: dict[str, Any]) -> Task:
+    """The task that `task_to_dict` wrote. Raises TypeError for other entries."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
+    return Task(**{**values, "also_validate": tuple(tuple(pair) for pair in values.get("also_validate", ()))})
+
+
 def check_sentence_pairs(task: Task) -> None:
     """Raise InputError for a task that a Siamese student cannot learn."""
     if task.text_b is None:
@@ -279,12 +285,13 @@ def _read_tsv(
     return rows
 
 
-def read_lines(path: Path, what: str, keep_mark: bool = False) -> Iterator[str]:
+def read_lines(path: Path, what: str, keep_mark: bool = False, flag: str = "--data_dir") -> Iterator[str]:
     """The lines of a UTF-8 file without their ends; only \\n, \\r\\n and \\r end a line.
 
     Args:
         what: names the file's role in errors.
         keep_mark: keep a byte-order mark at the start, which is dropped otherwise.
+        flag: the one that named the file or its folder.
 
     Raises InputError where it cannot be read or is no UTF-8.
     """
@@ -296,7 +303,7 @@ def read_lines(path: Path, what: str, keep_mark: bool = False) -> Iterator[str]:
                 yield line.removesuffix("\n")
                 read += 1
     except OSError as error:
-        raise InputError(f"{path}: cannot read {what} ({error.strerror}); see --data_dir") from error
+        raise InputError(f"{path}: cannot read {what} ({error.strerror}); see {flag}") from error
     except UnicodeDecodeError as error:
         raise _no_utf8(path, read) from error
 

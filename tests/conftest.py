@@ -109,6 +109,25 @@ def student_flags(bert, data, logits, tmp_path):
 
 
 @pytest.fixture
+def student(bert):
+    """A function that makes an untrained student of a task, the same one each time, ready for texts."""
+    from dse.config import DSEConfig
+    from dse.encoding import TextSettings
+    from dse.models import new_student
+    from dse.pretrained import bert_config, load_tokenizer
+
+    def make(name: str = "mrpc", **changes: object):
+        torch.manual_seed(3)
+        task, config = get_task(name), bert_config(bert, "bert")
+        architecture = {"pooler_num_top_hidden_layers": 2, "fc_dims": (8, task.num_student_outputs), **changes}
+        model = new_student(bert, DSEConfig(config, **architecture)).eval()
+        model.settings = TextSettings(load_tokenizer(bert, True, "bert"), task, 32)
+        return model
+
+    return make
+
+
+@pytest.fixture
 def teacher_flags(bert, data, tmp_path):
     """The same for finetune_bert.py."""
 

@@ -304,7 +304,7 @@ def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch
         dse_train_runner.main(student_flags(epochs=1))
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name[-2:] for folder in folders] == ["00", "01"]
-    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+    assert [len(list(folder.glob("*.pt"))) for folder in folders] == [1, 1]
 
 
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):

@@ -1,0 +1,47 @@
+"""Make a student's folder of a checkpoint: loads without flags, from there or from the hub.
+
+    python -m dse export --trainer_checkpoint CHECKPOINT --output FOLDER
+
+dse_train_runner.py --store_checkpoints makes one of the best epoch by itself: `best` beside the checkpoints.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dse import cli
+from dse.files import check_file, check_writable
+
+PROG = "python -m dse export"
+logger = logging.getLogger("dse.export")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+    parser.add_argument("--trainer_checkpoint", required=True, help="a checkpoint of dse_train_runner.py")
+    parser.add_argument("--output", required=True, help="the folder; an earlier student's is replaced")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Refuse what cannot work.
+    check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
+    check_writable(Path(args.output).absolute().parent, "--output")
+    cli.set_up_logging()
+    from dse.sharing import check_replaceable
+
+    check_replaceable(Path(args.output), "--output")
+
+    # 2. Checkpoint to folder.
+    from dse.checkpoint import load_checkpoint, student_from_checkpoint
+
+    model, _ = student_from_checkpoint(load_checkpoint(args.trainer_checkpoint))
+    model.save_pretrained(args.output)
+    logger.info("student of %s, epoch %d: %s", model.settings.task.name, model.origin["epoch"], args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))

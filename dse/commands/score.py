@@ -1,0 +1,102 @@
+"""Score queries against candidates with a student's trained head, and write the best of each.
+
+    python -m dse score --model FOLDER --queries FILE --candidates FILE_OR_INDEX --top_k 10 --output FILE
+
+A query or candidate is a line of a UTF-8 file, an empty line too. The output has a row per query and hit, best first:
+query_row and row count lines from 0, rank counts from 1, score is the head's output (a logit; for NLI that of
+--rank_label). TSV, in which a tab or line end in a text becomes a space, or JSON lines, which keep texts as they are.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from dse import cli
+from dse.files import InputError, check_writable, write_whole
+
+PROG = "python -m dse score"
+COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
+logger = logging.getLogger("dse.score")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
+    add("--queries", required=True, help="file with a query per line; - for standard input")
+    add("--candidates", required=True, help="file with a candidate per line (- for standard input), or an index")
+    add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
+    add("--rank_label", help="NLI and its like: the label whose logit ranks (not given: entailment)")
+    add("--output", default="-", help="file; - for standard output")
+    add("--format", choices=("tsv", "jsonl"), help="not given: jsonl for such a name, else tsv")
+    cli.add_inference_flags(parser)
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def output_file(path: str) -> Iterator[TextIO]:
+    """Standard output, or a file that appears whole."""
+    if path == "-":
+        yield sys.stdout
+        return
+    with write_whole(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+def write_hits(file: TextIO, queries: list[str], found: list[list[Any]], as_json: bool) -> None:
+    """A row per query and hit, after a header line in TSV."""
+    if not as_json:
+        file.write("\t".join(COLUMNS) + "\n")
+    for query_row, (query, hits) in enumerate(zip(queries, found, strict=True)):
+        for rank, hit in enumerate(hits, 1):
+            values = (query_row, query, rank, hit.row, hit.score, hit.text)
+            if as_json:
+                line = json.dumps(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False)
+            else:
+                line = "\t".join(re.sub(r"[\t\r\n]", " ", str(value)) for value in values)
+            file.write(line + "\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Refuse what cannot work.
+    if args.queries == args.candidates == "-":
+        raise InputError("--candidates: standard input can be read once; give --queries or --candidates as a file")
+    cli.check_texts(args.queries, "--queries")
+    is_index = Path(args.candidates).is_dir()
+    if not is_index:
+        cli.check_texts(args.candidates, "--candidates")
+    if args.output != "-":
+        check_writable(Path(args.output).absolute().parent, "--output")
+        if Path(args.output).is_dir():
+            raise InputError(f"--output: {args.output} is a folder; name a file")
+    cli.set_up_logging()
+    from dse.index import CandidateIndex, ranked_output
+
+    model = cli.load_student(args)
+    ranked_output(model, args.rank_label)
+
+    # 2. Queries, candidates, and the best of them.
+    if is_index:
+        index = CandidateIndex.open(args.candidates, model)
+    else:
+        index = CandidateIndex.build(model, cli.texts_of(args.candidates, "--candidates"), batch_size=args.batch_size)
+    queries = list(cli.texts_of(args.queries, "--queries"))
+    logger.info("%d queries, %d candidates", len(queries), len(index))
+    found = index.search(queries, args.top_k, args.rank_label, show_progress=None)
+
+    # 3. Write.
+    as_json = args.format == "jsonl" or (args.format is None and args.output.endswith((".jsonl", ".ndjson")))
+    with output_file(args.output) as file:
+        write_hits(file, queries, found, as_json)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))

@@ -1,0 +1,178 @@
+"""The index: scores of the head on pairs, the best ones, files that are whole, spoiled or of another model."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from dse import index as index_module
+from dse.files import InputError
+from dse.index import CandidateIndex, Hit
+from dse.processors import get_task
+from dse.synthetic import make_pair
+
+CANDIDATES = [make_pair(random.Random(seed))[2] for seed in range(23)]
+QUERIES = [make_pair(random.Random(seed))[1] for seed in (100, 101, 102)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 5 rows, made 8 at a time, two queries at once: nothing ends where something else does."""
+    for name, value in (("BLOCK", 5), ("_EMBED_AT_ONCE", 8), ("_QUERIES", 2), ("_PART", 40)):
+        monkeypatch.setattr(index_module, name, value)
+
+
+def pair_scores(model, queries: list[str], candidates: list[str]) -> np.ndarray:
+    """The second way: every pair through the head as in training, (queries, candidates, outputs)."""
+    scores = model.score([(query, candidate) for query in queries for candidate in candidates])
+    return scores.reshape(len(queries), len(candidates), -1)
+
+
+@pytest.mark.parametrize("extra", [-1, 12])
+@pytest.mark.parametrize("fc_dims", [(1,), (8, 1), (8, 4, 1)])
+@pytest.mark.parametrize("head", ["concat", "dot"])
+def test_scores_are_the_heads(student, head, fc_dims, extra):
+    model = student(siamese_head_type=head, fc_dims=fc_dims, additional_embedding_layer_size=extra)
+    scores = CandidateIndex.build(model, CANDIDATES).score(QUERIES)
+    expected = pair_scores(model, QUERIES, CANDIDATES)[..., 0]
+    assert scores.shape == (3, 23)
+    assert np.abs(scores - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.ptp(expected) > 1e-3 * np.abs(expected).max()
+
+
+def test_multiclass_ranks_by_the_label(student):
+    model, labels = student("snli"), get_task("snli").labels
+    index = CandidateIndex.build(model, CANDIDATES)
+    expected = pair_scores(model, QUERIES, CANDIDATES)
+    for label in (None, *labels):
+        column = labels.index(label or "entailment")
+        np.testing.assert_allclose(index.score(QUERIES, label), expected[..., column], rtol=1e-4, atol=1e-5)
+        assert [hit.row for hit in index.search(QUERIES[0], 2, label)] == np.argsort(-expected[0, :, column])[
+            :2
+        ].tolist()
+    with pytest.raises(InputError, match="none of the labels of snli"):
+        index.score(QUERIES, "neither")
+    with pytest.raises(InputError, match="nothing to choose"):
+        CandidateIndex.build(student(), CANDIDATES).score(QUERIES, "1")
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 7, 30])
+def test_search_against_sorting_all(student, top_k):
+    index = CandidateIndex.build(student(), CANDIDATES)
+    for scores, hits in zip(index.score(QUERIES), index.search(QUERIES, top_k), strict=True):
+        rows = np.argsort(-scores, kind="stable")[:top_k]
+        assert hits == [Hit(scores[row], row, CANDIDATES[row]) for row in rows]
+    assert index.search(QUERIES[0], top_k) == index.search(QUERIES[:1], top_k)[0]
+
+
+def test_of_equals_the_earlier_row_wins():
+    """Two blocks whose scores tie across and within them."""
+    best = (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    best = index_module._best(*best, torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0]), 0, 2)
+    assert best[1].tolist() == [1, 2]
+    best = index_module._best(*best, torch.tensor([2.0, 3.0, 2.0]), 5, 2)
+    assert (best[0].tolist(), best[1].tolist()) == ([3.0, 2.0], [6, 1])
+
+
+def test_none_and_few_candidates(student):
+    model = student()
+    empty = CandidateIndex.build(model, [])
+    assert (len(empty), empty.search(QUERIES, 3), empty.score(QUERIES[0]).shape) == (0, [[], [], []], (0,))
+    empty.append(CANDIDATES[:1])
+    assert [hit.row for hit in empty.search(QUERIES[0], 3)] == [0]
+    assert empty.search([], 3) == []
+    with pytest.raises(ValueError, match="top_k"):
+        empty.search(QUERIES, 0)
+
+
+def test_stored_opened_and_appended_is_as_built_at_once(student, tmp_path):
+    model = student()
+    texts = [*CANDIDATES, "", "tab\there", "a\nb", "ça va ≤ 🙂"]
+    whole = CandidateIndex.build(model, texts, tmp_path / "whole")
+    grown = CandidateIndex.build(model, iter(texts[:7]), tmp_path / "grown")
+    for a, b in ((7, 8), (8, 8), (8, 19), (19, 27)):
+        grown.append(texts[a:b])
+    again = CandidateIndex.open(tmp_path / "grown", model)
+    again.save(tmp_path / "saved")
+    saved = CandidateIndex.open(tmp_path / "saved", model)
+    for index in (whole, grown, again, saved):
+        assert len(index) == 27
+        assert [index.text(row) for row in range(27)] == texts
+        np.testing.assert_allclose(index.score(QUERIES), whole.score(QUERIES), rtol=1e-5)
+    with pytest.raises(IndexError):
+        whole.text(27)
+
+
+def test_half_the_space(student, tmp_path):
+    model = student()
+    full, half = (CandidateIndex.build(model, CANDIDATES, tmp_path / kind, kind) for kind in ("float32", "float16"))
+    sizes = [(tmp_path / kind / "vectors.bin").stat().st_size for kind in ("float32", "float16")]
+    assert sizes == [23 * full.width * 4, 23 * full.width * 2]
+    np.testing.assert_array_equal(half.vectors(0, 23), full.vectors(0, 23).astype(np.float16))
+    assert np.abs(half.score(QUERIES) - full.score(QUERIES)).max() < 0.01 * np.abs(full.score(QUERIES)).max()
+    with pytest.raises(ValueError, match="dtype"):
+        CandidateIndex.build(model, CANDIDATES, dtype="int8")
+
+
+def test_a_stop_leaves_the_index_as_it_was(student, tmp_path):
+    model = student()
+
+    def stopped():
+        yield from CANDIDATES
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CandidateIndex.build(model, stopped(), tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    scores = index.score(QUERIES)
+    for begin in (index.append, lambda texts: CandidateIndex.build(model, texts, tmp_path / "index")):
+        with pytest.raises(KeyboardInterrupt):
+            begin(stopped())
+        index = CandidateIndex.open(tmp_path / "index", model)
+        np.testing.assert_array_equal(index.score(QUERIES), scores)
+    (tmp_path / "index" / "vectors.bin").open("ab").write(b"left by a kill")
+    index.append(["one more"])
+    index = CandidateIndex.open(tmp_path / "index", model)
+    assert index.text(23) == "one more"
+    np.testing.assert_allclose(
+        index.score(QUERIES)[:, 23], pair_scores(model, QUERIES, ["one more"])[:, 0, 0], rtol=1e-4
+    )
+
+
+def test_another_models_index_is_refused(student, tmp_path):
+    CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
+    CandidateIndex.open(tmp_path / "index", student())
+    other = student()
+    with torch.no_grad():
+        other.siamese_head.fc_layers[0].bias[0] += 1e-3
+    with pytest.raises(InputError, match="another model"):
+        CandidateIndex.open(tmp_path / "index", other)
+
+
+@pytest.mark.parametrize("file", ["vectors.bin", "ends.bin", "texts.bin", "index.json"])
+def test_a_changed_byte_is_found(student, tmp_path, file):
+    """Each byte in turn of the small files, some of the big one."""
+    model = student()
+    CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    path = tmp_path / "index" / file
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"index|build it anew"):
+            CandidateIndex.open(tmp_path / "index", model).search(QUERIES, 23)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(InputError, match=f"{file}"):
+        CandidateIndex.open(tmp_path / "index", model)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{file}"):
+        CandidateIndex.open(tmp_path / "index", model)
+
+
+def test_other_folders_are_not_overwritten(student, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for place, message in ((tmp_path, "holds other files"), (tmp_path / "notes.txt", "is a file")):
+        with pytest.raises(InputError, match=message):
+            CandidateIndex.build(student(), CANDIDATES, place)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
