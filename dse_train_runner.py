@@ -104,7 +104,7 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
     if args.trainer_checkpoint:
         check_file(args.trainer_checkpoint, "--trainer_checkpoint", "--store_checkpoints writes it")
     if args.plot_metrics:
-        check_can_plot()
+        check_can_plot("--plot_metrics")
         check_writable(args.plots_dir, "--plots_dir")
     if args.store_checkpoints and args.trainer_checkpoint:
         check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint")

@@ -35,10 +35,10 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_can_plot() -> None:
-    """Raise InputError where matplotlib, which only --plot_metrics needs, is not installed."""
+def check_can_plot(flag: str) -> None:
+    """Raise InputError where matplotlib, which only plots need, is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot_metrics: matplotlib is not installed: pip install matplotlib, or leave the flag out")
+        raise InputError(f"{flag}: matplotlib is not installed: pip install matplotlib, or leave the flag out")
 
 
 def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:

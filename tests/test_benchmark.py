@@ -65,6 +65,34 @@ def test_features(run, data):
     assert numbers["texts"] == len({row[i] for row in rows for i in (3, 4)})
 
 
+@pytest.mark.parametrize(("task", "head"), [("mrpc", "concat"), ("sts-b", "dot"), ("snli", "concat")])
+def test_scoring(run, data, task, head, tmp_path):
+    numbers, output = run(
+        "scoring", task_name=task, data_dir=data(task), siamese_head_type=head, candidates=[7, 30],
+        fc_dims=[4, 3 if task == "snli" else 1],
+    )  # fmt: skip
+    for count, each in numbers["candidates"].items():
+        seconds = each["seconds"]
+        assert each["ratio_to_naive_head"] == pytest.approx(seconds["head on blocks"] / seconds["index (ours)"])
+        assert each["ratio_to_cross_encoder"] == pytest.approx(seconds["cross-encoder"] / seconds["index (ours)"])
+        assert f"{int(count):>10,}  index (ours)" in output
+        assert 0 <= each["max_relative_difference"] <= 1e-5
+    sizes = {count: each["seconds"]["cross-encoder"] for count, each in numbers["candidates"].items()}
+    assert sizes["30"] == pytest.approx(sizes["7"] * 30 / 7)
+    assert numbers["ratio_to_naive_head"] == numbers["candidates"]["30"]["ratio_to_naive_head"]
+
+
+def test_scoring_with_a_saved_student_and_a_plot(run, student, data, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    student().save_pretrained(tmp_path / "student")
+    options = {"candidates": [7, 20], "plot": tmp_path / "plot.png", "model": tmp_path / "student"}
+    numbers, _ = run("scoring", **options)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert numbers["max_relative_difference"] <= 1e-5
+    with pytest.raises(SystemExit):
+        run("scoring", task_name="sts-b", data_dir=data("sts-b"), **options)
+
+
 def test_the_peak_counts_a_layers_products(monkeypatch):
     """H = 2, I = 3, 5 tokens, a second each: 4 of 2*5*2*2, 2 of 2*5*2*3 in 6 s; backward has two more of each."""
     monkeypatch.setattr(benchmarks, "_product_seconds", lambda a, b: 1.0)

@@ -1,4 +1,4 @@
-"""Measure training, inference or features on given data and model, beside padding and the matrix product's peak.
+"""Measure training, inference, features or scoring on given data and model, beside other ways in the same run.
 
     python -m dse benchmark training --task_name mrpc --data_dir glue_data/MRPC --bert_model MODEL --do_lower_case
 
@@ -16,6 +16,7 @@ from dse.config import check_fits_bert
 from dse.files import check_writable, write_text
 from dse.pretrained import bert_config, find_bert, load_tokenizer
 from dse.processors import check_sentence_pairs, get_task
+from dse.reporting import check_can_plot
 
 PROG = "python -m dse benchmark"
 logger = logging.getLogger("dse.benchmark")
@@ -24,7 +25,7 @@ logger = logging.getLogger("dse.benchmark")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", choices=("training", "inference", "features"), help="what to measure")
+    add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
     add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     add("--data_dir", required=True, help="folder of the task's files")
     add("--output", default="", help="JSON file for the results")
@@ -38,6 +39,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=cli.whole_number(2), default=8, help="batches per measurement, the same for every variant")
     add("--rounds", type=cli.whole_number(1), default=3, help="measurements of each variant, which take turns")
     add("--random_seed", type=cli.seed, default=42, help="of the batches")
+    add("--model", default="", help="scoring: a student's folder; empty: an untrained one, which takes as long")
+    add("--candidates", type=cli.whole_number(1), nargs="+", default=[1000, 10_000, 100_000], help="scoring: how many")
+    add("--plot", default="", help="scoring: PNG of seconds by candidates (needs matplotlib)")
     add("--pairs", type=cli.whole_number(1), default=1000, help="of the training file, for inference")
     cli.add_architecture_flags(parser)
     return parser.parse_args(argv)
@@ -49,6 +53,9 @@ def run(args: argparse.Namespace) -> None:
     check_sentence_pairs(task)
     if args.output:
         check_writable(Path(args.output).parent, "--output")
+    if args.plot:
+        check_can_plot("--plot")
+        check_writable(Path(args.plot).parent, "--plot")
     cli.set_up_logging()
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")
@@ -58,9 +65,12 @@ def run(args: argparse.Namespace) -> None:
     # 2. Measure and tell.
     import torch
 
-    from dse import benchmarks
+    from dse import benchmarks, benchmarks_scoring
 
-    measures = {"training": benchmarks.training, "inference": benchmarks.inference, "features": benchmarks.features}
+    measures = {
+        "training": benchmarks.training, "inference": benchmarks.inference, "features": benchmarks.features,
+        "scoring": benchmarks_scoring.scoring,
+    }  # fmt: skip
     device = cli.select_device(True, 0)
     cli.seed_everything(args.random_seed)
     logger.info("%s of %s on %s, torch %s", args.what, task.name, cli.describe_device(device), torch.__version__)

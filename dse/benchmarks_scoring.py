@@ -1,0 +1,205 @@
+"""Measuring what the student is for: one query against very many stored candidates.
+
+The same query and candidates, in one run: the cross-encoder, which reads every pair (measured on a part, per pair);
+the head on concatenated blocks of stored embeddings, as in training; and the index. Each takes turns with the others,
+and its fastest turn counts. Embedding the candidates happens once and is told apart.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dse.benchmarks import Given, take_turns
+from dse.config import DSEConfig
+from dse.encoding import TextSettings
+from dse.evaluation import predict
+from dse.features import joint_features
+from dse.files import InputError, write_whole
+from dse.index import BLOCK, CandidateIndex, ranked_output
+from dse.models import DSESiameseClassifier, load_teacher, new_student, teacher_logits
+from dse.processors import Examples, read_examples
+
+logger = logging.getLogger(__name__)
+
+MANY_QUERIES = 64
+CROSS_ENCODER_PAIRS = 512
+TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
+
+
+def anonymous_memory() -> float:
+    """Memory of the process that is not a file's, MiB; NaN elsewhere than on Linux."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+    except (OSError, StopIteration, ValueError):
+        return float("nan")
+
+
+def naive_scores(model: DSESiameseClassifier, query: Tensor, vectors: np.ndarray) -> np.ndarray:
+    """The head as it is trained, [u, v, u * v, |u - v|] made for every pair, a block of candidates at a time."""
+    outputs = []
+    with torch.inference_mode():
+        for start in range(0, len(vectors), BLOCK):
+            v = torch.from_numpy(vectors[start : start + BLOCK]).float()
+            outputs.append(model.siamese_head(query.expand_as(v), v).numpy())
+    return np.concatenate(outputs)
+
+
+def repeated(sentences: list[str], count: int) -> Iterator[str]:
+    """`count` sentences, over and over; each distinct one is embedded once per part of the index."""
+    return itertools.islice(itertools.cycle(sentences), count)
+
+
+class _Watch(threading.Thread):
+    """The most anonymous memory above that at the start, MiB, looked at every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before, self.most, self.done = anonymous_memory(), 0.0, threading.Event()
+
+    def run(self) -> None:
+        """Look until `done` is set."""
+        while not self.done.wait(0.003):
+            self.most = max(self.most, anonymous_memory() - self.before)
+
+
+def student_of(args: argparse.Namespace, given: Given) -> DSESiameseClassifier:
+    """The student of --model, or an untrained one of the architecture flags, which takes as long."""
+    if args.model:
+        model = DSESiameseClassifier.from_pretrained(args.model)
+        if model.settings.task != given.task:
+            raise InputError(f"--model: is a student of {model.settings.task.name}, --task_name is {given.task.name}")
+        return model
+    model = new_student(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
+    model.settings = TextSettings(given.tokenizer, given.task, args.max_seq_length)
+    return model
+
+
+def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+    """Measure each number of candidates, the task's training sentences over and over; print the table."""
+    model = student_of(args, given)
+    examples = read_examples(given.task, args.data_dir, "train")
+    query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
+    seconds_per_pair = cross_encoder_seconds(args, given, query, sentences)
+    numbers: dict[str, Any] = {"embedding_seconds_per_sentence": embedding_seconds(model, sentences), "candidates": {}}
+    print(f"\n{'candidates':>10}  {'way':<16}{'seconds':>12}{'pairs a second':>17}{'ours is':>10}{'memory above':>15}")
+    with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
+        for count in args.candidates:
+            index = CandidateIndex.build(model, repeated(sentences, count), Path(folder) / str(count))
+            numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
+            if index.model.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
+                numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
+    numbers |= numbers["candidates"][max(args.candidates)]
+    if args.plot:
+        plot(numbers, Path(args.plot))
+    each = numbers["embedding_seconds_per_sentence"]
+    print(f"embedding a candidate, once: {each * 1000:.2f} ms, {each * 100_000:,.0f} s per 100,000")
+    return numbers
+
+
+def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, sentences: list[str]) -> float:
+    """Seconds per pair of a cross-encoder of --bert_model on the query with some sentences, packed and by length."""
+    some = sentences[:CROSS_ENCODER_PAIRS]
+    features = joint_features(given.task, Examples([query] * len(some), some), given.tokenizer, args.max_seq_length)
+    features.padding, features.max_seq_length = "packed", args.max_seq_length
+    bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
+
+    def read() -> None:
+        predict(bert, lambda inputs: teacher_logits(bert, inputs), features, 10**6, torch.device("cpu"), "teacher")
+
+    seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]["seconds"]
+    logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
+    return seconds / len(some)
+
+
+def embedding_seconds(model: DSESiameseClassifier, sentences: list[str]) -> float:
+    """Seconds per sentence of encoding, of the fastest of two."""
+    some = sentences[:2048]
+    return take_turns({"encode": lambda: model.encode(some, show_progress=False)}, 2)[0]["encode"]["seconds"] / len(
+        some
+    )
+
+
+def one_size(
+    args: argparse.Namespace, model: DSESiameseClassifier, index: CandidateIndex, query: str, per_pair: float
+) -> dict[str, Any]:
+    """The rows of one number of candidates."""
+    count, vectors = len(index), index.vectors(0, len(index))
+    u = model.encode(query, convert_to="tensor")
+    naive, ours = naive_scores(model, u, vectors), index.score(query)  # warm, and every block compared with its sum
+    naive = naive[:, ranked_output(model, None)]
+    difference = float(np.abs(naive - ours).max() / np.abs(naive).max())
+    many = list(dict.fromkeys(repeated([index.text(row) for row in range(min(count, MANY_QUERIES))], MANY_QUERIES)))
+    memory: dict[str, float] = {}
+
+    def remembered(name: str, run: Callable[[], object]) -> Callable[[], None]:
+        def call() -> None:
+            watch = _Watch()
+            watch.start()
+            run()
+            watch.done.set()
+            watch.join()
+            memory[name] = max(memory.get(name, 0.0), watch.most)
+
+        return call
+
+    variants = {
+        NAIVE: remembered(NAIVE, lambda: naive_scores(model, model.encode(query, convert_to="tensor"), vectors)),
+        OURS: remembered(OURS, lambda: index.search(query, 10)),
+        "many": remembered("many", lambda: index.search(many, 10)),
+    }
+    results, _ = take_turns(variants, args.rounds if count < 50_000 else max(2, args.rounds - 1))
+    seconds = {name: result["seconds"] for name, result in results.items()}
+    seconds["many"] /= len(many)
+    seconds[TEACHER] = per_pair * count
+    for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
+        took = seconds[name]
+        above = f"{memory[name]:,.0f} MiB" if name in memory else "-"
+        print(f"{count:>10,}  {label:<16}{took:>12.4f}{count / took:>17,.0f}{took / seconds[OURS]:>9.1f}x{above:>15}")
+    return {
+        "seconds": seconds,
+        "ratio_to_naive_head": seconds[NAIVE] / seconds[OURS],
+        "ratio_to_cross_encoder": seconds[TEACHER] / seconds[OURS],
+        "ratio_of_one_query_to_each_of_many": seconds[OURS] / seconds["many"],
+        "max_relative_difference": difference,
+        "anonymous_mib": memory,
+    }
+
+
+def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -> float:
+    """Seconds of faiss's flat inner-product search for one query over those of ours (dot head)."""
+    import faiss
+
+    flat = faiss.IndexFlatIP(index.width)
+    flat.add(np.ascontiguousarray(index.vectors(0, len(index)), dtype=np.float32))
+    u = index.model.encode([query])
+    results, _ = take_turns({"faiss": lambda: flat.search(u, 10), OURS: lambda: index.search(query, 10)}, args.rounds)
+    ratio = results["faiss"]["seconds"] / results[OURS]["seconds"]
+    print(f"{len(index):>10,}  {'faiss, flat':<16}{results['faiss']['seconds']:>12.4f}{'':>17}{ratio:>9.1f}x")
+    return ratio
+
+
+def plot(numbers: dict[str, Any], path: Path) -> None:
+    """Seconds per query by number of candidates, both axes logarithmic, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds per query")
+    for name in (TEACHER, NAIVE, OURS):
+        points = [(count, each["seconds"][name]) for count, each in numbers["candidates"].items()]
+        if all(np.isfinite(seconds) for _, seconds in points):
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.legend()
+    axes.grid(visible=True, which="both", alpha=0.3)
+    with write_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
