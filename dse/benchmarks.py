@@ -172,15 +172,26 @@ def sentence_transformer_steps(
     return run
 
 
-def report(title: str, results: dict[str, dict[str, float]], rates: dict[str, float], peak: float) -> dict[str, Any]:
+def report(
+    title: str,
+    results: dict[str, dict[str, float]],
+    rates: dict[str, float],
+    peak: float,
+    of_theirs: dict[str, float] | None,
+) -> dict[str, Any]:
     """Print one table of useful rates; what the JSON says of it."""
+    ratio = {}
     print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
     for name, rate in rates.items():
         ratio = f"{rates['packed'] / rate:.2f}x"
         memory = f"{results[name]['peak_memory_mib']:,.0f} MiB"
         print(f"{PADDINGS[name]:<28}{rate:>16.1f}{rate / peak:>13.0%}{ratio:>9}{memory:>14}")
+    if of_theirs is not None:
+        ratio["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
+        print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{ratio['ratio_to_sentence_transformers']:>8.2f}x")
     print(f"{'matrix products alone':<28}{peak:>16.1f}")
     return {
+        **ratio,
         "ratio_to_fixed_padding": rates["packed"] / rates["max"],
         "ratio_to_batch_padding": rates["packed"] / rates["batch"],
         "fraction_of_matmul_peak": rates["packed"] / peak,
@@ -211,10 +222,13 @@ def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
             lambda logits, rows: teacher_loss(task.kind, logits, labels[rows]),
         ),
     }  # fmt: skip
-    results = {role: train_role(args, given, role, *parts) for role, parts in roles.items()}
+    theirs = None
     if importlib.util.find_spec("sentence_transformers"):
-        results["student"] |= train_sentence_transformer(args, given, examples, results["student"])
-    return results
+        theirs = sentence_transformer_training(args, given, examples)
+    return {
+        role: train_role(args, given, role, *parts, theirs if role == "student" else None)
+        for role, parts in roles.items()
+    }
 
 
 def first_batches(args: argparse.Namespace, pairs: int) -> list[np.ndarray]:
@@ -224,9 +238,9 @@ def first_batches(args: argparse.Namespace, pairs: int) -> list[np.ndarray]:
 
 def train_role(
     args: argparse.Namespace, given: Given, role: str, model: Any, bert: Any, features: Any, tokens: Any,
-    forward: Any, loss: Any,
+    forward: Any, loss: Any, theirs: Callable[[], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time the Trainer's own batches and updates of a student or a teacher with each padding."""
+    """Time the Trainer's own batches and updates of a student or a teacher with each padding, and `theirs`."""
     trainer = Trainer(
         model, forward, loss, lambda outputs, labels: {}, features, make_optimizer(model, 1e-9, 10**6, 0.1),
         batch_size=args.batch_size, accumulation_steps=args.gradient_accumulation_steps, seed=args.random_seed,
@@ -251,32 +265,27 @@ def train_role(
     features.padding = "packed"
     passes = sum(len(trainer.passes(group)) for group in in_batches(batches, args.gradient_accumulation_steps))
     per_pass = round(count / passes)
-    variants = {padding: steps_with(padding) for padding in PADDINGS}
+    variants = {padding: steps_with(padding) for padding in PADDINGS} | ({"theirs": theirs} if theirs else {})
     results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))
+    of_theirs = results.pop("theirs", None)
     rates = {name: useful_gflops(bert.encoder, count, result["seconds"], True) for name, result in results.items()}
     seconds = {padding: result["seconds"] / len(batches) for padding, result in results.items()}
     return {
-        **report(f"{role} training", results, rates, peak),
+        **report(f"{role} training", results, rates, peak, of_theirs),
         "seconds_per_step": seconds,
         "tokens_per_step": count / len(batches),
         "tokens_per_packed_pass": per_pass,
     }
 
 
-def train_sentence_transformer(
-    args: argparse.Namespace, given: Given, examples: Examples, ours: dict[str, Any]
-) -> dict[str, Any]:
-    """Time sentence-transformers on the student's batches; the ratio to ours."""
+def sentence_transformer_training(args: argparse.Namespace, given: Given, examples: Examples) -> Callable[[], None]:
+    """sentence-transformers on the student's batches."""
     batches = first_batches(args, len(examples.first))
     labels = torch.as_tensor(examples.labels).float()
     scores = labels / max(1.0, float(labels.max()))
     pairs = [([examples.first[i] for i in rows], [examples.second[i] for i in rows], scores[rows]) for rows in batches]
     model = sentence_transformer(given.folder, args.max_seq_length)
-    steps = sentence_transformer_steps(model, pairs, args.gradient_accumulation_steps)
-    seconds = take_turns({"theirs": steps}, args.rounds)[0]["theirs"]["seconds"] / len(batches)
-    ratio = seconds / ours["seconds_per_step"]["packed"]
-    print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{ratio:>8.2f}x")
-    return {"ratio_to_sentence_transformers": ratio}
+    return sentence_transformer_steps(model, pairs, args.gradient_accumulation_steps)
 
 
 def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
@@ -315,11 +324,7 @@ def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     tokens = {"max": sum(int(lengths[texts].sum()) for texts in part), "batch": lengths.sum(), "packed": lengths.sum()}
     encoder = model.dse_model.bert.bert.encoder
     rates = {name: useful_gflops(encoder, int(tokens[name]), results[name]["seconds"], False) for name in results}
-    numbers = report("inference", results, rates, peak)
-    if of_theirs is not None:
-        numbers["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
-        print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{numbers['ratio_to_sentence_transformers']:>8.2f}x")
-    return numbers
+    return report("inference", results, rates, peak, of_theirs)
 
 
 def features(args: argparse.Namespace, given: Given) -> dict[str, Any]:
