@@ -180,18 +180,18 @@ def report(
     of_theirs: dict[str, float] | None,
 ) -> dict[str, Any]:
     """Print one table of useful rates; what the JSON says of it."""
-    ratio = {}
+    beside = {}
     print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
     for name, rate in rates.items():
         ratio = f"{rates['packed'] / rate:.2f}x"
         memory = f"{results[name]['peak_memory_mib']:,.0f} MiB"
         print(f"{PADDINGS[name]:<28}{rate:>16.1f}{rate / peak:>13.0%}{ratio:>9}{memory:>14}")
     if of_theirs is not None:
-        ratio["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
-        print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{ratio['ratio_to_sentence_transformers']:>8.2f}x")
+        beside["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
+        print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{beside['ratio_to_sentence_transformers']:>8.2f}x")
     print(f"{'matrix products alone':<28}{peak:>16.1f}")
     return {
-        **ratio,
+        **beside,
         "ratio_to_fixed_padding": rates["packed"] / rates["max"],
         "ratio_to_batch_padding": rates["packed"] / rates["batch"],
         "fraction_of_matmul_peak": rates["packed"] / peak,

@@ -131,6 +131,23 @@ class CandidateIndex:
 
         Raises InputError for a folder with other things in it.
         """
+        return cls.from_embeddings(model, _embedded(model, sentences, batch_size, show_progress), folder, dtype)
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        model: "DSESiameseClassifier",
+        parts: Iterable[tuple[np.ndarray, list[str]]],
+        folder: str | Path | None = None,
+        dtype: str = "float32",
+    ) -> "CandidateIndex":
+        """Store candidates whose embeddings are there already.
+
+        Args:
+            parts: embeddings (n, embedding_size) that `model.encode` made, not normalized, and their n texts, part by
+                part.
+            folder, dtype: as in `build`.
+        """
         if dtype not in _KINDS:
             raise ValueError(f"dtype: {dtype!r} is none of {', '.join(_KINDS)}")
         keep = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
@@ -139,7 +156,7 @@ class CandidateIndex:
         width = model.config.embedding_size
         content = {"model": fingerprint(model), "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
         with replace_folder(folder) as beside:
-            _extend(beside, content, _embedded(model, sentences, batch_size, show_progress))
+            _extend(beside, content, parts)
             _write_content(beside, content)
         return cls(model, folder, content, keep)
 
@@ -235,7 +252,7 @@ class CandidateIndex:
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Queries' rows, candidates' rows and their scores, part by part."""
         output = ranked_output(self.model, rank_label)
-        queries = self.model.encode(texts, convert_to="tensor")
+        queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
         groups = [slice(i, min(i + _QUERIES, len(texts))) for i in range(0, len(texts), _QUERIES)]
         starts = range(0, len(self), BLOCK)
         disable = None if show is None else not show
@@ -323,6 +340,8 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndar
         for file, size in zip(files, sizes, strict=True):
             file.truncate(size)  # what an append left that did not end
         for vectors, texts in parts:
+            if vectors.shape != (len(texts), content["width"]):
+                raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
             encoded = [text.encode() for text in texts]
             ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_ENDS)
             stored = np.ascontiguousarray(vectors, dtype=kind)

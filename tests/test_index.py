@@ -176,3 +176,13 @@ def test_other_folders_are_not_overwritten(student, tmp_path):
         with pytest.raises(InputError, match=message):
             CandidateIndex.build(student(), CANDIDATES, place)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_embeddings_that_are_there_already(student):
+    model = student()
+    parts = [(model.encode(CANDIDATES[a:b]), CANDIDATES[a:b]) for a, b in ((0, 9), (9, 23))]
+    index = CandidateIndex.from_embeddings(model, iter(parts))
+    np.testing.assert_allclose(index.score(QUERIES), CandidateIndex.build(model, CANDIDATES).score(QUERIES), rtol=1e-4)
+    assert [index.text(row) for row in range(23)] == CANDIDATES
+    with pytest.raises(ValueError, match="expected"):
+        CandidateIndex.from_embeddings(model, [(parts[0][0], CANDIDATES[:8])])
