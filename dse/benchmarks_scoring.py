@@ -107,9 +107,16 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
             numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
             if index.model.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
                 numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
+            if count == min(args.candidates):
+                halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
+                numbers["max_relative_difference_float16"] = relative_difference(
+                    halved.score(query), index.score(query)
+                )
     numbers |= numbers["candidates"][max(args.candidates)]
     if args.plot:
         plot(numbers, Path(args.plot))
+    half = numbers["max_relative_difference_float16"]
+    print(f"vectors stored in 16 bits: largest difference of scores / largest score {half:.1e}")
     print(f"embedding a candidate, once: {each * 1000:.2f} ms, {each * 100_000:,.0f} s per 100,000")
     return numbers
 
@@ -129,6 +136,11 @@ def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, se
     return seconds / len(some)
 
 
+def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest expected score."""
+    return float(np.abs(scores - expected).max() / np.abs(expected).max())
+
+
 def one_size(
     args: argparse.Namespace, model: DSESiameseClassifier, index: CandidateIndex, query: str, per_pair: float
 ) -> dict[str, Any]:
@@ -137,7 +149,7 @@ def one_size(
     u = model.encode(query, convert_to="tensor")
     naive, ours = naive_scores(model, u, vectors), index.score(query)  # warm, and every block compared with its sum
     naive = naive[:, ranked_output(model, None)]
-    difference = float(np.abs(naive - ours).max() / np.abs(naive).max())
+    difference = relative_difference(ours, naive)
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
     memory: dict[str, float] = {}
 

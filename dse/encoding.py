@@ -59,8 +59,8 @@ class TextInterface:
             normalize: scale each embedding to length 1.
             convert_to: "numpy", "tensor" (on the model's device) or "list" (of one array per sentence).
             show_progress: a progress bar; None: where the output is a terminal.
-            half: compute with 16 bits (float16 on CUDA, bfloat16 on CPU) and return float16. Embeddings differ
-                by about 1 % then.
+            half: compute with 16 bits (float16 on CUDA, bfloat16 on CPU) and return float16. Embeddings then differ
+                by about 0.5 % of the largest number in them.
 
         Returns:
             (sentences, embedding_size) in the order given, float32, or float16 with `half`; for one string

@@ -77,6 +77,7 @@ def test_scoring(run, data, task, head, tmp_path):
         assert each["ratio_to_cross_encoder"] == pytest.approx(seconds["cross-encoder"] / seconds["index (ours)"])
         assert f"{int(count):>10,}  index (ours)" in output
         assert 0 <= each["max_relative_difference"] <= 1e-5
+    assert 1e-6 < numbers["max_relative_difference_float16"] < 1e-2
     sizes = {count: each["seconds"]["cross-encoder"] for count, each in numbers["candidates"].items()}
     assert sizes["30"] == pytest.approx(sizes["7"] * 30 / 7)
     assert numbers["ratio_to_naive_head"] == numbers["candidates"]["30"]["ratio_to_naive_head"]
