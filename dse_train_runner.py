@@ -5,8 +5,8 @@
         --store_checkpoints --fc_dims 512 1 \\
         --distillation_logits_path outputs/logits/large_uncased_finetuned_mrpc_logits.pt
 
-With --store_checkpoints the best and the newest checkpoint are kept; with the same flags and
---trainer_checkpoint <newest> a stopped run goes on, and ends as if it had never stopped.
+With --store_checkpoints the best and the newest checkpoint are kept. The same command with --resume goes on with a
+run that was stopped, from its newest state, and ends as if it had never stopped; so does --trainer_checkpoint <newest>.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dse import cli
+from dse import cli, parallel
 from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
 from dse.files import InputError, check_file, check_writable, sha256_file, utc_stamp
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from dse.features import Features
     from dse.models import DSESiameseClassifier
+    from dse.states import States
     from dse.trainer import Trainer
 
 PROG = "dse_train_runner.py"
@@ -55,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
     add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
     add("--trainer_checkpoint", default="", help="go on from this checkpoint, to a total of --epochs")
+    cli.add_resume_flags(parser)
     add("--random_seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
     add("--epochs", type=cli.whole_number(1), default=5, help="epochs in all")
     add(
@@ -85,13 +87,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Start:
-    """What a run starts from: the pre-trained encoder, or a checkpoint."""
+    """What a run starts from: the pre-trained encoder, or a state of the run."""
 
     tokenizer: Any
     stamp: str  # names the run's folders
+    config: DSEConfig
     bert_folder: Path | None = None
-    config: DSEConfig | None = None
-    checkpoint: dict[str, Any] | None = None
+    states: "States | None" = None
+    path: Path | None = None  # of the state
+    checkpoint: dict[str, Any] | None = None  # the state, until it is loaded
 
 
 def check_flags(args: argparse.Namespace, task: Task) -> None:
@@ -103,12 +107,14 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
     )
     if args.trainer_checkpoint:
         check_file(args.trainer_checkpoint, "--trainer_checkpoint", "--store_checkpoints writes it")
+        if args.resume:
+            raise InputError("--resume: finds the state to go on from by itself; give it or --trainer_checkpoint")
     if args.plot_metrics:
         check_can_plot("--plot_metrics")
         check_writable(args.plots_dir, "--plots_dir")
-    if args.store_checkpoints and args.trainer_checkpoint:
+    if args.trainer_checkpoint:
         check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint")
-    elif args.store_checkpoints:
+    else:
         check_writable(args.checkpoint_dir, "--checkpoint_dir")
     paths = [path for path, chosen in features_paths(args, task).values() if chosen]
     if len(set(paths)) < len(paths):
@@ -140,26 +146,45 @@ def start_fresh(args: argparse.Namespace, stamp: str) -> Start:
     bert = bert_config(folder, "--bert_model")
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
-    return Start(tokenizer, stamp, bert_folder=folder, config=DSEConfig.from_flags(args, bert))
+    return Start(tokenizer, stamp, DSEConfig.from_flags(args, bert), bert_folder=folder)
 
 
-def start_from_checkpoint(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start:
-    from dse.checkpoint import check_same_run, load_checkpoint
+def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start | None:
+    """From --trainer_checkpoint, or with --resume from the run's newest whole state; None where there is none."""
+    from dse.checkpoint import check_same_run, find_run, load_checkpoint, take_over
     from dse.pretrained import tokenizer_from_files
 
-    checkpoint = load_checkpoint(args.trainer_checkpoint)
-    check_same_run(checkpoint, task, run_flags(args), data)
+    def check(checkpoint: dict[str, Any]) -> None:
+        check_same_run(checkpoint, task, run_flags(args), data)
+
+    if args.trainer_checkpoint:
+        path = Path(args.trainer_checkpoint)
+        checkpoint = load_checkpoint(path)
+        check(checkpoint)
+        states = take_over(path, checkpoint, args.experiment_name)
+    else:
+        found = find_run(Path(args.checkpoint_dir), args.experiment_name, check)
+        if found is None:
+            logger.info("--resume: no state of %s in %s: starting anew", args.experiment_name, args.checkpoint_dir)
+            return None
+        states, path, checkpoint = found
+    best = checkpoint["best"]
+    if best is not None and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
+        logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
     return Start(
         tokenizer_from_files(checkpoint["tokenizer"]),
         checkpoint["stamp"],
-        config=DSEConfig.from_dict(checkpoint["architecture"]),
+        DSEConfig.from_dict(checkpoint["architecture"]),
+        states=states,
+        path=path,
         checkpoint=checkpoint,
     )
 
 
 def run_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that a checkpoint remembers."""
-    return {flag: value for flag, value in vars(args).items() if flag not in ("trainer_checkpoint", "task_name")}
+    """The flags that a checkpoint remembers: those that another value of would make another run."""
+    others = ("trainer_checkpoint", "resume", "save_every", "task_name")
+    return {flag: value for flag, value in vars(args).items() if flag not in others}
 
 
 def make_features(
@@ -255,33 +280,32 @@ def score_of(task: Task, record: Record) -> tuple[str, float]:
     return name, -math.inf if math.isnan(value) else value
 
 
-def best_record(task: Task, history: list[Record]) -> Record:
-    """The validated epoch with the best score, the first of equals."""
-    return max((record for record in history if "validation" in record), key=lambda record: score_of(task, record)[1])
+def best_record(task: Task, history: list[Record]) -> Record | None:
+    """The validated epoch with the best score, the first of equals; None where none was validated."""
+    validated = (record for record in history if "validation" in record)
+    return max(validated, key=lambda record: score_of(task, record)[1], default=None)
+
+
+def best_epoch(task: Task, history: list[Record]) -> int | None:
+    record = best_record(task, history)
+    return None if record is None else record["epoch"]
 
 
 def out_of_patience(task: Task, history: list[Record], patience: int | None) -> bool:
     validated = [record["epoch"] for record in history if "validation" in record]
     if patience is None or not validated:
         return False
-    return sum(epoch > best_record(task, history)["epoch"] for epoch in validated) >= patience
+    return sum(epoch > best_epoch(task, history) for epoch in validated) >= patience
 
 
-def make_after_epoch(
-    args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any], log_file: Path | None
-) -> Callable[[Record], bool]:
-    """After each epoch: JSON line, checkpoint, plots; True ends the training early."""
-    from dse.checkpoint import CheckpointFolder, new_run_folder, origin_of
-    from dse.encoding import TextSettings
+def make_entries(
+    args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any]
+) -> Callable[[str], dict[str, Any]]:
+    """A function from the name of a checkpoint under way, or "", to all that a checkpoint or state holds now."""
+    from dse.checkpoint import HEADER
 
-    folder = Path(args.trainer_checkpoint).parent  # a run that goes on does so in the same folder
-    if start.checkpoint is None and args.store_checkpoints:
-        folder, start.stamp = new_run_folder(Path(args.checkpoint_dir), args.experiment_name, start.stamp)
-    checkpoints = CheckpointFolder(folder, args.experiment_name)
-    if start.checkpoint is not None:
-        checkpoints.take_over(Path(args.trainer_checkpoint), start.checkpoint)
-    run_name = f"{args.experiment_name}_{start.stamp}"
     unchanging = {
+        **HEADER,
         "architecture": trainer.model.config.to_dict(),
         "tokenizer": tokenizer_to_files(start.tokenizer),
         "task": task_to_dict(task),
@@ -289,21 +313,51 @@ def make_after_epoch(
         "run": run_flags(args),
         "stamp": start.stamp,
     }
+
+    def entries(name: str = "") -> dict[str, Any]:
+        epoch, best = best_epoch(task, trainer.history), None
+        if epoch is not None and args.store_checkpoints:
+            newest = epoch + 1 == len(trainer.history) and name
+            best = {"epoch": epoch, "file": newest or start.states.files[epoch + 1, 0].name}
+        return {**unchanging, "model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "best": best}
+
+    return entries
+
+
+def make_after_epoch(
+    args: argparse.Namespace,
+    task: Task,
+    trainer: "Trainer",
+    start: Start,
+    data: dict[str, Any],
+    save: Callable[[], Path],
+    entries: Callable[[str], dict[str, Any]],
+    log_file: Path | None,
+) -> Callable[[Record], bool]:
+    """After each epoch: checkpoint or state, JSON line, plots; True ends the training early."""
+    from dse.checkpoint import origin_of
+    from dse.encoding import TextSettings
+
     trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length)
 
     def after_epoch(record: Record) -> bool:
-        if log_file is not None:
-            append_json_line(log_file.with_suffix(".jsonl"), record)
+        best = best_epoch(task, trainer.history)
         if args.store_checkpoints and "validation" in record:
-            best = best_record(task, trainer.history)["epoch"]
-            state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict()}
-            path = checkpoints.save(record["epoch"], score_of(task, record), best, {**unchanging, **state})
-            logger.info("checkpoint %s", path)
-            if best == record["epoch"]:
+            if best == record["epoch"] and parallel.is_first():
                 trainer.model.origin = origin_of(run_flags(args), record, data["logits"])
-                trainer.model.save_pretrained(path.parent / "best")
-        if args.plot_metrics:
-            plot_metrics(trainer.history, Path(args.plots_dir) / run_name, args.experiment_name)
+                trainer.model.save_pretrained(start.states.folder / "best")
+            name, value = score_of(task, record)
+            file = f"{args.experiment_name}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
+            trainer.saved = start.states.save((record["epoch"] + 1, 0), entries(file), file, best)
+            logger.info("checkpoint %s", trainer.saved)
+        else:
+            trainer.saved = save()
+        if parallel.is_first():
+            if log_file is not None:
+                append_json_line(log_file.with_suffix(".jsonl"), record)
+            if args.plot_metrics:
+                folder = Path(args.plots_dir) / f"{args.experiment_name}_{start.stamp}"
+                plot_metrics(trainer.history, folder, args.experiment_name)
         stop = out_of_patience(task, trainer.history, args.patience)
         if stop:
             logger.info("no better score in %d validations: stopped early", args.patience)
@@ -312,8 +366,44 @@ def make_after_epoch(
     return after_epoch
 
 
+def train(
+    args: argparse.Namespace,
+    task: Task,
+    trainer: "Trainer",
+    start: Start,
+    data: dict[str, Any],
+    validate: Callable[[], dict[str, float]],
+    log_file: Path | None,
+) -> None:
+    """Train to the end of --epochs, or of --patience, keeping states."""
+    from dse.checkpoint import new_run_folder
+    from dse.states import States
+
+    if start.states is None:
+        folder = Path(args.checkpoint_dir) / "of the first process"
+        if parallel.is_first():
+            folder, start.stamp = new_run_folder(Path(args.checkpoint_dir), args.experiment_name, start.stamp)
+        start.states = States(folder, args.experiment_name)
+    entries = make_entries(args, task, trainer, start, data)
+
+    def save() -> Path:
+        position = len(trainer.history), trainer.position
+        return start.states.save(position, entries(), best_epoch=best_epoch(task, trainer.history))
+
+    if len(trainer.history) >= args.epochs:
+        logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
+    elif out_of_patience(task, trainer.history, args.patience):
+        logger.warning("nothing to train: the run had stopped early, out of --patience %d", args.patience)
+    else:
+        after_epoch = make_after_epoch(args, task, trainer, start, data, save, entries, log_file)
+        trainer.fit(args.epochs, validate, args.validate_every, after_epoch, save, args.save_every)
+    start.states.finish(best_epoch(task, trainer.history) if args.store_checkpoints else None)
+
+
 def report_best(task: Task, history: list[Record]) -> None:
     best = best_record(task, history)
+    if best is None:
+        return
     name, value = score_of(task, best)
     logger.info("best %s %.4f at epoch %d", name, value, best["epoch"])
     logger.info("its train metrics: %s", format_metrics(best["train"]))
@@ -329,7 +419,8 @@ def run(args: argparse.Namespace) -> None:
     examples = {split: read_examples(task, args.data_dir, split) for split in splits_of(task)}
     files = {split: rows.files for split, rows in examples.items()}
     data = {"files": files, "logits": sha256_file(args.distillation_logits_path)}
-    start = start_from_checkpoint(args, task, data) if args.trainer_checkpoint else start_fresh(args, stamp)
+    again = args.trainer_checkpoint or args.resume
+    start = (start_again(args, task, data) if again else None) or start_fresh(args, stamp)
 
     # 2. Teacher logits that belong to this data; features; device and seed.
     from dse.distillation import load_logits, logits_identity
@@ -339,6 +430,7 @@ def run(args: argparse.Namespace) -> None:
         args.distillation_logits_path, logits_identity(task, examples["train"].files, len(examples["train"]))
     )
     device = cli.select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
+    parallel.join(device)
     features = make_features(args, task, examples, start.tokenizer, padding_for(device, args.padding))
     seed = cli.seed_everything(args.random_seed)
 
@@ -347,7 +439,11 @@ def run(args: argparse.Namespace) -> None:
     trainer = make_trainer(args, task, model, features["train"], logits, device, seed)
     if start.checkpoint is not None:
         trainer.load_state_dict(start.checkpoint["trainer"])
-        logger.info("going on after epoch %d of %s", len(trainer.history) - 1, args.trainer_checkpoint)
+        trainer.saved, start.checkpoint = start.path, None
+        logger.info(
+            "going on after %d epochs and %d updates of the next, from %s",
+            len(trainer.history), trainer.position, start.path,
+        )  # fmt: skip
     logger.info(
         "device %s, seed %d, task %s, %s, embeddings of %d",
         cli.describe_device(device), trainer.seed, task.name,
@@ -358,13 +454,7 @@ def run(args: argparse.Namespace) -> None:
     validate = make_validate(args, task, trainer, features)
     if args.run_evaluation_before_fine_tune:
         logger.info("before training: %s", format_metrics(validate()))
-    if len(trainer.history) >= args.epochs:
-        logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
-    elif out_of_patience(task, trainer.history, args.patience):
-        logger.warning("nothing to train: the run had stopped early, out of --patience %d", args.patience)
-    else:
-        after_epoch = make_after_epoch(args, task, trainer, start, data, log_file)
-        trainer.fit(args.epochs, validate, args.validate_every, after_epoch)
+    train(args, task, trainer, start, data, validate, log_file)
 
     # 5. The best epoch.
     report_best(task, trainer.history)

@@ -4,24 +4,37 @@
     python finetune_bert.py --bert_model bert-large-uncased-whole-word-masking --task_name mrpc --do_train --do_eval \\
         --do_lower_case --data_dir glue_data/MRPC --output_dir outputs/large_uncased_finetuned_mrpc
 
-Writes to --output_dir a folder that transformers' `from_pretrained` loads, and eval_results.txt.
-With --do_eval alone, --bert_model names a folder that this script made.
+Writes to --output_dir a folder that transformers' `from_pretrained` loads, training.json (how it was made, and hashes)
+and eval_results.txt. The same command with --resume goes on with a training that was stopped, from the newest state in
+<output_dir>/training_state. With --do_eval alone, --bert_model names a folder that this script made.
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dse import cli
+from dse import cli, parallel
 from dse.cache import cache_name
 from dse.config import check_fits_bert
-from dse.files import InputError, check_writable, utc_stamp, write_folder_whole, write_text
-from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer
-from dse.processors import Examples, Task, get_task, read_examples
+from dse.files import (
+    InputError,
+    check_writable,
+    load_tensors,
+    read_json,
+    sha256_file,
+    utc_stamp,
+    write_folder_whole,
+    write_text,
+)
+from dse.pretrained import TRAINING, bert_config, find_bert, last_part, load_tokenizer
+from dse.processors import Examples, Task, get_task, read_examples, task_to_dict
 
 PROG = "finetune_bert.py"
+STATE = "training_state"  # folder of the states in the output folder
+HEADER = {"format": "dse teacher state", "version": 1}
 logger = logging.getLogger("dse.finetune_bert")
 
 
@@ -45,12 +58,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num_train_epochs", type=cli.whole_epochs, default=3.0, help="epochs")
     add("--warmup_proportion", type=cli.share, default=0.1, help="share of the updates with a growing rate")
     add("--no_cuda", action="store_true", help="use the CPU though there is a GPU")
-    add("--no_parallel", action="store_true", help="accepted for the original's sake: one device is used in any case")
+    add("--no_parallel", action="store_true", help="accepted for the original's sake; torchrun alone uses several GPUs")
     add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
     add("--overwrite_output_dir", action="store_true", help="train into a folder that is not empty")
     add("--seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=1, help="batches per update")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    cli.add_resume_flags(parser)
     cli.add_precision_flags(parser)
     cli.add_padding_flag(parser)
     add("--file_log", action="store_true", help="log to a file too, and a JSON line per epoch beside it")
@@ -76,9 +90,12 @@ def check_output_dir(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
     check_writable(mismatched_dir(args), "--output_dir")
-    if args.do_train and not args.overwrite_output_dir and output_dir.is_dir() and any(output_dir.iterdir()):
+    free = args.overwrite_output_dir or args.resume or not args.do_train
+    if not free and output_dir.is_dir() and any(output_dir.iterdir()):
+        hint = "--resume to go on with the training in it, " if (output_dir / STATE).is_dir() else ""
         raise InputError(
-            f"--output_dir: {output_dir} is not empty; give --overwrite_output_dir to train into it, or another folder"
+            f"--output_dir: {output_dir} is not empty; give {hint}--overwrite_output_dir to train into it, "
+            "or another folder"
         )
 
 
@@ -147,16 +164,105 @@ def evaluate(
     return measure_teacher(task)(logits, features.labels)
 
 
-def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples]) -> dict[str, Any]:
+    """What makes a training this one: task, flags, data."""
+    others = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
+    flags = {flag: value for flag, value in vars(args).items() if flag not in others}
+    return {"task": task_to_dict(task), "run": flags, "data": {split: rows.files for split, rows in data.items()}}
+
+
+def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise InputError, naming both values, where a state or a finished training is of another run."""
+    from dse.checkpoint import check_same_data, check_same_flags
+
+    if there["task"] != here["task"]:
+        raise InputError(f"--task_name: {here['task']['name']} now, {there['task']['name']} in the run")
+    check_same_flags(there["run"], here["run"])
+    check_same_data(there["data"], here["data"])
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    state = load_tensors(path, f"{path} is truncated, spoiled or no state of {PROG}")
+    if not isinstance(state, dict) or any(state.get(key) != value for key, value in HEADER.items()):
+        raise InputError(f"{path} is no state of this version of {PROG}")
+    return state
+
+
+def find_state(args: argparse.Namespace, here: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole state of this training; None where there is none."""
+    from dse.states import States
+
+    found = States(Path(args.output_dir) / STATE, "teacher").newest(load_state)
+    if found is None:
+        logger.info("--resume: no state in %s", args.output_dir)
+    else:
+        check_same_run(found[1], here)
+    return found
+
+
+def finished_training(args: argparse.Namespace, here: dict[str, Any]) -> dict[str, Any] | None:
+    """training.json of a teacher that this very command has finished; None where there is none."""
+    path = Path(args.output_dir) / TRAINING
+    if not path.is_file():
+        return None
+    there = read_json(path, "the teacher's training")
+    if len(there["history"]) < args.num_train_epochs:  # of --save_checkpoint_every_epoch
+        return None
+    check_same_run(there, here)
+    return there
+
+
+def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: dict[str, Any]) -> None:
+    """Write the teacher and training.json, which has its files' hashes and comes last."""
+    if not parallel.is_first():
+        return
     with write_folder_whole(args.output_dir) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
+        write_text(beside / TRAINING, json.dumps({**about, "sha256": hashes}, indent=2) + "\n")
     for folder in (Path(args.output_dir), mismatched_dir(args)):
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)
 
 
+def train(
+    args: argparse.Namespace, trainer: Any, tokenizer: Any, here: dict[str, Any], found: Any, validate: Any, log: Any
+) -> list[dict[str, Any]]:
+    """Train to the end, keeping states; the records of all epochs."""
+    from dse.reporting import append_json_line
+    from dse.states import States
+
+    states = States(Path(args.output_dir) / STATE, "teacher")
+    if found is not None:
+        trainer.saved, state = found
+        trainer.model.load_state_dict(state["model"])
+        trainer.load_state_dict(state["trainer"])
+        logger.info("going on after %d epochs and %d updates of the next, from %s",
+                    len(trainer.history), trainer.position, trainer.saved)  # fmt: skip
+    else:
+        states.finish()  # of a training that is not gone on with
+
+    def save() -> Path:
+        entries = {**HEADER, **here, "model": trainer.model.state_dict(), "trainer": trainer.state_dict()}
+        return states.save((len(trainer.history), trainer.position), entries)
+
+    def after_epoch(record: dict[str, Any]) -> None:
+        trainer.saved = save()
+        if args.save_checkpoint_every_epoch and len(trainer.history) < args.num_train_epochs:
+            save_teacher(args, trainer.model, tokenizer, {**here, "history": trainer.history})
+        if log is not None and parallel.is_first():
+            append_json_line(log.with_suffix(".jsonl"), record)
+
+    epochs = int(args.num_train_epochs)
+    history = trainer.fit(epochs, validate, after_epoch=after_epoch, save=save, save_every=args.save_every)
+    save_teacher(args, trainer.model, tokenizer, {**here, "history": history})
+    return history
+
+
 def write_results(folder: Path, metrics: dict[str, float], updates: int, train_loss: float | None) -> None:
+    if not parallel.is_first():
+        return
     results = {**metrics, "eval_loss": metrics["loss"], "global_step": updates, "loss": train_loss}
     lines = [f"{key} = {value}" for key, value in sorted(results.items())]
     write_text(folder / "eval_results.txt", "\n".join(lines) + "\n")
@@ -174,43 +280,54 @@ def run(args: argparse.Namespace) -> None:
     check_fits_bert(bert_config(bert_folder, "--bert_model"), args.max_seq_length)
     tokenizer = load_tokenizer(bert_folder, args.do_lower_case, "--bert_model")
 
+    here = run_of(args, task, data)
+    finished = finished_training(args, here) if args.do_train and args.resume else None
+    found = find_state(args, here) if args.do_train and args.resume else None
+
     # 2. Device, seed, features, model.
     from dse.features import padding_for
     from dse.models import load_teacher
-    from dse.reporting import append_json_line, format_metrics
+    from dse.reporting import format_metrics
 
-    device, seed = cli.select_device(args.no_cuda, args.gpu_id, cli.precision_of(args)), cli.seed_everything(args.seed)
+    device = cli.select_device(args.no_cuda, args.gpu_id, cli.precision_of(args))
+    parallel.join(device)
+    seed = cli.seed_everything(args.seed)
     logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
-    model = load_teacher(bert_folder, task, fine_tuned=not args.do_train).to(device)
+    trains = args.do_train and (finished is None or found is not None)
+    folder = bert_folder if trains or not args.do_train else Path(args.output_dir)
+    model = load_teacher(folder, task, fine_tuned=not trains).to(device)
     features = make_features(args, task, data, tokenizer, padding_for(device, args.padding))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
     # 3. Train, evaluating on dev after each epoch.
-    updates, train_loss = 0, None
-    metrics: dict[str, float] = {}
-    if args.do_train:
+    history = finished["history"] if finished is not None else []
+    if trains:
         trainer = make_trainer(args, task, model, features["train"], device, seed)
-
-        def after_epoch(record: dict[str, Any]) -> None:
-            if log_file is not None:
-                append_json_line(log_file.with_suffix(".jsonl"), record)
-            if args.save_checkpoint_every_epoch and len(trainer.history) < args.num_train_epochs:
-                save_teacher(args, model, tokenizer)
-
         validate = (lambda: evaluate(args, task, model, features["dev"], device, "dev")) if args.do_eval else None
-        history = trainer.fit(int(args.num_train_epochs), validate, after_epoch=after_epoch)
-        updates, train_loss, metrics = trainer.updates, history[-1]["train"]["loss"], history[-1].get("validation", {})
-        save_teacher(args, model, tokenizer)
+        history = train(args, trainer, tokenizer, here, found, validate, log_file)
+    elif args.do_train:
+        logger.warning("nothing to train: the teacher in %s is finished", args.output_dir)
 
     # 4. Results of the last epoch's teacher.
+    metrics: dict[str, float] = {}
     if args.do_eval:
-        metrics = metrics or evaluate(args, task, model, features["dev"], device, "dev")
-        write_results(Path(args.output_dir), metrics, updates, train_loss)
+        last = history[-1] if history else {"updates": 0, "train": {"loss": None}}
+        metrics = last.get("validation") or evaluate(args, task, model, features["dev"], device, "dev")
+        write_results(Path(args.output_dir), metrics, last["updates"], last["train"]["loss"])
         if "mm" in features:
             mismatched = evaluate(args, task, model, features["mm"], device, "mm")
-            write_results(mismatched_dir(args), mismatched, updates, train_loss)
+            write_results(mismatched_dir(args), mismatched, last["updates"], last["train"]["loss"])
+    if trains:
+        forget_states(args)
     logger.info("done: %s", format_metrics(metrics) or "no evaluation asked for")
+
+
+def forget_states(args: argparse.Namespace) -> None:
+    """The teacher is there, with its results."""
+    from dse.states import States
+
+    States(Path(args.output_dir) / STATE, "teacher").finish()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,15 +6,17 @@
         --bert_checkpoint_dir outputs/large_uncased_finetuned_mrpc
 
 Writes <output_dir>/<last part of bert_checkpoint_dir>_logits.pt, a bare float32 tensor (rows, labels), and
-beside it a .json that says which task, data and teacher the logits belong to.
+beside it a .json that says which task, data and teacher the logits belong to. Outputs so far are kept in a .partial
+beside them, once a minute; the same command goes on from there.
 """
 
 import argparse
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dse import cli
+from dse import cli, parallel
 from dse.cache import check_cache_path
 from dse.config import check_fits_bert
 from dse.files import check_writable, sha256_file, utc_stamp
@@ -42,6 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", default="outputs/logits", help="folder of the logits file")
     add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
     add("--batch_size", type=cli.whole_number(1), default=256, help="pairs of full length per step")
+    add("--save_every", type=cli.whole_number(1), help="steps between two writes of .partial; not given: once a minute")
     cli.add_padding_flag(parser)
     return parser.parse_args(argv)
 
@@ -67,26 +70,36 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from dse.distillation import logits_identity, save_logits
-    from dse.evaluation import predict
+    from dse.evaluation import Progress, predict
     from dse.features import cached_features, padding_for
     from dse.models import load_teacher, teacher_logits
 
     device = cli.select_device(args.disable_gpu, args.gpu_id)
+    parallel.join(device)
     identity = teacher_identity(teacher_dir)
     teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
+    padding = padding_for(device, args.padding)
     features = cached_features(
-        "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, True,
-        padding_for(device, args.padding),
-    )  # fmt: skip
+        "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, True, padding
+    )
     logger.info("device %s, %d pairs of %s", cli.describe_device(device), len(features), task.name)
 
     # 3. Logits, in file order.
+    path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
+    work = {
+        **logits_identity(task, examples.files, len(examples)),
+        "teacher": identity, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
+        "batch_size": args.batch_size, "padding": padding, "device": device.type,
+    }  # fmt: skip
+    progress = Progress(path.with_suffix(".partial"), work, args.save_every)
     logits = predict(
-        teacher, lambda inputs: teacher_logits(teacher, inputs), features, args.batch_size, device, "teacher logits"
-    )
+        teacher, lambda inputs: teacher_logits(teacher, inputs), features, args.batch_size, device, "teacher logits",
+        progress,
+    )  # fmt: skip
+    if not parallel.is_first():
+        return
 
     # 4. The file, and what it belongs to.
-    path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
     about = {
         **logits_identity(task, examples.files, len(examples)),
         "teacher": identity,
@@ -95,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         "created": utc_stamp(),
     }
     save_logits(path, torch.from_numpy(logits), about)
+    progress.remove()
     logger.info("logits %s written to %s", tuple(logits.shape), path)
 
 

@@ -254,7 +254,7 @@ def train_role(
             features.padding = padding
             model.train()
             for group in in_batches(batches, args.gradient_accumulation_steps):
-                for together in trainer.passes(group):
+                for together in trainer.passes(trainer.shares(group)):
                     trainer.backward(together, len(group))
                 trainer.update()
 
@@ -263,7 +263,9 @@ def train_role(
     count = sum(int(tokens[rows].sum()) for rows in batches)
     logger.info("%s: %d batches of %d pairs, %d tokens each", role, len(batches), args.batch_size, count / len(batches))
     features.padding = "packed"
-    passes = sum(len(trainer.passes(group)) for group in in_batches(batches, args.gradient_accumulation_steps))
+    passes = sum(
+        len(trainer.passes(trainer.shares(group))) for group in in_batches(batches, args.gradient_accumulation_steps)
+    )
     per_pass = round(count / passes)
     variants = {padding: steps_with(padding) for padding in PADDINGS} | ({"theirs": theirs} if theirs else {})
     results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))

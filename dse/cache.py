@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dse.files import InputError, check_writable, one_line, write_whole
+from dse.files import InputError, RunError, check_writable, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +94,15 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, Any], chosen: bool) -> None:
-    """Write a cache whole. Where that cannot be: InputError for a path that the user chose, else a warning."""
+    """Write a cache whole. Where that cannot be: RunError for a path that the user chose, else a warning."""
     header = {**made_from, "content": _content_hash(arrays)}
     try:
         with write_whole(path) as beside:
             save_file(arrays, beside, metadata={_HEADER: json.dumps(header)})
-    except (OSError, SafetensorError) as error:
+    except RunError as error:
         if chosen:
-            raise InputError(f"{path}: cannot write the feature cache ({one_line(error)})") from error
-        logger.warning("no feature cache: %s cannot be written (%s)", path, one_line(error))
+            raise
+        logger.warning("no feature cache: %s", error)
     else:
         logger.info("%s features stored in %s", made_from["form"], path)
 

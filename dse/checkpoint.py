@@ -1,46 +1,41 @@
 """A student's checkpoint: everything to go on training, and everything to use it without flags.
 
-One file per epoch, a dict of tensors, numbers, strings, lists and dicts that `weights_only=True` reads:
+One file per epoch, or within one (states.py), a dict of tensors, numbers, strings, lists and dicts that
+`weights_only=True` reads:
 
-    format, version        "dse checkpoint", 1
+    format, version        "dse checkpoint", 2
     model                  state dict of the Siamese classifier
     architecture           DSEConfig's fields; `bert` is the encoder's whole configuration
     tokenizer              the tokenizer's files as texts
     task, data             the task's line; hashes of data and logits
     run                    the flags of the run
-    trainer                optimizer, updates, random states, history (Trainer.state_dict)
-    stamp, best            start of the run; file and epoch of the best so far
+    trainer                optimizer, position, random states, history (Trainer.state_dict)
+    stamp, best            start of the run; file and epoch of the best so far, None before the first validation
 """
 
-import glob
 import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dse.cli import same_value
 from dse.config import DSEConfig
 from dse.encoding import TextSettings
-from dse.files import InputError, check_file, load_tensors, one_line, utc_stamp, write_whole
+from dse.files import InputError, check_file, load_tensors, one_line, utc_stamp
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
 from dse.processors import Task, task_from_dict, task_to_dict
 from dse.reporting import Record
+from dse.states import Position, States
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "dse checkpoint", 1
+FORMAT, VERSION = "dse checkpoint", 2
+HEADER = {"format": FORMAT, "version": VERSION}
 _ENTRIES = ("model", "architecture", "tokenizer", "task", "data", "run", "trainer", "stamp", "best")
-
-
-def save_checkpoint(path: Path, entries: dict[str, Any]) -> None:
-    """Write a checkpoint whole."""
-    with write_whole(path) as beside:
-        torch.save({"format": FORMAT, "version": VERSION, **entries}, beside)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -82,22 +77,31 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
     for key, value in task_to_dict(task).items():
         if checkpoint["task"].get(key) != value:
             raise InputError(f"--task_name: {key} is {value} now, and was {checkpoint['task'].get(key)} in the run")
-    for flag, value in flags.items():
-        there = checkpoint["run"].get(flag, value)
-        if flag != "epochs" and not same_value(there, value):
-            raise InputError(
-                f"--{flag}: {value} now, {there} in the run: going on needs the same flags, --epochs excepted"
-            )
-    for split, files in checkpoint["data"]["files"].items():
-        if files != data["files"].get(split):
-            raise InputError(
-                f"--data_dir: the {split} data is {data['files'].get(split)} now, and was {files} in the run"
-            )
+    check_same_flags(checkpoint["run"], flags, but="epochs")
+    check_same_data(checkpoint["data"]["files"], data["files"])
     if data["logits"] != checkpoint["data"]["logits"]:
         raise InputError(
             f"--distillation_logits_path: SHA-256 is {data['logits']} now, "
             f"and was {checkpoint['data']['logits']} in the run"
         )
+
+
+def check_same_flags(then: dict[str, Any], now: dict[str, Any], but: str = "") -> None:
+    """Raise InputError, naming both values, for a flag that changed."""
+    for flag, value in now.items():
+        there = then.get(flag, value)
+        if flag != but and not same_value(there, value):
+            raise InputError(
+                f"--{flag}: {value} now, {there} in the run: going on needs the same flags"
+                f"{f', --{but} excepted' if but else ''}"
+            )
+
+
+def check_same_data(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError for data files, by split, that changed."""
+    for split, files in then.items():
+        if files != now.get(split):
+            raise InputError(f"--data_dir: the {split} data is {now.get(split)} now, and was {files} in the run")
 
 
 def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClassifier, Any]:
@@ -112,10 +116,10 @@ def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClass
         raise InputError(
             f"--trainer_checkpoint: its weights and its architecture differ ({one_line(error)})"
         ) from error
-    run, record = checkpoint["run"], checkpoint["trainer"]["history"][-1]
+    run, history = checkpoint["run"], checkpoint["trainer"]["history"]
     tokenizer = tokenizer_from_files(checkpoint["tokenizer"])
     model.settings = TextSettings(tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"])
-    model.origin = origin_of(run, record, checkpoint["data"]["logits"])
+    model.origin = origin_of(run, history[-1] if history else {"epoch": None}, checkpoint["data"]["logits"])
     return model.eval(), tokenizer
 
 
@@ -148,37 +152,45 @@ def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str
             return folder, stamp
 
 
-class CheckpointFolder:
-    """A run's folder of checkpoints: the best by validation score and the newest, one file when they are the same.
+def take_over(path: Path, checkpoint: dict[str, Any], experiment: str) -> States:
+    """The states of the run in a checkpoint's folder. Raises InputError where a later one than it lies there."""
+    states = States(path.parent, experiment)
+    newest = max(states.files, default=None)
+    if newest is not None and newest > position_in(checkpoint["trainer"]):
+        raise InputError(
+            f"--trainer_checkpoint: {path} is not the newest, {states.files[newest]} is: go on from that one, "
+            "or move it away"
+        )
+    states.files[position_in(checkpoint["trainer"])] = path
+    return states
 
-    Only checkpoints of this run are ever removed, and only after the newer one is whole.
+
+def position_in(trainer_state: dict[str, Any]) -> Position:
+    """Where a run stands by its `trainer` entry."""
+    partial = trainer_state["partial"]
+    return len(trainer_state["history"]), 0 if partial is None else partial["updates"]
+
+
+def find_run(
+    parent: Path, experiment: str, check: Callable[[dict[str, Any]], None]
+) -> tuple[States, Path, dict[str, Any]] | None:
+    """The newest run of an experiment below `parent` that `check` takes: its states, and the newest whole one.
+
+    None where there is none at all. Raises InputError for runs that `check` refuses, with what it says of the newest.
     """
-
-    def __init__(self, folder: Path, experiment: str) -> None:
-        self.folder, self.experiment = folder, experiment
-        self.files: dict[int, Path] = {}  # by epoch
-
-    def save(self, epoch: int, score: tuple[str, float], best_epoch: int, entries: dict[str, Any]) -> Path:
-        """Write the checkpoint of `epoch`, then remove those that are neither the best nor the newest."""
-        path = self.folder / f"{self.experiment}_{utc_stamp()}_{score[0]}_{score[1]:.3f}_epoch_{epoch}.pt"
-        self.files[epoch] = path
-        save_checkpoint(path, {**entries, "best": {"epoch": best_epoch, "file": self.files[best_epoch].name}})
-        for old in set(self.files) - {epoch, best_epoch}:
-            self.files.pop(old).unlink(missing_ok=True)
-        return path
-
-    def take_over(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Go on in the folder of a checkpoint. Raises InputError where a later one lies there."""
-        best, newest = checkpoint["best"], len(checkpoint["trainer"]["history"]) - 1
-        for other in self.folder.glob(f"{glob.escape(self.experiment)}_*.pt"):
-            match = re.search(r"_epoch_(\d+)\.pt$", other.name)
-            if match and int(match.group(1)) > newest:
-                raise InputError(
-                    f"--trainer_checkpoint: {path} is not the newest, {other} is: go on from that one, or move it away"
-                )
-            if match:  # one that is neither best nor newest was left by a stop between writing and removing
-                self.files[int(match.group(1))] = other
-        self.files[newest] = path
-        if not (self.folder / best["file"]).is_file():
-            logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
-        self.files[best["epoch"]] = self.folder / best["file"]
+    refusal = None
+    name = re.compile(re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d")
+    for folder in sorted((f for f in parent.glob("*") if name.fullmatch(f.name)), reverse=True):
+        states = States(folder, experiment)
+        found = states.newest(load_checkpoint)
+        if found is None:
+            continue
+        try:
+            check(found[1])
+        except InputError as error:
+            refusal = refusal or InputError(f"--resume: {found[0]}: {error}; leave --resume out for a new run")
+            continue
+        return states, *found
+    if refusal is not None:
+        raise refusal
+    return None

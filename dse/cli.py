@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
+from dse import parallel, stopping
 from dse.config import HEAD_TYPES, PADDINGS, POOLER_TYPES
-from dse.files import InputError, check_writable
+from dse.files import InputError, RunError, check_writable
 from dse.processors import read_lines
 
 if TYPE_CHECKING:
@@ -48,12 +49,25 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def clear_errors(prog: str) -> Iterator[None]:
-    """Turn a refusal of the user's input into its one line on stderr and exit code 2."""
+    """Turn a refusal of the user's input into its one line on stderr and exit code 2.
+
+    So too for work that cannot go on (exit code 1), Ctrl-C (130) and SIGTERM (143).
+    """
     try:
-        yield
+        with stopping.caught(), parallel.together():
+            yield
     except InputError as error:
-        print(f"{prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _leave(prog, f"error: {error}", 2, error)
+    except RunError as error:
+        _leave(prog, f"error: {error}", 1, error)
+    except stopping.Stopped as stop:
+        _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
+
+
+def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
+    who = f"{prog}, process {parallel.rank()}" if parallel.launched() else prog
+    print(f"{who}: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(code) from why
 
 
 def whole_number(least: int) -> Any:
@@ -181,6 +195,14 @@ def add_padding_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    """States of a training that can go on."""
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole state of the same run")
+    parser.add_argument(
+        "--save_every", type=whole_number(1), help="updates between two states; not given: one after each epoch"
+    )
+
+
 def add_precision_flags(parser: argparse.ArgumentParser) -> None:
     """Mixed precision for training."""
     parser.add_argument("--fp16", action="store_true", help="mixed precision with float16, CUDA only")
@@ -245,12 +267,14 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(file: Path | None = None) -> None:
-    """Log to the console and, if given, to a file, whose folder is made."""
+    """Log to the console and, if given, to a file, whose folder is made; of several processes, the first does."""
     ours = logging.getLogger("dse")
     for handler in list(ours.handlers):
         ours.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [_ConsoleHandler()]
+    if not parallel.is_first():
+        file = None
     if file is not None:
         check_writable(file.parent, "--log_dir")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +282,7 @@ def set_up_logging(file: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO if parallel.is_first() else logging.ERROR)
     if file is not None:
         logger.info("log: %s", file)
 
@@ -297,10 +321,18 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
             raise InputError("--fp16: needs a CUDA device, and this run has none: leave the flag out, or give --bf16")
         keep_freed_memory()
         return torch.device("cpu")
-    if not 0 <= gpu_id < torch.cuda.device_count():
-        raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {torch.cuda.device_count()}, counted from 0")
-    if torch.cuda.device_count() > 1:
-        logger.info("%d GPUs are there, one is used: number %d", torch.cuda.device_count(), gpu_id)
+    count = torch.cuda.device_count()
+    if parallel.launched():
+        if parallel.local_rank() >= count:
+            raise InputError(f"torchrun: process {parallel.local_rank()} of this machine has no GPU: there are {count}")
+        return torch.device("cuda", parallel.local_rank())
+    if not 0 <= gpu_id < count:
+        raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {count}, counted from 0")
+    if count > 1:
+        logger.info(
+            "%d GPUs are there, one is used: number %d; `torchrun --nproc_per_node %d` before a training script or "
+            "run_distillation_logits_creator.py uses all of them", count, gpu_id, count,
+        )  # fmt: skip
     return torch.device("cuda", gpu_id)
 
 
@@ -318,7 +350,7 @@ def seed_everything(seed: int) -> int:
     import torch
 
     if seed == -1:
-        seed = int.from_bytes(os.urandom(4), "little")
+        seed = parallel.of_first(int.from_bytes(os.urandom(4), "little"))
     random.seed(seed)
     torch.manual_seed(seed)
     return seed

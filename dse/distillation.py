@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dse.files import InputError, load_tensors, read_json, sha256_file, write_text, write_whole
+from dse.files import InputError, load_tensors, read_json, save_tensors, sha256_file, write_text
 from dse.processors import BINARY, REGRESSION, Task
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ def save_logits(path: str | Path, logits: Tensor, about: dict[str, Any]) -> None
     path = Path(path)
     if not bool(logits.isfinite().all()):
         raise InputError(f"{path}: not written, the teacher gives NaN or infinite logits; train it again, slower")
-    with write_whole(path) as beside:
-        torch.save(logits.to(torch.float32).cpu().contiguous(), beside)
+    save_tensors(path, logits.to(torch.float32).cpu().contiguous())
     write_text(path.with_suffix(".json"), json.dumps({**about, "sha256": sha256_file(path)}, indent=2) + "\n")
 
 

@@ -1,7 +1,10 @@
 """The one inference loop, for teacher and student alike, and the metrics of what it gives."""
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,19 +12,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dse import parallel, stopping
 from dse.distillation import hard_loss, teacher_loss
 from dse.features import Features, SeparateFeatures, in_batches
+from dse.files import InputError, load_tensors, save_tensors, sha256_json
 from dse.metrics import student_metrics, teacher_metrics
 from dse.processors import Task
 
 if TYPE_CHECKING:
     from dse.models import DSESiameseClassifier
 
+logger = logging.getLogger(__name__)
+
 _PAIRS_PER_STEP = 4096  # of the head
 Forward = Callable[[dict[str, Any]], Tensor]
 Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
+_SECONDS_BETWEEN_WRITES = 60
 TOKENS_PER_STEP = {"cpu": 4096, "cuda": 65536}  # more gain nothing, and take memory
 
 
@@ -42,8 +50,67 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
     return batches
 
 
+class Progress:
+    """The outputs of a long inference so far, in a file from which another run goes on.
+
+    Args:
+        path: of the file; one that is there counts if it is whole and of the same work.
+        work: all that decides the outputs; a value that JSON can hold.
+        every: steps between two writes; None: a minute.
+    """
+
+    def __init__(self, path: Path, work: dict[str, Any], every: int | None = None) -> None:
+        self.path, self.work, self.every = path, sha256_json(work), every
+        self.steps, self.outputs = 0, None
+        self._started = time.monotonic()
+        if not path.exists():
+            return
+        try:
+            there = load_tensors(path, f"{path} is spoiled")
+        except InputError as error:
+            logger.warning("%s: begun anew", error)
+            return
+        if not isinstance(there, dict) or there.get("work") != self.work:
+            logger.info("%s is of other work: begun anew", path)
+            return
+        self.steps, outputs = there["steps"], there["outputs"].numpy()
+        logger.info("going on after step %d, as %s has it", self.steps, path)
+        self.outputs = outputs if parallel.is_first() else np.zeros_like(outputs)
+
+    def after(self, steps: int, outputs: np.ndarray | None) -> None:
+        """So many steps are done. Writes when it is time; raises Stopped, after writing, when a signal asks for it.
+
+        All processes call it at each step.
+        """
+        self.steps = steps
+        if steps % parallel.size():  # some processes have a step more than others
+            return
+        signal = parallel.highest(stopping.requested() or 0)
+        late = parallel.of_first(time.monotonic() - self._started > _SECONDS_BETWEEN_WRITES)
+        if signal or (late if self.every is None else steps % (self.every * parallel.size()) == 0):
+            rows = parallel.summed(outputs)
+            if parallel.is_first():
+                save_tensors(self.path, {"work": self.work, "steps": steps, "outputs": torch.from_numpy(rows)})
+            self._started = time.monotonic()
+        if signal:
+            stop = stopping.Stopped(signal)
+            stop.advice = f"outputs so far in {self.path}; the same command goes on"
+            raise stop
+
+    def remove(self) -> None:
+        """The work is done."""
+        if parallel.is_first():
+            self.path.unlink(missing_ok=True)
+
+
 def predict(
-    model: nn.Module, forward: Forward, features: Features, batch_size: int, device: torch.device, what: str
+    model: nn.Module,
+    forward: Forward,
+    features: Features,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Outputs for all rows, in file order, without dropout.
 
@@ -52,13 +119,14 @@ def predict(
         forward: a batch's inputs to its outputs (batch, width).
         batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
         what: name of the progress bar.
+        progress: where the outputs so far are written, and found.
 
     Returns:
         (n, width), float32. Batches are made of rows of similar length, which changes no number but rounding.
     """
     with _inference(model):
         tokens = _tokens_per_step(batch_size, features, device)
-        return _by_batches(forward, features.batch, features.costs, tokens, device, what)
+        return _by_batches(forward, features.batch, features.costs, tokens, device, what, progress=progress)
 
 
 def predict_pairs(
@@ -128,17 +196,31 @@ def _by_batches(
     device: torch.device,
     what: str,
     show: bool | None = None,
+    progress: "Progress | None" = None,
 ) -> np.ndarray:
-    outputs: np.ndarray | None = None
+    outputs = None if progress is None else progress.outputs
     disable = None if show is None else not show  # None: where there is no terminal
-    with tqdm(total=len(costs), desc=what, unit="row", disable=disable, leave=False) as bar:
-        for rows in by_length(costs, tokens):
-            some = forward({name: tensor.to(device) for name, tensor in batch(rows).items()}).float().cpu()
-            if outputs is None:
-                outputs = np.empty((len(costs), some.shape[1]), dtype=np.float32)
-            outputs[rows] = some.numpy()
-            bar.update(len(rows))
-    return outputs
+    with tqdm(
+        total=len(costs), desc=what, unit="row", disable=disable if parallel.is_first() else True, leave=False
+    ) as bar:
+        for step, rows in enumerate(by_length(costs, tokens)):
+            if progress is not None and step < progress.steps:
+                bar.update(len(rows))
+                continue
+            with contextlib.nullcontext() if progress is None else stopping.held():
+                if step % parallel.size() == parallel.rank() % parallel.size():
+                    inputs = {name: tensor.to(device) for name, tensor in batch(rows).items()}
+                    some = forward(inputs).float().cpu().numpy()
+                    if outputs is None:
+                        outputs = np.zeros((len(costs), some.shape[1]), dtype=np.float32)
+                    outputs[rows] = some
+                bar.update(len(rows))
+                if progress is not None:
+                    progress.after(step + 1, outputs)
+    if outputs is None:  # fewer steps than processes
+        outputs = np.zeros((len(costs), 0), dtype=np.float32)
+    width = parallel.highest(outputs.shape[1])
+    return parallel.summed(outputs if outputs.shape[1] == width else np.zeros((len(costs), width), dtype=np.float32))
 
 
 def measure_teacher(task: Task) -> Measure:

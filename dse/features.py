@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dse import parallel
 from dse.cache import check_cache_path, read_cache, write_cache
 from dse.packing import pack
 from dse.pretrained import tokenizer_key
@@ -313,13 +314,15 @@ def cached_features(
     }
     if chosen:
         check_cache_path(path, form)
-    arrays = read_cache(path, made_from) if path.exists() else None
-    if arrays is not None:
-        logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
-        features = features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
-    else:
-        features = make(task, examples, tokenizer, max_seq_length)
-        write_cache(path, features.arrays(), made_from, chosen)
+    with parallel.first_goes_first():
+        arrays = read_cache(path, made_from) if path.exists() else None
+        if arrays is not None:
+            logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
+            features = features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
+        else:
+            features = make(task, examples, tokenizer, max_seq_length)
+            if parallel.is_first():
+                write_cache(path, features.arrays(), made_from, chosen)
     features.padding, features.max_seq_length = padding, max_seq_length
     return features
 

@@ -1,23 +1,41 @@
 """Refusals, hashes, and files that are written whole or not at all.
 
 Every file that outlives a process (caches, logits, checkpoints, results) goes through `write_whole`: the bytes
-go to a hidden neighbour, are flushed, and only then take the name. A model's folder does so file by file.
+go to a hidden neighbour, are flushed, and only then take the name. A folder of ours changes places with its
+successor in one step (`replace_folder`); where files of others may lie in it too, it does so file by file.
+
+Files of tensors (`save_tensors`) are torch's zip archives, whose comment is the SHA-256 of all that stands before it:
+torch itself compares no checksums, and would give other numbers for a flipped bit.
 """
 
 import contextlib
+import ctypes
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
+import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
+_STALE_SECONDS = 3600
+_SEAL = re.compile(rb"dse-sha256:([0-9a-f]{64})")
+_SEAL_BYTES = 75
+
 
 class InputError(Exception):
     """The user's input cannot be used. The message is one line: what is wrong, what was expected, how to mend it."""
+
+
+class RunError(Exception):
+    """Work that began well cannot go on. The message is one line: what happened, what is safe, what to do."""
 
 
 def one_line(error: BaseException) -> str:
@@ -40,18 +58,71 @@ def sha256_json(value: Any) -> str:
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
-    Whatever stood at `path` stays untouched until then, and for good when the block raises.
+    Whatever stood at `path` stays untouched until then, and for good when the block raises. Raises RunError where the
+    disk refuses (full, read-only, gone).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_parts(path)
+        try:
+            yield beside
+            _flush(beside)
+            beside.replace(path)
+            _flush(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems flush no folders
+            raise
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Raise RunError for a write to `path` that the disk refuses, in whatever words the writer says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            why = error.strerror or _words(error)
+        elif type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
+            why = _words(error)
+        else:
+            raise
+        raise RunError(
+            f"{path}: cannot be written ({why}; {_room(path)}); what stood there before is untouched. "
+            "Make room or give another place, and run the same command again"
+        ) from error
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _room(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
+    except OSError:
+        return "its folder is gone"
+
+
+def remove_stale_parts(path: Path) -> None:
+    """Remove what processes that were killed left of writing `path`: an hour old, and of no process that runs."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        number = part.name.removesuffix(".part").rsplit(".", 1)[-1]
+        with contextlib.suppress(OSError):
+            if not Path(f"/proc/{number}").exists() and time.time() - part.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -83,14 +154,53 @@ def check_writable(folder: str | Path, flag: str) -> None:
         ) from error
 
 
+def save_tensors(path: str | Path, value: Any) -> None:
+    """torch.save to a file, whole, with its SHA-256 at its end."""
+    import torch
+
+    with write_whole(path) as beside:
+        torch.save(value, beside)
+        with open(beside, "rb+") as file:
+            file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
+            file.write(_SEAL_BYTES.to_bytes(2, "little"))
+            file.seek(0)
+            seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
+            file.seek(0, os.SEEK_END)
+            file.write(seal)
+
+
 def load_tensors(path: str | Path, refusal: str) -> Any:
-    """What torch.save wrote, on the CPU, no objects unpickled. Raises InputError(refusal) for anything else."""
+    """What torch.save wrote, on the CPU, no objects unpickled, after comparing its checksums.
+
+    Raises InputError(refusal) for anything else, spoiled bytes included. A file of another program has no SHA-256; if
+    it is an archive, its CRCs are compared, which see a flipped bit of a tensor too.
+    """
     import torch
 
     try:
+        if not _is_sound(Path(path)):
+            raise ValueError("spoiled")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises many kinds for a spoiled or foreign file
         raise InputError(refusal) from error
+
+
+def _is_sound(path: Path) -> bool:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _SEAL_BYTES))
+        seal = _SEAL.fullmatch(file.read())
+        if seal is None:
+            if not zipfile.is_zipfile(path):
+                return True  # torch's format of before 1.6, or nothing that torch reads
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+        digest, left = hashlib.sha256(), size - _SEAL_BYTES
+        file.seek(0)
+        while left and (some := file.read(min(left, 1 << 20))):
+            digest.update(some)
+            left -= len(some)
+    return digest.hexdigest().encode() == seal.group(1)
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
@@ -110,39 +220,66 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 def write_folder_whole(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; its files move into `folder` once the block ends without an error.
 
-    Other files in `folder` stay.
+    Other files in `folder` stay. Raises RunError where the disk refuses.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as beside:
-        yield Path(beside)
-        for path in sorted(Path(beside).iterdir()):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            path.replace(folder / path.name)
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_parts(folder / "folder")
+        beside = folder / f".folder.{os.getpid()}.part"
+        beside.mkdir()
+        try:
+            yield beside
+            made = sorted(beside.iterdir())
+            for path in made:
+                _flush(path)
+            for path in made:
+                path.replace(folder / path.name)
+            _flush(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replace_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place as a whole once the block ends without an error."""
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Yield an empty folder beside `folder`, which takes its place as a whole once the block ends without an error.
+
+    Raises RunError where the disk refuses.
+    """
+    folder = Path(folder).resolve()
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    old = beside.with_suffix(".old")
-    try:
-        yield beside
-        for path in beside.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        beside.rename(folder)
-    finally:
+    with _disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_parts(folder)
         shutil.rmtree(beside, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        beside.mkdir()
+        try:
+            yield beside
+            for path in beside.iterdir():
+                _flush(path)
+            if not (folder.exists() and _exchange(beside, folder)):
+                _rename_over(beside, folder)
+            _flush(folder.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Have two folders change places, which Linux does in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _rename_over(beside: Path, folder: Path) -> None:
+    """Two renames; a death between them leaves the old folder, whole, under its hidden name."""
+    old = beside.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def utc_stamp() -> str:

@@ -10,9 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dse.files import InputError, one_line, read_json, sha256_json
+from dse.files import InputError, one_line, read_json, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
+
+TRAINING = "training.json"  # beside a teacher: how it was trained, and its files' hashes
 
 _DESCRIPTION = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -40,7 +42,21 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
             )
         folder = _download(name, flag, cache_dir)
     _check_folder(folder, flag)
+    _check_hashes(folder, flag)
     return folder
+
+
+def _check_hashes(folder: Path, flag: str) -> None:
+    """Raise InputError where a teacher's files are not those that its training.json names."""
+    if not (folder / TRAINING).is_file():
+        return
+    for name, expected in read_json(folder / TRAINING, "the teacher's training").get("sha256", {}).items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise InputError(
+                f"{flag}: {path} is {'spoiled' if path.is_file() else 'missing'}: its SHA-256 in {TRAINING} is "
+                f"{expected}; make the teacher again, or remove {TRAINING} if you changed the file yourself"
+            )
 
 
 def _download(name: str, flag: str, cache_dir: str) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dse.features import cached_features, encode_texts, joint_features, separate_features, truncated_lengths
-from dse.files import InputError
+from dse.files import InputError, RunError
 from dse.pretrained import load_tokenizer
 from dse.processors import Examples, get_task
 
@@ -179,7 +179,7 @@ def test_no_cache_when_writing_fails(tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("dse.cache.save_file", fail)
     assert len(make(tokenizer, tmp_path / "cache")) == 2
     assert "no feature cache" in caplog.text
-    with pytest.raises(InputError, match="cannot write the feature cache"):
+    with pytest.raises(RunError, match="cache: cannot be written"):
         make(tokenizer, tmp_path / "cache", chosen=True)
 
 

@@ -73,7 +73,7 @@ def test_packed_batches_share_a_pass_while_one_padded_batch_has_the_places():
     group = [np.array([i, i + 1]) for i in (0, 2, 4, 6, 8)]
 
     def passes() -> list[list[int]]:
-        return [[int(rows[0]) for rows in batches] for batches in trainer.passes(group)]
+        return [[int(share.rows[0]) for share in together] for together in trainer.passes(trainer.shares(group))]
 
     assert passes() == [[0], [2], [4], [6], [8]]
     trainer.features.padding = "packed"
@@ -84,7 +84,7 @@ def test_packed_batches_share_a_pass_while_one_padded_batch_has_the_places():
     assert passes() == [[0, 2, 4, 6, 8]]
     calls = []
     trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    outputs = trainer.backward(group[:2], 5)
+    outputs = trainer.backward(trainer.shares(group)[:2], 5)
     assert len(calls) == 1
     assert outputs.shape == (4, 1)
 

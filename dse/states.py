@@ -1,0 +1,106 @@
+"""Which states of a run there are, in its folder, and which one to go on from.
+
+    <stem>_…_epoch_3.pt                  after epoch 3: a student's checkpoint
+    <stem>_state_epoch_3_update_200.pt   within epoch 3, or at the end of one that leaves no checkpoint
+
+The two newest are kept while the run is under way, so that a spoiled one costs the work since the one before, and the
+best checkpoint. At the end of the run no state is left but its best and its newest checkpoint.
+"""
+
+import glob
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dse import parallel
+from dse.files import InputError, save_tensors
+
+logger = logging.getLogger(__name__)
+
+Position = tuple[int, int]  # epochs that are done, updates made in the one under way
+_KEPT = 2
+_IN_NAME = re.compile(r"_state_epoch_(\d+)_update_(\d+)\.pt$|_epoch_(\d+)\.pt$")
+
+
+def position_of(name: str) -> Position | None:
+    """Where a run stands after the state of that file name.
+
+    >>> position_of("x_state_epoch_3_update_200.pt"), position_of("x_f1_0.861_epoch_3.pt"), position_of("x.pt")
+    ((3, 200), (4, 0), None)
+    """
+    match = _IN_NAME.search(name)
+    if match is None:
+        return None
+    epoch, update, done = match.groups()
+    return (int(done) + 1, 0) if epoch is None else (int(epoch), int(update))
+
+
+class States:
+    """A run's states by position. Only files that begin with its stem are ever removed, after a newer one is whole."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder, self.stem = folder, stem
+        paths = sorted(folder.glob(f"{glob.escape(stem)}_*.pt"))
+        self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
+        self._spoiled: list[Path] = []
+
+    def newest(self, load: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state that `load` takes, which raises InputError for a spoiled one; None where there is none.
+
+        Raises InputError when all are spoiled.
+        """
+        for position in sorted(self.files, reverse=True):
+            path = self.files[position]
+            try:
+                return path, load(path)
+            except InputError as error:
+                logger.warning("%s; looking for the state before it", error)
+                self._spoiled.append(self.files.pop(position))
+        if self._spoiled:
+            raise InputError(
+                f"--resume: none of the states in {self.folder} can be read; leave the flag out to start anew"
+            )
+        return None
+
+    def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:
+        """Write a state whole, unless the one of this position is there, then remove what is not needed any more.
+
+        Args:
+            entries: what `load_tensors` is to give.
+            name: of a checkpoint's file; a state has its own.
+            best_epoch: whose checkpoint is kept.
+        """
+        path = self.folder / (name or f"{self.stem}_state_epoch_{position[0]}_update_{position[1]}.pt")
+        if not name and position in self.files:
+            return self.files[position]
+        if parallel.is_first():
+            save_tensors(path, entries)
+        self.files[position] = path
+        self._remove_but({*sorted(self.files)[-_KEPT:], _after(best_epoch)})
+        for spoiled in self._spoiled:
+            if spoiled not in self.files.values():
+                _unlink(spoiled)
+        self._spoiled.clear()
+        return path
+
+    def finish(self, best_epoch: int | None = None) -> None:
+        """The run is at its end: keep its newest and its best checkpoint, or, without a best epoch, nothing."""
+        checkpoints = [position for position, path in self.files.items() if "_state_epoch_" not in path.name]
+        self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
+        if parallel.is_first() and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _remove_but(self, kept: set[Position | None]) -> None:
+        for position in set(self.files) - kept:
+            _unlink(self.files.pop(position))
+
+
+def _after(epoch: int | None) -> Position | None:
+    return None if epoch is None else (epoch + 1, 0)
+
+
+def _unlink(path: Path) -> None:
+    if parallel.is_first():
+        path.unlink(missing_ok=True)

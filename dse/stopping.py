@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM, which end a run in order.
+
+While `caught` is on, either raises Stopped where the program stands, at once; within `held`, as an update of the
+weights or the writing of a state is, it waits until the program asks with `check`. A second Ctrl-C waits for nothing.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.advice = "nothing is half-written; the same command starts again"
+
+    def __str__(self) -> str:
+        return f"stopped by {'Ctrl-C' if self.number == signal.SIGINT else signal.Signals(self.number).name}"
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell gives it: 130 or 143."""
+        return 128 + self.number
+
+
+_received: int | None = None
+_holds = 0
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM raise Stopped, here and in what is called; only the main thread can."""
+    global _received, _holds
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _received, _holds = None, 0
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _received = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _received
+    # torchrun passes the terminal's Ctrl-C on, though each process has had it already
+    impatient = _received is not None and number == signal.SIGINT and "RANK" not in os.environ
+    _received = number
+    if impatient or not _holds:
+        raise Stopped(number)
+    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait until `check`."""
+    global _holds
+    _holds += 1
+    try:
+        yield
+    finally:
+        _holds -= 1
+
+
+def requested() -> int | None:
+    """The signal that waits, if one does."""
+    return _received
+
+
+def check() -> None:
+    """Raise Stopped if a signal waits."""
+    if _received is not None:
+        raise Stopped(_received)
