@@ -10,6 +10,7 @@ run that was stopped, from its newest state, and ends as if it had never stopped
 """
 
 import argparse
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dse import cli, parallel
 from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.files import InputError, check_file, check_writable, sha256_file, utc_stamp
+from dse.files import InputError, check_file, check_writable, read_json, sha256_file, utc_stamp
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
 from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
 from dse.reporting import Record, append_json_line, check_can_plot, format_metrics, plot_metrics
@@ -181,6 +182,12 @@ def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> S
     )
 
 
+def commands_of(logits: Path) -> list[Any]:
+    """The commands that made the logits and their teacher, as far as the JSON beside the logits tells."""
+    about = logits.with_suffix(".json")
+    return read_json(about, "the description of the logits").get("commands", []) if about.is_file() else []
+
+
 def run_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that a checkpoint remembers: those that another value of would make another run."""
     others = ("trainer_checkpoint", "resume", "save_every", "task_name")
@@ -310,7 +317,7 @@ def make_entries(
         "tokenizer": tokenizer_to_files(start.tokenizer),
         "task": task_to_dict(task),
         "data": data,
-        "run": run_flags(args),
+        "run": {"task_name": args.task_name, **run_flags(args)},
         "stamp": start.stamp,
     }
 
@@ -344,7 +351,8 @@ def make_after_epoch(
         best = best_epoch(task, trainer.history)
         if args.store_checkpoints and "validation" in record:
             if best == record["epoch"] and parallel.is_first():
-                trainer.model.origin = origin_of(run_flags(args), record, data["logits"])
+                run = {"task_name": args.task_name, **run_flags(args)}
+                trainer.model.origin = origin_of(run, trainer.seed, trainer.history, data)
                 trainer.model.save_pretrained(start.states.folder / "best")
             name, value = score_of(task, record)
             file = f"{args.experiment_name}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
@@ -397,7 +405,22 @@ def train(
     else:
         after_epoch = make_after_epoch(args, task, trainer, start, data, save, entries, log_file)
         trainer.fit(args.epochs, validate, args.validate_every, after_epoch, save, args.save_every)
-    start.states.finish(best_epoch(task, trainer.history) if args.store_checkpoints else None)
+    best = best_epoch(task, trainer.history) if args.store_checkpoints else None
+    start.states.finish(best)
+    if best is not None and parallel.is_first():
+        mend_best(start.states.folder, start.states.files[best + 1, 0], best)
+
+
+def mend_best(folder: Path, checkpoint: Path, epoch: int) -> None:
+    """Write `best` where it is missing or of another epoch, as after a stop or with an older run's checkpoints."""
+    from dse.checkpoint import load_checkpoint, student_from_checkpoint
+    from dse.sharing import read_config
+
+    with contextlib.suppress(InputError):
+        if read_config(folder / "best")["origin"]["epoch"] == epoch:
+            return
+    if checkpoint.is_file():
+        student_from_checkpoint(load_checkpoint(checkpoint))[0].save_pretrained(folder / "best")
 
 
 def report_best(task: Task, history: list[Record]) -> None:
@@ -418,7 +441,8 @@ def run(args: argparse.Namespace) -> None:
     cli.set_up_logging(log_file)
     examples = {split: read_examples(task, args.data_dir, split) for split in splits_of(task)}
     files = {split: rows.files for split, rows in examples.items()}
-    data = {"files": files, "logits": sha256_file(args.distillation_logits_path)}
+    logits_path = Path(args.distillation_logits_path)
+    data = {"files": files, "logits": sha256_file(logits_path), "commands": commands_of(logits_path)}
     again = args.trainer_checkpoint or args.resume
     start = (start_again(args, task, data) if again else None) or start_fresh(args, stamp)
 

@@ -168,7 +168,8 @@ def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples]) -> d
     """What makes a training this one: task, flags, data."""
     others = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
     flags = {flag: value for flag, value in vars(args).items() if flag not in others}
-    return {"task": task_to_dict(task), "run": flags, "data": {split: rows.files for split, rows in data.items()}}
+    files = {split: rows.files for split, rows in data.items()}
+    return {"task_name": args.task_name, "task": task_to_dict(task), "run": flags, "data": files}
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -15,12 +15,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dse import cli, parallel
 from dse.cache import check_cache_path
 from dse.config import check_fits_bert
-from dse.files import check_writable, sha256_file, utc_stamp
-from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, weight_files
+from dse.files import check_writable, read_json, sha256_file, utc_stamp
+from dse.pretrained import TRAINING, bert_config, find_bert, last_part, load_tokenizer, weight_files
 from dse.processors import check_sentence_pairs, get_task, read_examples
 
 PROG = "run_distillation_logits_creator.py"
@@ -52,6 +53,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def teacher_identity(folder: Path) -> dict[str, str]:
     """The teacher by content: name and SHA-256 of its weights' files."""
     return {"name": last_part(str(folder)), **{path.name: sha256_file(path) for path in weight_files(folder)}}
+
+
+def teacher_commands(folder: Path) -> list[Any]:
+    """The command that made the teacher, where its folder tells."""
+    path = folder / TRAINING
+    if not path.is_file():
+        return []
+    training = read_json(path, "the teacher's training")
+    return [["finetune_bert.py", {"task_name": training["task_name"], **training["run"]}]]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
         "max_seq_length": args.max_seq_length,
         "do_lower_case": args.do_lower_case,
         "created": utc_stamp(),
+        "commands": [*teacher_commands(teacher_dir), [PROG, vars(args)]],
     }
     save_logits(path, torch.from_numpy(logits), about)
     progress.remove()

@@ -7,7 +7,7 @@ One file per epoch, or within one (states.py), a dict of tensors, numbers, strin
     model                  state dict of the Siamese classifier
     architecture           DSEConfig's fields; `bert` is the encoder's whole configuration
     tokenizer              the tokenizer's files as texts
-    task, data             the task's line; hashes of data and logits
+    task, data             the task's line; hashes of data and logits, and the commands that made these
     run                    the flags of the run
     trainer                optimizer, position, random states, history (Trainer.state_dict)
     stamp, best            start of the run; file and epoch of the best so far, None before the first validation
@@ -119,20 +119,22 @@ def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClass
     run, history = checkpoint["run"], checkpoint["trainer"]["history"]
     tokenizer = tokenizer_from_files(checkpoint["tokenizer"])
     model.settings = TextSettings(tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"])
-    model.origin = origin_of(run, history[-1] if history else {"epoch": None}, checkpoint["data"]["logits"])
+    model.origin = origin_of(run, checkpoint["trainer"]["seed"], history, checkpoint["data"])
     return model.eval(), tokenizer
 
 
-def origin_of(run: dict[str, Any], record: Record, logits: str) -> dict[str, Any]:
+def origin_of(run: dict[str, Any], seed: int, history: list[Record], data: dict[str, Any]) -> dict[str, Any]:
     """What a saved student tells of its training.
 
     Args:
-        run: the flags.
-        record: of the epoch.
-        logits: SHA-256 of the teacher's.
+        run: the flags; seed: the one that was used.
+        history: the records of all epochs; those of the last one count.
+        data: a checkpoint's entry.
     """
+    record = history[-1] if history else {"epoch": None}
     metrics = {name: value for name, value in record.get("validation", {}).items() if math.isfinite(value)}
-    return {"epoch": record["epoch"], "metrics": metrics, "run": run, "logits_sha256": logits}
+    commands = [*data["commands"], ["dse_train_runner.py", {**run, "random_seed": seed}]]
+    return {"epoch": record["epoch"], "metrics": metrics, "commands": commands, "logits_sha256": data["logits"]}
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:

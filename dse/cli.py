@@ -6,7 +6,6 @@ Loads no torch at import, so that `-h` and refusals are immediate.
 import argparse
 import contextlib
 import ctypes
-import io
 import logging
 import math
 import os
@@ -62,6 +61,9 @@ def clear_errors(prog: str) -> Iterator[None]:
         _leave(prog, f"error: {error}", 1, error)
     except stopping.Stopped as stop:
         _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
+    except BrokenPipeError as error:  # `| head` has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from error
 
 
 def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
@@ -228,11 +230,14 @@ def load_student(args: argparse.Namespace) -> "DSESiameseClassifier":
 
 
 def check_texts(path: str, flag: str) -> None:
-    """Raise InputError unless `path` is a file or `-`."""
+    """Raise InputError unless `path` is a readable UTF-8 file, which is read once for that, or a pipe, or `-`."""
     if path != "-" and not Path(path).exists():
         raise InputError(f"{flag}: there is no file {path}; expected a UTF-8 file with a text per line, or -")
     if Path(path).is_dir():
         raise InputError(f"{flag}: {path} is a folder; expected a UTF-8 file with a text per line, or -")
+    if Path(path).is_file():
+        for _ in read_lines(Path(path), "the texts", flag=flag):
+            pass
 
 
 def texts_of(path: str, flag: str) -> Iterator[str]:
@@ -240,7 +245,7 @@ def texts_of(path: str, flag: str) -> Iterator[str]:
 
     Raises InputError for what is no UTF-8.
     """
-    lines = _lines_of_input(flag) if path == "-" else read_lines(Path(path), "the texts", flag=flag)
+    lines = read_lines(Path(path), "the texts", flag=flag) if Path(path).is_file() else _lines_of_pipe(path, flag)
     empty = 0
     for line in lines:
         empty += not line.strip()
@@ -249,14 +254,19 @@ def texts_of(path: str, flag: str) -> Iterator[str]:
         logger.warning("%s: %d of the lines are empty; each counts as an empty text", flag, empty)
 
 
-def _lines_of_input(flag: str) -> Iterator[str]:
-    number = 0
-    try:
-        for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig"):
-            number += 1
-            yield line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag}: standard input is no UTF-8, after line {number} ({error.reason})") from error
+def _lines_of_pipe(path: str, flag: str) -> Iterator[str]:
+    """The lines of standard input or of a named pipe, which can be read but once."""
+    number, what = 0, "standard input" if path == "-" else path
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
+        for raw in stream:
+            for row in raw.splitlines():
+                number += 1
+                try:
+                    yield row.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{flag}: {what}, line {number}: byte 0x{row[error.start]:02x} is no valid UTF-8"
+                    ) from error
 
 
 class _ConsoleHandler(logging.Handler):

@@ -10,7 +10,7 @@ Texts are what Python calls strings, of any length: what is beyond the student's
 steps of similar length; what else is in a call changes a number by rounding only.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,18 +160,6 @@ class TextInterface:
     def _precision(self, half: bool) -> torch.autocast:
         kind = self.device.type
         return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=half)
-
-
-def batches_of(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one maybe shorter, of an iterable that need not fit in memory."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -12,9 +12,9 @@ Both are cached (cache.py), each form in a file of its own.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dse.processors import REGRESSION, Examples, Task, task_to_dict
 logger = logging.getLogger(__name__)
 
 _TOKENIZE_AT_ONCE = 4096
+_CHARACTERS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 65536
 
 
@@ -230,7 +231,7 @@ def _distinct_pieces(texts: Iterable[str], count: int, tokenizer: Any) -> tuple[
     distinct = iter(seen)
     ids, lengths = [np.empty(0, dtype=np.int32)], []
     with tqdm(total=len(seen), desc="tokenize", unit="text", disable=None, leave=False) as bar:
-        while some := list(islice(distinct, _TOKENIZE_AT_ONCE)):
+        for some in batches_of(distinct, _TOKENIZE_AT_ONCE, _CHARACTERS_AT_ONCE):
             rows = _word_pieces(some, tokenizer)
             lengths += [len(row) for row in rows]
             ids.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
@@ -325,6 +326,20 @@ def cached_features(
                 write_cache(path, features.arrays(), made_from, chosen)
     features.padding, features.max_seq_length = padding, max_seq_length
     return features
+
+
+def batches_of(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
+    """Lists of up to `count` texts, cut short once they have that many characters, of an iterable of any length."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == count or size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def in_batches(order: Any, size: int) -> list[Any]:

@@ -76,7 +76,10 @@ def write_whole(path: str | Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk."""
+    """Have a file's bytes, or a folder's names, on the disk; a file with the rights that new files have."""
+    if path.is_file():
+        os.umask(mask := os.umask(0o077))
+        path.chmod(0o666 & ~mask)  # safetensors' are for the owner alone
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -247,6 +250,8 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     Raises RunError where the disk refuses.
     """
     folder = Path(folder).resolve()
+    if os.path.ismount(folder):
+        raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole: name a folder in it")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     with _disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +283,11 @@ def _rename_over(beside: Path, folder: Path) -> None:
     old = beside.with_suffix(".old")
     if folder.exists():
         folder.rename(old)
-    beside.rename(folder)
+    try:
+        beside.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -25,6 +25,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from dse.encoding import batches_of
+from dse.features import batches_of
 from dse.files import InputError, read_json, replace_folder, sha256_json, write_text
 from dse.packing import linear
 from dse.processors import MULTICLASS
@@ -48,11 +49,13 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "dse index", 1
 INDEX = "index.json"
 RANK_LABEL = "entailment"
+_LOCK = ".lock"  # held while an append writes, or another index takes the folder's place
 _FILES = ("vectors.bin", "ends.bin", "texts.bin")
 _KINDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _ENDS = np.dtype("<i8")
 BLOCK = 4096  # rows that are scored, and checked, at once
 _EMBED_AT_ONCE = 4 * BLOCK
+_CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
 _PART = 1 << 19  # numbers in a part's hidden layer
 
@@ -155,9 +158,11 @@ class CandidateIndex:
         check_index_place(folder, str(folder))
         width = model.config.embedding_size
         content = {"model": fingerprint(model), "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
-        with replace_folder(folder) as beside:
+        with contextlib.ExitStack() as held, replace_folder(folder) as beside:
             _extend(beside, content, parts)
             _write_content(beside, content)
+            if folder.is_dir():  # the two change places when no append is under way
+                held.enter_context(FileLock(folder / _LOCK))
         return cls(model, folder, content, keep)
 
     @classmethod
@@ -173,7 +178,7 @@ class CandidateIndex:
 
     def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
         """Add candidates behind those that are there; a stop in between leaves the index as it was."""
-        with FileLock(self.folder / ".lock"):
+        with FileLock(self.folder / _LOCK):
             content = _read_content(self.folder)  # another process may have added some
             if content["model"] != fingerprint(self.model):
                 raise InputError(f"{self.folder}: was replaced by an index of another model")
@@ -185,7 +190,7 @@ class CandidateIndex:
         """Copy the index to another folder, whole. Raises InputError for a folder with other things in it."""
         check_index_place(Path(folder), str(folder))
         with replace_folder(folder) as beside:
-            for name in (*_FILES, INDEX):
+            for name in (INDEX, *_FILES):  # what an append adds meanwhile lies behind what the first counts
                 shutil.copyfile(self.folder / name, beside / name)
 
     def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
@@ -272,7 +277,9 @@ class CandidateIndex:
         """A block of embeddings, float32, on the model's device."""
         block = self._vectors[start : start + BLOCK]
         self._check("vectors.bin", start, block)
-        return torch.from_numpy(block).to(self.model.device, torch.float32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+            return torch.from_numpy(block).to(self.model.device, torch.float32)
 
     def _check(self, file: str, start: int, content: np.ndarray) -> None:
         """Compare a block with its sum, once. Raises InputError where they differ."""
@@ -290,8 +297,7 @@ class CandidateIndex:
         self._sums, self._checked = content["sums"], set()
         shapes = _shapes(content)
         self._vectors, self._ends, self._texts = (
-            # Copy on write: torch takes no array that it may not write to.
-            np.memmap(self.folder / name, kind, "c", shape=shape) if math.prod(shape) else np.empty(shape, kind)
+            np.memmap(self.folder / name, kind, "r", shape=shape) if math.prod(shape) else np.empty(shape, kind)
             for name, (kind, shape) in shapes.items()
         )
 
@@ -326,9 +332,18 @@ def _embedded(
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     disable = None if show is None else not show
     with tqdm(desc="embed", unit="sentence", disable=disable, leave=False) as bar:
-        for texts in batches_of(sentences, _EMBED_AT_ONCE):
+        for texts in batches_of(_strings(sentences), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
             yield model.encode(texts, batch_size, show_progress=False), texts
             bar.update(len(texts))
+
+
+def _strings(sentences: Iterable[str]) -> Iterator[str]:
+    if isinstance(sentences, str):
+        raise TypeError(f"sentences: a string was given, and an iterable of strings expected: {sentences[:80]!r}")
+    for i, text in enumerate(sentences):
+        if not isinstance(text, str):
+            raise TypeError(f"sentences: number {i} is a {type(text).__name__}, and a string was expected")
+        yield text
 
 
 def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndarray, list[str]]]) -> None:
@@ -344,7 +359,13 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndar
                 raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
             encoded = [text.encode() for text in texts]
             ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_ENDS)
-            stored = np.ascontiguousarray(vectors, dtype=kind)
+            with np.errstate(over="ignore"):
+                stored = np.ascontiguousarray(vectors, dtype=kind)
+            if not np.isfinite(stored).all():
+                raise InputError(
+                    f"{folder}: embeddings with NaN, infinite numbers or, for float16, numbers above 65504; "
+                    "store float32, or train a sound student"
+                )
             for some in _within_blocks(content["count"], len(texts)):
                 pieces = (stored[some].tobytes(), ends[some].tobytes(), b"".join(encoded[some]))
                 _count_in(content, some.stop - some.start, pieces)
@@ -415,5 +436,10 @@ def check_index_place(folder: Path, what: str) -> None:
     """Raise InputError when a folder to be written is a file, or holds something else than an index."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{what}: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise InputError(f"{what}: {folder} holds other files; name a new folder, or an earlier index")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = names - {*_FILES, INDEX, _LOCK}
+    if others or (names and read_json(folder / INDEX, "the index").get("format") != FORMAT):
+        raise InputError(
+            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or an "
+            "earlier index"
+        )

@@ -26,22 +26,22 @@ from dse.metrics import SCORES
 from dse.pretrained import tokenizer_in, tokenizer_key
 from dse.processors import task_from_dict, task_to_dict
 
-FORMAT, VERSION = "dse student", 1
+FORMAT, VERSION = "dse student", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_ENTRIES = ("architecture", "task", "max_seq_length", "weights_sha256", "tokenizer_sha256")
+_ENTRIES = ("architecture", "task", "max_seq_length", "weights_sha256", "tokenizer_sha256", "sha256")
 _FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
 
 
 class Shareable(ModelHubMixin):
     """save_pretrained and from_pretrained of a student; `push_to_hub` is huggingface_hub's."""
 
-    origin: dict[str, Any] | None = None  # what is known of its training: epoch, metrics, run (the flags), task
+    origin: dict[str, Any] | None = None  # what is known of its training: epoch, metrics, commands (script, flags)
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+    def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
         """Write the student to a folder, whole; one that is there is replaced if it holds a student, else refused.
 
         Raises InputError for a folder with other things in it, ValueError for a student without `settings`.
-        (Other arguments are what `push_to_hub` gives, and are not needed.)
+        (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
         """
         folder = Path(folder)
         check_replaceable(folder, str(folder))
@@ -50,7 +50,7 @@ class Shareable(ModelHubMixin):
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
             settings.tokenizer.save_pretrained(beside)
-            config = {
+            about = {
                 "format": FORMAT,
                 "version": VERSION,
                 "dse_version": __version__,
@@ -64,8 +64,10 @@ class Shareable(ModelHubMixin):
                 "tokenizer_sha256": tokenizer_key(settings.tokenizer),
                 "origin": self.origin,
             }
-            (beside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            (beside / CARD).write_text(model_card(config), encoding="utf-8")
+            about = json.loads(json.dumps(about))  # as it will be read
+            about["sha256"] = sha256_json(about)
+            (beside / CONFIG).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (beside / CARD).write_text(model_card(about), encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -100,7 +102,7 @@ class Shareable(ModelHubMixin):
             model = empty_student(DSEConfig.from_dict(config["architecture"]))
             model.load_state_dict(_weights(folder, config["weights_sha256"]))
             task = task_from_dict(config["task"])
-        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
         model.settings = TextSettings(tokenizer, task, config["max_seq_length"])
         model.origin = config.get("origin")
@@ -151,6 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: its format is version {config.get('version')}"
             f"{' without ' + ', '.join(missing) if missing else ''}; this program reads version {VERSION}"
         )
+    if config.pop("sha256") != sha256_json(config):
+        raise InputError(f"{folder / CONFIG}: spoiled or changed (its hash differs); fetch or export the folder again")
     return config
 
 
@@ -167,13 +171,13 @@ def check_replaceable(folder: Path, what: str) -> None:
     """Raise InputError when a folder to be written is a file, or holds something else than a student."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{what}: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        try:
-            read_config(folder)
-        except InputError:
-            raise InputError(
-                f"{what}: {folder} holds other files; name a new folder, or an earlier student's"
-            ) from None
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = names - {*_FILES, CARD, "added_tokens.json"}
+    if others or (names and read_json(folder / CONFIG, "the configuration").get("format") != FORMAT):
+        raise InputError(
+            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or an "
+            "earlier student's"
+        )
 
 
 def model_card(config: dict[str, Any]) -> str:
@@ -182,7 +186,7 @@ def model_card(config: dict[str, Any]) -> str:
     labels = f", labels in order: {', '.join(config['labels'])}" if config["labels"] else ""
     metrics = origin.get("metrics") or {}
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    command = train_command(origin["run"], task["name"]) if origin.get("run") else ""
+    commands = [command_line(*each) for each in origin.get("commands", [])]
     use = "\n".join([
         "from dse.models import DSESiameseClassifier", "",
         'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")',
@@ -207,16 +211,16 @@ def model_card(config: dict[str, Any]) -> str:
         parts.append(
             f"## Metrics on the validation data, epoch {origin['epoch']}\n\n| metric | value |\n| --- | --- |\n{table}"
         )
-    if command:
-        logits = f"run_distillation_logits_creator.py made the logits, SHA-256 {origin.get('logits_sha256')}."
-        parts.append(f"## Commands\n\n```\n{command}\n```\n\n{logits}")
+    if commands:
+        lines = "\n".join(commands)
+        parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin['logits_sha256']}")
     return "\n\n".join(parts) + "\n"
 
 
-def train_command(run: dict[str, Any], task_name: str) -> str:
-    """The command line of dse_train_runner.py that has these flags."""
-    words = ["python", "dse_train_runner.py", "--task_name", task_name]
-    for flag, value in run.items():
+def command_line(script: str, flags: dict[str, Any]) -> str:
+    """The command line that gives a script these flags."""
+    words = ["python", script]
+    for flag, value in flags.items():
         if value is True:
             words.append(f"--{flag}")
         elif value not in (False, None, ""):

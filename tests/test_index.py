@@ -1,6 +1,8 @@
 """The index: scores of the head on pairs, the best ones, files that are whole, spoiled or of another model."""
 
+import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -186,3 +188,69 @@ def test_embeddings_that_are_there_already(student):
     assert [index.text(row) for row in range(23)] == CANDIDATES
     with pytest.raises(ValueError, match="expected"):
         CandidateIndex.from_embeddings(model, [(parts[0][0], CANDIDATES[:8])])
+
+
+def test_a_users_index_json_is_not_taken_for_ours(student, tmp_path):
+    (tmp_path / "index.json").write_text('{"name": "my site"}')
+    with pytest.raises(InputError, match=r"holds other files \(index\.json\)"):
+        CandidateIndex.build(student(), CANDIDATES, tmp_path)
+    index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "ours")
+    (tmp_path / "ours" / "candidates.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds other files \(candidates\.txt\)"):
+        index.save(tmp_path / "ours")
+
+
+def test_an_append_meets_a_rebuild(student, tmp_path):
+    """While candidates are appended another index is built at the same place: it waits, and is whole."""
+    model, built = student(), []
+
+    def rebuild() -> None:
+        built.append(CandidateIndex.build(model, CANDIDATES[:3], tmp_path / "index"))
+
+    other = threading.Thread(target=rebuild)
+
+    def slowly():
+        yield CANDIDATES[0]
+        other.start()
+        other.join(timeout=1)
+        assert other.is_alive(), "the rebuild did not wait"
+        yield CANDIDATES[1]
+
+    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    index.append(slowly())
+    assert len(index) == 25
+    other.join(timeout=60)
+    again = CandidateIndex.open(tmp_path / "index", model)
+    assert len(again) == len(built[0]) == 3
+    assert [again.text(row) for row in range(3)] == CANDIDATES[:3]
+
+
+def test_what_is_no_list_of_texts(student, tmp_path):
+    model = student()
+    with pytest.raises(TypeError, match="a string was given"):
+        CandidateIndex.build(model, "candidates.txt")
+    with pytest.raises(TypeError, match="number 20 is a int"):
+        CandidateIndex.build(model, [*CANDIDATES[:20], 3])
+
+
+def test_numbers_that_are_not_finite_are_not_stored(student, tmp_path):
+    model = student()
+    vectors = np.full((1, model.config.embedding_size), 70_000.0, np.float32)
+    assert len(CandidateIndex.from_embeddings(model, [(vectors, ["a"])])) == 1
+    for spoiled, dtype in ((vectors, "float16"), (vectors * np.nan, "float32")):
+        with pytest.raises(InputError, match="NaN, infinite numbers or, for float16"):
+            CandidateIndex.from_embeddings(model, [(spoiled, ["a"])], tmp_path / "index", dtype)
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_index_larger_than_memory_opens(student, tmp_path):
+    """As many vectors as memory does not hold, in a file with holes."""
+    model = student()
+    index = CandidateIndex.build(model, CANDIDATES[:1], tmp_path / "index")
+    rows = (3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // (4 * index.width)
+    os.truncate(tmp_path / "index" / "vectors.bin", 4 * rows * index.width)
+    content = index_module._read_content(tmp_path / "index")
+    mapped = {**content, "count": rows, "text_bytes": 0}
+    with open(tmp_path / "index" / "ends.bin", "ab") as file:
+        file.truncate(8 * rows)
+    assert len(CandidateIndex(model, tmp_path / "index", mapped).vectors(rows - 1, rows)) == 1

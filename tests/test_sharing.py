@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,11 @@ import dse_train_runner
 import load_dse_checkpoint_example
 from dse import __main__ as entry
 from dse.checkpoint import load_checkpoint, student_from_checkpoint
-from dse.files import InputError
+from dse.files import InputError, sha256_json
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.processors import get_task
-from dse.sharing import train_command
+from dse.sharing import command_line
 from dse.synthetic import make_pair
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +84,7 @@ def test_the_runner_leaves_the_best_epoch_and_export_makes_the_same(student_flag
 def test_the_cards_command_is_the_runs(student_flags):
     """Its words, parsed, give the flags again."""
     args = dse_train_runner.parse_arguments(student_flags(fp16=True, file_log=True))
-    words = train_command(dse_train_runner.run_flags(args), "mrpc").split()
+    words = command_line("dse_train_runner.py", {"task_name": "mrpc", **dse_train_runner.run_flags(args)}).split()
     assert words[:2] == ["python", "dse_train_runner.py"]
     assert dse_train_runner.parse_arguments(words[2:]) == args
 
@@ -119,6 +121,12 @@ def test_spoiled_folders_are_refused(student, tmp_path, copied, edit_json):
             DSESiameseClassifier.from_pretrained(folder)
         return str(error.value)
 
+    def rewrite_config(folder, **changes):
+        """As a program that saves nonsense would, with a hash that fits."""
+        config = {**json.loads((folder / "config.json").read_text()), **changes}
+        del config["sha256"]
+        (folder / "config.json").write_text(json.dumps({**config, "sha256": sha256_json(config)}))
+
     def flip(name, place=-1):
         def spoil(folder):
             content = bytearray((folder / name).read_bytes())
@@ -131,9 +139,11 @@ def test_spoiled_folders_are_refused(student, tmp_path, copied, edit_json):
     assert "is missing" in refusal(lambda folder: (folder / "model.safetensors").unlink(), "b")
     assert "config.json is missing" in refusal(lambda folder: (folder / "config.json").unlink(), "c")
     assert "holds no student" in refusal(lambda folder: edit_json(folder / "config.json", format=None), "d")
-    assert "version 2" in refusal(lambda folder: edit_json(folder / "config.json", version=2), "e")
+    assert "version 3" in refusal(lambda folder: edit_json(folder / "config.json", version=3), "e")
     assert "without task" in refusal(lambda folder: edit_json(folder / "config.json", task=None), "f")
-    assert "do not fit" in refusal(lambda folder: edit_json(folder / "config.json", architecture={}), "g")
+    assert "spoiled or changed" in refusal(lambda folder: edit_json(folder / "config.json", max_seq_length=31), "g")
+    assert "do not fit" in refusal(lambda folder: rewrite_config(folder, architecture={}), "k")
+    assert "do not fit" in refusal(lambda folder: rewrite_config(folder, task="x"), "l")
     assert "tokenizer" in refusal(lambda folder: (folder / "tokenizer.json").write_text("{}"), "h")
     text = (tmp_path / "student" / "tokenizer.json").read_text().replace('"doctor"', '"doktor"')
     assert "not the one" in refusal(lambda folder: (folder / "tokenizer.json").write_text(text), "i")
@@ -151,6 +161,22 @@ def test_other_folders_are_not_replaced(student, tmp_path):
     with pytest.raises(InputError, match="holds other files"):
         student().save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years"
+    (tmp_path / "config.json").write_text('{"format": "mine"}')
+    (tmp_path / "thesis.txt").unlink()
+    with pytest.raises(InputError, match=r"holds other files \(config\.json\)"):
+        student().save_pretrained(tmp_path)
+    student().save_pretrained(tmp_path / "mine")
+    student().save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("years")
+    with pytest.raises(InputError, match=r"holds other files \(notes\.txt\)"):
+        student().save_pretrained(tmp_path / "mine")
+
+
+def test_every_file_of_a_saved_student_has_a_new_files_rights(student, tmp_path):
+    student().save_pretrained(tmp_path / "student")
+    (tmp_path / "new").write_text("")
+    rights = {path.stat().st_mode for path in (tmp_path / "student").iterdir()}
+    assert rights == {(tmp_path / "new").stat().st_mode}
 
 
 @pytest.fixture
@@ -224,7 +250,36 @@ def test_strange_lines(saved, tmp_path, monkeypatch, refused, caplog):
     assert not (tmp_path / "index").exists()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9")))
     argv = ["score", "--model", saved, "--queries", "-", "--candidates", tmp_path / "q.txt"]
-    assert "--queries: standard input is no UTF-8" in refused(entry.main, argv)
+    assert "--queries: standard input, line 2: byte 0xe9 is no valid UTF-8" in refused(entry.main, argv)
+
+
+def test_a_pipe_with_a_name(saved, tmp_path, refused):
+    """It can be read only once: a bad byte is refused with its line, and nothing waits for more."""
+    (tmp_path / "q.txt").write_text("one")
+    for content in (b"\xef\xbb\xbfone\rtwo\r\n\nlast", b"one\ncaf\xe9"):
+        fifo = tmp_path / f"fifo{len(content)}"
+        os.mkfifo(fifo)
+        writer = threading.Thread(target=fifo.write_bytes, args=(content,))
+        writer.start()
+        argv = ["score", "--model", saved, "--queries", tmp_path / "q.txt", "--candidates", fifo]
+        if b"\xe9" in content:
+            assert f"{fifo}, line 2: byte 0xe9 is no valid UTF-8" in refused(entry.main, argv)
+        else:
+            run_score(*argv[1:], "--output", tmp_path / "out.jsonl")
+            rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+            assert {row["row"]: row["candidate"] for row in rows} == dict(enumerate(["one", "two", "", "last"]))
+        writer.join()
+
+
+def test_standard_output_is_utf_8_and_may_be_cut_off(saved, tmp_path):
+    (tmp_path / "texts.txt").write_text("a \u2264 b\n" * 3000, encoding="utf-8")
+    command = f"{sys.executable} -m dse score --model {saved} --queries {tmp_path}/texts.txt --top_k 5 "
+    command += f"--candidates {tmp_path}/texts.txt 2> {tmp_path}/errors | head -n 2; echo ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    run = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, env=environment, timeout=100)
+    _, first, code = run.stdout.decode().splitlines()
+    assert (first.split("\t")[1], code) == ("a \u2264 b", "141")
+    assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
 def test_refusals_of_the_commands(saved, student, tmp_path, refused):

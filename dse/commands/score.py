@@ -9,6 +9,7 @@ query_row and row count lines from 0, rank counts from 1, score is the head's ou
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import re
@@ -43,7 +44,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def output_file(path: str) -> Iterator[TextIO]:
     """Standard output, or a file that appears whole."""
     if path == "-":
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         yield sys.stdout
+        sys.stdout.flush()
         return
     with write_whole(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
         yield file
@@ -82,11 +86,11 @@ def run(args: argparse.Namespace) -> None:
     ranked_output(model, args.rank_label)
 
     # 2. Queries, candidates, and the best of them.
+    queries = list(cli.texts_of(args.queries, "--queries"))
     if is_index:
         index = CandidateIndex.open(args.candidates, model)
     else:
         index = CandidateIndex.build(model, cli.texts_of(args.candidates, "--candidates"), batch_size=args.batch_size)
-    queries = list(cli.texts_of(args.queries, "--queries"))
     logger.info("%d queries, %d candidates", len(queries), len(index))
     found = index.search(queries, args.top_k, args.rank_label, show_progress=None)
 
