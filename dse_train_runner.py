@@ -396,7 +396,8 @@ def train(
 
     def save() -> Path:
         position = len(trainer.history), trainer.position
-        return start.states.save(position, entries(), best_epoch=best_epoch(task, trainer.history))
+        best = best_epoch(task, trainer.history) if args.store_checkpoints else None
+        return start.states.save(position, entries(), best_epoch=best)
 
     if len(trainer.history) >= args.epochs:
         logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)

@@ -161,15 +161,14 @@ def save_tensors(path: str | Path, value: Any) -> None:
     """torch.save to a file, whole, with its SHA-256 at its end."""
     import torch
 
-    with write_whole(path) as beside:
-        torch.save(value, beside)
-        with open(beside, "rb+") as file:
-            file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
-            file.write(_SEAL_BYTES.to_bytes(2, "little"))
-            file.seek(0)
-            seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
-            file.seek(0, os.SEEK_END)
-            file.write(seal)
+    with write_whole(path) as beside, open(beside, "wb+") as file:
+        torch.save(value, file)  # given a name, it would write that into the file
+        file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
+        file.write(_SEAL_BYTES.to_bytes(2, "little"))
+        file.seek(0)
+        seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
+        file.seek(0, os.SEEK_END)
+        file.write(seal)
 
 
 def load_tensors(path: str | Path, refusal: str) -> Any:

@@ -1,0 +1,530 @@
+"""Stops of every kind: a run goes on from its newest whole state to the same bits; spoiled files, full disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_flags
+from test_scripts import assert_same_run, results_of
+
+import dse_train_runner
+import finetune_bert
+import load_dse_checkpoint_example
+import run_distillation_logits_creator
+from dse import evaluation, files, states, stopping, trainer
+from dse.checkpoint import load_checkpoint
+from dse.files import InputError, RunError
+from dse.index import CandidateIndex
+from dse.models import DSESiameseClassifier
+from dse.states import States
+
+ROOT = Path(__file__).parents[1]
+
+
+def stop_at(monkeypatch, number: int, call: str = "update", sent: int = signal.SIGTERM) -> None:
+    """Send this process a signal within the trainer's n-th update, or its n-th writing of a state, from here on."""
+    owner, name = {"update": (trainer.Trainer, "update"), "write": (states, "save_tensors")}[call]
+    original, calls = getattr(owner, name), []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), sent)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def stopped(main, argv: list[str], capsys) -> tuple[int, str]:
+    """The exit code and the one line of a script that a signal or an error ended."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if ".py: " in line]
+    assert len(lines) == 1
+    return stop.value.code, lines[0]
+
+
+@pytest.fixture
+def unbroken(student_flags, tmp_path, checkpoints):
+    """The last checkpoint of a run of 2 epochs of 3 updates that was left alone."""
+    dse_train_runner.main(student_flags(checkpoint_dir=tmp_path / "unbroken", gradient_accumulation_steps=1))
+    return checkpoints("unbroken")[-1]
+
+
+FLAGS = {"gradient_accumulation_steps": 1, "save_every": 2}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("update", [1, 3, 5])
+def test_a_signal_ends_a_student_in_order(update, sent, unbroken, student_flags, checkpoints, monkeypatch, capsys):
+    """It finishes the update, writes a state, says how to go on; and so it does, to the same bits."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, update, sent=sent)
+        code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    where = f"_state_epoch_{(update - 1) // 3}_update_{(update - 1) % 3 + 1}.pt"
+    assert where in line
+    assert "the same command with --resume goes on" in line
+    torch.manual_seed(999)
+    dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
+    assert_same_run(checkpoints()[-1], unbroken)
+    assert all("_state_" not in path.name for path in checkpoints()[-1].parent.iterdir())
+
+
+def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkpoints, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2, "write")
+        code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    assert code == 143
+    assert load_checkpoint(line.split("state in ")[1].split(";")[0])  # whole
+    dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
+    assert_same_run(checkpoints()[-1], unbroken)
+
+
+def test_a_signal_cuts_a_validation_off(unbroken, student_flags, checkpoints, monkeypatch, capsys):
+    predict_pairs = evaluation.predict_pairs
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict_pairs(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "predict_pairs", interrupted)
+        code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    assert (code, "_state_epoch_0_update_3.pt" in line) == (143, True)
+    dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
+    assert_same_run(checkpoints()[-1], unbroken)
+
+
+def test_the_second_ctrl_c_waits_for_nothing():
+    with pytest.raises(stopping.Stopped) as stop, stopping.caught(), stopping.held():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.requested() == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+    assert stop.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["finetune_bert", "run_distillation_logits_creator", "dse_train_runner"])
+def test_signals_outside_of_training(name, teacher_flags, student_flags, monkeypatch, capsys):
+    script = {"finetune_bert": finetune_bert, "dse_train_runner": dse_train_runner}.get(name)
+    script = script or run_distillation_logits_creator
+    monkeypatch.setattr(script, "get_task", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    argv = student_flags() if name == "dse_train_runner" else teacher_flags()
+    if name.startswith("run_"):
+        argv = ["--task_name", "mrpc", "--data_dir", "x", "--train_features_path", "x", "--bert_checkpoint_dir", "x"]
+    code, line = stopped(script.main, argv, capsys)
+    assert (code, line) == (
+        130,
+        f"{name}.py: stopped by Ctrl-C: nothing is half-written; the same command starts again",
+    )
+
+
+def test_states_without_checkpoints_go_when_the_run_ends(student_flags, tmp_path, monkeypatch, capsys):
+    flags = {**FLAGS, "store_checkpoints": False}
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        stopped(dse_train_runner.main, student_flags(**flags), capsys)
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    assert sorted(path.name[-17:] for path in run.iterdir()) == [
+        "epoch_1_update_1.pt"[-17:],
+        "epoch_1_update_2.pt"[-17:],
+    ]
+    dse_train_runner.main([*student_flags(**flags), "--resume"])
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_teacher_goes_on_to_the_same_bits(teacher_flags, tmp_path, monkeypatch, capsys):
+    """Stopped in the first epoch, then in the second one's validation, then left alone."""
+    flags = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "train_batch_size": 5, "save_every": 2}
+    finetune_bert.main(teacher_flags(**flags, output_dir=tmp_path / "unbroken"))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        code, line = stopped(finetune_bert.main, teacher_flags(**flags), capsys)
+    assert (code, "training_state/teacher_state_epoch_0_update_2.pt" in line) == (143, True)
+    assert "--resume to go on with the training in it" in stopped(finetune_bert.main, teacher_flags(**flags), capsys)[1]
+    with monkeypatch.context() as patched:
+        stop_at(patched, 6, sent=signal.SIGINT)
+        assert stopped(finetune_bert.main, [*teacher_flags(**flags), "--resume"], capsys)[0] == 130
+    finetune_bert.main([*teacher_flags(**flags), "--resume"])
+    one, other = tmp_path / "teacher", tmp_path / "unbroken"
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert results_of(one) == results_of(other)
+    histories = [json.loads((folder / "training.json").read_text())["history"] for folder in (one, other)]
+    assert [{**record, "seconds": 0} for record in histories[0]] == [
+        {**record, "seconds": 0} for record in histories[1]
+    ]
+
+
+def test_a_teacher_that_is_finished_is_not_trained_again(teacher_flags, tmp_path, caplog):
+    finetune_bert.main(teacher_flags())
+    before = (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns, results_of(tmp_path / "teacher")
+    (tmp_path / "teacher" / "eval_results.txt").unlink()
+    finetune_bert.main([*teacher_flags(), "--resume"])
+    assert "nothing to train: the teacher in" in caplog.text
+    assert ((tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns, results_of(tmp_path / "teacher")) == before
+
+
+def test_going_on_with_other_flags_is_refused(teacher_flags, student_flags, refused, data):
+    finetune_bert.main(teacher_flags())
+    line = refused(finetune_bert.main, [*teacher_flags(learning_rate=0.5), "--resume"])
+    assert "--learning_rate: 0.5 now, 0.001 in the run: going on needs the same flags" in line
+    line = refused(finetune_bert.main, [*teacher_flags("rte"), "--resume"])
+    assert "--task_name: rte now, mrpc in the run" in line
+    dse_train_runner.main(student_flags())
+    line = refused(dse_train_runner.main, [*student_flags(lr=0.5), "--resume"])
+    assert "--lr: 0.5 now, 0.001 in the run" in line
+    assert "leave --resume out for a new run" in line
+    line = refused(dse_train_runner.main, [*student_flags(trainer_checkpoint=__file__), "--resume"])
+    assert "--resume: finds the state to go on from by itself" in line
+
+
+def test_resume_takes_the_run_of_these_flags_and_starts_anew_where_there_is_none(
+    student_flags, checkpoints, tmp_path, caplog
+):
+    dse_train_runner.main([*student_flags(epochs=1), "--resume"])
+    assert "no state of bert_distillation" in caplog.text
+    first = checkpoints()[0]
+    shutil.copytree(first.parent, first.parent.with_name("bert_distillation_2099_01_01-00_00_00"))
+    for path in first.parent.with_name("bert_distillation_2099_01_01-00_00_00").glob("*.pt"):
+        entries = load_checkpoint(path)
+        files.save_tensors(path, {**entries, "run": {**entries["run"], "lr": 0.5}})
+    dse_train_runner.main([*student_flags(epochs=2), "--resume"])
+    assert [path.name[-10:] for path in sorted(first.parent.glob("*_epoch_1.pt"))] == ["epoch_1.pt"]
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip])
+def test_a_spoiled_newest_state_costs_the_work_since_the_one_before(
+    spoil, unbroken, student_flags, checkpoints, tmp_path, monkeypatch, capsys, caplog
+):
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    newest = next(run.glob("*_state_epoch_1_update_2.pt"))
+    spoil(newest)
+    caplog.clear()
+    dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
+    assert f"{newest} is truncated or no checkpoint" in caplog.text
+    assert "going on after 1 epochs and 1 updates of the next" in caplog.text
+    assert_same_run(checkpoints()[-1], unbroken)
+    assert not newest.exists()
+
+
+def test_when_all_states_are_spoiled_nothing_is_begun(student_flags, refused, checkpoints):
+    dse_train_runner.main(student_flags())
+    for path in checkpoints():
+        truncate(path)
+    assert "none of the states in" in refused(dse_train_runner.main, [*student_flags(), "--resume"])
+
+
+def test_every_flipped_bit_of_a_state_is_found(tmp_path):
+    files.save_tensors(tmp_path / "x.pt", {"weights": torch.arange(40.0), "name": "x"})
+    whole = (tmp_path / "x.pt").read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / "y.pt").write_bytes(changed)
+        try:
+            found = files.load_tensors(tmp_path / "y.pt", "spoiled")
+        except InputError:
+            continue
+        # only within the words that say that there is a hash; then the archive's own sums were compared
+        assert place >= len(whole) - 75 - 2
+        assert torch.equal(found["weights"], torch.arange(40.0))
+        assert found["name"] == "x"
+    for place in (0, len(whole) // 2, len(whole) - 76):
+        (tmp_path / "y.pt").write_bytes(whole[:place])
+        with pytest.raises(InputError, match="spoiled"):
+            files.load_tensors(tmp_path / "y.pt", "spoiled")
+
+
+def test_a_tensor_of_another_program_is_compared_with_its_archives_sums(tmp_path):
+    torch.save(torch.arange(40.0), tmp_path / "x.pt")
+    assert torch.equal(files.load_tensors(tmp_path / "x.pt", "spoiled"), torch.arange(40.0))
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(np.float32(17).tobytes())] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), torch.arange(40.0))
+    with pytest.raises(InputError, match="spoiled"):
+        files.load_tensors(tmp_path / "x.pt", "spoiled")
+
+
+@pytest.fixture
+def creator(data, teacher_flags, tmp_path):
+    """Flags of run_distillation_logits_creator.py over a teacher made for the test; several steps for 24 pairs."""
+    finetune_bert.main(teacher_flags(do_eval=False))
+    values = {"task_name": "mrpc", "data_dir": data("mrpc"), "do_lower_case": True, "max_seq_length": 48}
+    values |= {"train_features_path": tmp_path / "features", "bert_checkpoint_dir": tmp_path / "teacher"}
+    return as_flags({**values, "output_dir": tmp_path, "batch_size": 1, "save_every": 3})
+
+
+def stop_forward(monkeypatch, number: int) -> list[int]:
+    """Send SIGTERM within the teacher's n-th step; the list grows with each step."""
+    from dse import models
+
+    original, calls = models.teacher_logits, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(models, "teacher_logits", counted)
+    return calls
+
+
+def test_logits_go_on_where_they_stopped(creator, tmp_path, monkeypatch, capsys):
+    run_distillation_logits_creator.main(creator)
+    unbroken = (tmp_path / "teacher_logits.pt").read_bytes()
+    (tmp_path / "teacher_logits.pt").unlink()
+    with monkeypatch.context() as patched:
+        before = stop_forward(patched, 5)
+        code, line = stopped(run_distillation_logits_creator.main, creator, capsys)
+    assert (code, len(before)) == (143, 5)
+    assert "outputs so far in" in line
+    assert not (tmp_path / "teacher_logits.pt").exists()
+    with monkeypatch.context() as patched:
+        after = stop_forward(patched, 0)
+        run_distillation_logits_creator.main(creator)
+    in_all = stop_forward(monkeypatch, 0)
+    assert (tmp_path / "teacher_logits.pt").read_bytes() == unbroken
+    assert not (tmp_path / "teacher_logits.partial").exists()
+    run_distillation_logits_creator.main(creator)
+    assert len(after) == len(in_all) - 5 > 0
+
+
+def test_logits_of_other_work_or_spoiled_ones_are_begun_anew(creator, tmp_path, monkeypatch, capsys, caplog):
+    with monkeypatch.context() as patched:
+        stop_forward(patched, 4)
+        stopped(run_distillation_logits_creator.main, creator, capsys)
+    partial = (tmp_path / "teacher_logits.partial").read_bytes()
+    run_distillation_logits_creator.main([*creator, "--batch_size", "2"])
+    assert "is of other work: begun anew" in caplog.text
+    (tmp_path / "teacher_logits.partial").write_bytes(partial)
+    flip(tmp_path / "teacher_logits.partial")
+    run_distillation_logits_creator.main(creator)
+    assert "teacher_logits.partial is spoiled: begun anew" in caplog.text
+
+
+def test_a_spoiled_teacher_is_refused(creator, tmp_path, refused):
+    flip(tmp_path / "teacher" / "model.safetensors", 0.9)
+    line = refused(run_distillation_logits_creator.main, creator)
+    assert "model.safetensors is spoiled: its SHA-256 in training.json is" in line
+
+
+def test_a_spoiled_checkpoint_is_refused_for_use(student_flags, checkpoints, refused):
+    dse_train_runner.main(student_flags(epochs=1))
+    flip(checkpoints()[0], 0.4)
+    argv = ["--task_name", "mrpc", "--trainer_checkpoint", checkpoints()[0]]
+    assert "is truncated or no checkpoint" in refused(load_dse_checkpoint_example.main, argv)
+
+
+def test_a_missing_or_older_best_folder_is_made_again(student_flags, checkpoints):
+    dse_train_runner.main(student_flags())
+    best = load_checkpoint(checkpoints()[-1])["best"]
+    folder = checkpoints()[0].parent / "best"
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    dse_train_runner.main([*student_flags(), "--resume"])
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert DSESiameseClassifier.from_pretrained(folder).origin["epoch"] == best["epoch"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(student_flags, tmp_path, monkeypatch, capsys):
+    """In the second epoch's second batch of three; the state of the epoch before stays, and is whole."""
+    from dse import distillation
+
+    original, calls = distillation.student_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(distillation, "student_loss", broken)
+    code, line = stopped(dse_train_runner.main, student_flags(gradient_accumulation_steps=1), capsys)
+    assert code == 1
+    assert "epoch 1, batch 2: the loss is nan: the training has diverged; last good state: " in line
+    path = line.split("last good state: ")[1].split(". Start")[0]
+    assert path.endswith("_epoch_0.pt")
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(teacher_flags, tmp_path, capsys, monkeypatch):
+    def spoil(self):
+        next(iter(self.model.parameters())).data[0] = float("inf")
+
+    monkeypatch.setattr(trainer.Trainer, "update", spoil)
+    code, line = stopped(finetune_bert.main, teacher_flags(train_batch_size=24), capsys)
+    assert code == 1
+    assert "are not finite after update" in line
+    assert "last good state: none was written" in line
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_states_keep_two_and_the_best(tmp_path):
+    kept = States(tmp_path, "x")
+    for position, name, best in (
+        ((1, 0), "x_epoch_0.pt", 0),
+        ((1, 5), "", 0),
+        ((1, 10), "", 0),
+        ((2, 0), "x_epoch_1.pt", 0),
+        ((2, 5), "", 0),
+    ):
+        kept.save(position, {"at": position}, name, best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x_epoch_0.pt", "x_epoch_1.pt", "x_state_epoch_2_update_5.pt",
+    ]  # fmt: skip
+    path, state = States(tmp_path, "x").newest(lambda path: files.load_tensors(path, "spoiled"))
+    assert (path.name, state) == ("x_state_epoch_2_update_5.pt", {"at": (2, 5)})
+    kept.finish(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x_epoch_0.pt", "x_epoch_1.pt"]
+    kept.finish()
+    assert not tmp_path.exists()
+
+
+FULL = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import dse_train_runner
+from dse import states
+save, calls = states.save_tensors, []
+def counted(path, entries):
+    calls.append(1)
+    if len(calls) == 3:  # from here on there is room for nothing
+        with open({filler!r}, "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    save(path, entries)
+states.save_tensors = counted
+dse_train_runner.main({argv!r})
+"""
+
+
+def test_a_full_disk(student_flags, tmp_path):
+    """A real one: a small tmpfs, mounted by root alone, that fills between two checkpoints."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        argv = student_flags(checkpoint_dir=place / "checkpoints", epochs=9)
+        code = FULL.format(root=str(ROOT), tests=str(ROOT / "tests"), filler=str(place / "filler"), argv=argv)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+        assert run.returncode == 1, run.stderr
+        assert "cannot be written (No space left on device; 0 MiB are free there)" in run.stderr.splitlines()[-1]
+        assert "Traceback" not in run.stderr
+        left = sorted((place / "checkpoints").glob("*/*.pt"))
+        assert {path.name[-10:] for path in left} == {"epoch_0.pt", "epoch_1.pt"}
+        assert all(load_checkpoint(path)["model"] for path in left)
+        assert not list((place / "checkpoints").glob("*/.*.part"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce] PytorchStreamWriter")]
+)
+def test_a_write_that_the_disk_refuses(error, tmp_path):
+    (tmp_path / "x").write_text("old")
+    for write in (files.write_whole, files.write_folder_whole, files.replace_folder):
+        place = tmp_path / ("x" if write is files.write_whole else "folder")
+        with pytest.raises(RunError, match=r"cannot be written \((No space|\[enforce\])"), write(place):
+            raise error
+    assert (tmp_path / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.rglob("*.part")] == []
+
+
+def test_parts_that_killed_processes_left_are_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    old, young, living, other = (
+        tmp_path / f".{name}.{pid}.part"
+        for name, pid in (("x", dead.pid), ("x", dead.pid + 2**22), ("x", os.getpid() + 0), ("y", dead.pid))
+    )
+    for path in (old, living, other):
+        path.write_text("")
+        os.utime(path, (0, 0))
+    young.write_text("")
+    files.remove_stale_parts(tmp_path / "x")
+    assert [path.exists() for path in (old, young, living, other)] == [False, True, True, True]
+
+
+def test_a_folder_changes_places_with_its_successor(tmp_path, monkeypatch):
+    """In one step where the system can, in two where it cannot; a successor that cannot come leaves the old one."""
+    for exchange in (files._exchange, lambda *_: False):
+        monkeypatch.setattr(files, "_exchange", exchange)
+        for content in ("one", "two"):
+            with files.replace_folder(tmp_path / "folder") as beside:
+                (beside / "file").write_text(content)
+        assert (tmp_path / "folder" / "file").read_text() == "two"
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("old")
+    (tmp_path / "beside").mkdir()
+    assert files._exchange.__name__ == "<lambda>"
+    with pytest.raises(FileNotFoundError):
+        files._rename_over(tmp_path / "nothing", tmp_path / "folder")
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+
+
+def test_a_mount_point_is_refused_before_the_work(student, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "mounted")
+    with pytest.raises(InputError, match="is a mount point"):
+        CandidateIndex.build(student(), iter(()), tmp_path / "mounted")
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with files.replace_folder(tmp_path / "link") as beside:
+        (beside / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "new"
+
+
+def test_a_cache_that_is_deleted_under_a_running_job(student_flags, checkpoints, unbroken, data, monkeypatch):
+    original = trainer.Trainer.update
+
+    def update(self):
+        for path in data("mrpc").glob("*_separate"):
+            path.unlink()
+        original(self)
+
+    monkeypatch.setattr(trainer.Trainer, "update", update)
+    dse_train_runner.main(student_flags(gradient_accumulation_steps=1))
+    assert_same_run(checkpoints()[-1], unbroken)
+
+
+def test_kills_in_short(tmp_path):
+    """Two of tests/soak_resume.py's; the whole soak is run by hand."""
+    command = [sys.executable, str(ROOT / "tests" / "soak_resume.py"), "--kills", "2", "--pairs", "300", "--seed", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.stdout.splitlines()[-1] == "identical: 2 of 2", run.stdout + run.stderr
