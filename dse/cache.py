@@ -34,6 +34,8 @@ def check_cache_path(path: str | Path, form: str) -> None:
     check_writable(path.parent, f"the feature cache {path}")
     if not path.exists():
         return
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected the file of a feature cache, or a name for one")
     header = _read_header(path)
     if header is None:
         raise InputError(

@@ -118,12 +118,12 @@ def summed(values: np.ndarray) -> np.ndarray:
 
 def highest(value: int) -> int:
     """The highest of all processes' numbers."""
-    return int(_reduced(np.array([value]), "MAX")[0])
+    return int(_reduced(np.array([value], dtype=np.int64), "MAX")[0])
 
 
 def of_first(value: int) -> int:
     """The first process's number."""
-    return int(summed(np.array([value if is_first() else 0]))[0])
+    return int(summed(np.array([value if is_first() else 0], dtype=np.int64))[0])
 
 
 def _reduced(values: np.ndarray, how: str) -> np.ndarray:

@@ -28,7 +28,6 @@ from dse.processors import task_from_dict, task_to_dict
 
 FORMAT, VERSION = "dse student", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_ENTRIES = ("architecture", "task", "max_seq_length", "weights_sha256", "tokenizer_sha256", "sha256")
 _FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
 
 
@@ -147,13 +146,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: holds no student of this project; `python -m dse export` makes one of a checkpoint"
         )
-    missing = [name for name in _ENTRIES if name not in config]
-    if config.get("version") != VERSION or missing:
-        raise InputError(
-            f"{folder}: its format is version {config.get('version')}"
-            f"{' without ' + ', '.join(missing) if missing else ''}; this program reads version {VERSION}"
-        )
-    if config.pop("sha256") != sha256_json(config):
+    if config.get("version") != VERSION:
+        raise InputError(f"{folder}: its format is version {config.get('version')}; this program reads {VERSION}")
+    if config.pop("sha256", None) != sha256_json(config):
         raise InputError(f"{folder / CONFIG}: spoiled or changed (its hash differs); fetch or export the folder again")
     return config
 

@@ -140,7 +140,7 @@ def test_spoiled_folders_are_refused(student, tmp_path, copied, edit_json):
     assert "config.json is missing" in refusal(lambda folder: (folder / "config.json").unlink(), "c")
     assert "holds no student" in refusal(lambda folder: edit_json(folder / "config.json", format=None), "d")
     assert "version 3" in refusal(lambda folder: edit_json(folder / "config.json", version=3), "e")
-    assert "without task" in refusal(lambda folder: edit_json(folder / "config.json", task=None), "f")
+    assert "spoiled or changed" in refusal(lambda folder: edit_json(folder / "config.json", task=None), "f")
     assert "spoiled or changed" in refusal(lambda folder: edit_json(folder / "config.json", max_seq_length=31), "g")
     assert "do not fit" in refusal(lambda folder: rewrite_config(folder, architecture={}), "k")
     assert "do not fit" in refusal(lambda folder: rewrite_config(folder, task="x"), "l")

@@ -1,0 +1,178 @@
+"""torchrun with two processes on the CPU against one: losses, weights, logits in order; one that dies ends all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_flags
+from safetensors.torch import load_file
+
+import dse_train_runner
+import finetune_bert
+import run_distillation_logits_creator
+from dse import parallel
+from dse.checkpoint import load_checkpoint
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(script: str, argv: list[str]) -> list[str]:
+    """The command that runs a script in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launcher, str(TESTS.parent / f"{script}.py"), *argv]
+
+
+def run_torchrun(script: str, argv: list[str]) -> str:
+    """Run it to its end; what was logged."""
+    with subprocess.Popen(torchrun(script, argv), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            errors = process.communicate(timeout=100)[1]
+        finally:
+            process.terminate()
+    assert process.returncode == 0, errors
+    return errors
+
+
+@pytest.fixture
+def stages(bert, copied, edit_json, data, tmp_path, logits):
+    """A function from a folder's name to the three stages into it: 24 pairs, 20 updates, no dropout.
+
+    The teacher's batches have 23 pairs and 1, of which one process gets none; the student's, 9, 9 and 6, make one
+    update. It learns from logits that are there already, so that each stage is compared by itself.
+    """
+    plain = copied(bert, "plain")
+    edit_json(plain / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    shared = {"task_name": "mrpc", "data_dir": copied(data("mrpc"), "data"), "do_lower_case": True}
+
+    def into(name: str) -> list:
+        folder = tmp_path / name
+        teacher = {"bert_model": plain, "do_train": True, "do_eval": True, "max_seq_length": 48, "no_parallel": True,
+                   "train_batch_size": 23, "num_train_epochs": 10, "learning_rate": 1e-4,
+                   "output_dir": folder / "teacher"}  # fmt: skip
+        creator = {"train_features_path": folder / "features", "bert_checkpoint_dir": folder / "teacher",
+                   "max_seq_length": 48, "batch_size": 1, "output_dir": folder, "save_every": 2}  # fmt: skip
+        student = {"distillation_logits_path": logits("mrpc"), "bert_model": plain, "max_seq_length": 32,
+                   "pooler_num_top_hidden_layers": 2, "fc_dims": [8, 1], "batch_size": 9, "epochs": 20,
+                   "gradient_accumulation_steps": 3, "lr": 1e-4, "store_checkpoints": True,
+                   "checkpoint_dir": folder / "checkpoints"}  # fmt: skip
+        scripts = ("finetune_bert", "run_distillation_logits_creator", "dse_train_runner")
+        return [
+            [script, as_flags({**shared, **flags})]
+            for script, flags in zip(scripts, (teacher, creator, student), strict=True)
+        ]
+
+    return into
+
+
+def newest(folder: Path) -> dict:
+    return load_checkpoint(max((folder / "checkpoints").glob("*/*.pt"), key=lambda path: path.stat().st_mtime_ns))
+
+
+def test_two_processes_give_what_one_gives(stages, tmp_path):
+    for script, (_, argv) in zip(
+        (finetune_bert, run_distillation_logits_creator, dse_train_runner), stages("one"), strict=True
+    ):
+        script.main(argv)
+    logged = [run_torchrun(*stage) for stage in stages("two")]
+    assert logged[0].count("teacher saved in") == 1, "another process than the first wrote, or logged"
+
+    one, two = (tmp_path / name for name in ("one", "two"))
+    trainings = [json.loads((folder / "teacher" / "training.json").read_text()) for folder in (one, two)]
+    assert_same_history(*(training["history"] for training in trainings))
+    weights = [load_file(folder / "teacher" / "model.safetensors") for folder in (one, two)]
+    assert_same_weights(*weights)
+    logits = [torch.load(folder / "teacher_logits.pt", weights_only=True) for folder in (one, two)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    assert len(np.unique(logits[0][:, 0])) > 12, "an order could not be told from another"
+    students = [newest(folder) for folder in (one, two)]
+    assert_same_history(*(student["trainer"]["history"] for student in students))
+    assert_same_weights(*(student["model"] for student in students))
+    assert len(students[1]["trainer"]["rng"]["cpu"]) == 2
+    assert not (two / "teacher_logits.partial").exists()
+
+
+def assert_same_history(one: list, two: list) -> None:
+    """Losses and other metrics of 20 updates, in training and in validation."""
+    assert len(one) == len(two)
+    assert one[-1]["updates"] == two[-1]["updates"] == 20
+    for a, b in zip(one, two, strict=True):
+        for part in ("train", "validation"):
+            assert a[part] == pytest.approx(b[part], abs=1e-5)
+    losses = [record["train"]["loss"] for record in one]
+    assert max(losses) - min(losses) > 1e-3, "nothing was learned that could differ"
+
+
+def assert_same_weights(one: dict, two: dict) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_one_that_is_killed_ends_all_and_the_run_goes_on(stages, tmp_path):
+    """A student of two processes, one of which is killed after some updates; then --resume."""
+    argv = stages("killed")[2][1]
+    argv[argv.index("--epochs") + 1] = "400"
+    argv += ["--save_every", "1", "--resume"]
+    command = torchrun("dse_train_runner", argv)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        states = tmp_path / "killed" / "checkpoints"
+        deadline = time.monotonic() + 60
+        while not list(states.glob("*/*_epoch_5.pt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        started = time.monotonic()
+        errors = process.communicate(timeout=60)[1]
+        assert time.monotonic() - started < 60
+        assert process.returncode != 0
+        assert "lost another one" in errors or "Signal 9" in errors
+    finally:
+        process.kill()
+    reached = len(newest(tmp_path / "killed")["trainer"]["history"])
+    argv[argv.index("--epochs") + 1] = str(reached + 2)
+    assert f"going on after {reached} epochs" in run_torchrun("dse_train_runner", argv)
+    assert len(newest(tmp_path / "killed")["trainer"]["history"]) == reached + 2
+
+
+def test_alone_nothing_changes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (parallel.rank(), parallel.size(), parallel.is_first(), parallel.launched()) == (0, 1, True, False)
+    rows = np.arange(5)
+    assert parallel.share(rows) is rows
+    assert parallel.summed(rows) is rows
+    assert parallel.highest(7) == parallel.of_first(7) == 7
+    parallel.join(torch.device("cpu"))
+    assert parallel.size() == 1
+
+
+def test_several_gpus_are_pointed_out(monkeypatch, caplog):
+    from dse import cli
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert cli.select_device(False, 1) == torch.device("cuda", 1)
+    assert "`torchrun --nproc_per_node 3`" in caplog.text
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in ("2", "3"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        if rank == "2":
+            assert cli.select_device(False, 0) == torch.device("cuda", 2)
+        else:
+            from dse.files import InputError
+
+            with pytest.raises(InputError, match="process 3 of this machine has no GPU: there are 3"):
+                cli.select_device(False, 0)
