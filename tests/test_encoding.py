@@ -104,6 +104,7 @@ def test_predict_by_hand(student, monkeypatch):
         (lambda model: model.encode([b"a"]), "number 0 is a bytes"),
         (lambda model: model.encode(["a", "\ud800"]), "number 1 is no text"),
         (lambda model: model.encode("a", batch_size=0), "batch_size: 0"),
+        (lambda model: model.score([("a", "b")], batch_size=0), "batch_size: 0"),
         (lambda model: model.encode("a", convert_to="jax"), "convert_to: 'jax'"),
         (lambda model: model.score([("a", "b"), "ab"]), "number 1 is no pair"),
         (lambda model: model.score([("a", "b", "c")]), "number 0 is no pair"),
@@ -120,3 +121,44 @@ def test_a_student_without_tokenizer_says_so(student):
     model.settings = None
     with pytest.raises(ValueError, match="no tokenizer"):
         model.encode(["a"])
+
+
+def test_half_computes_with_fewer_bits(student):
+    """Not in float32, rounded at the end."""
+    model = student()
+    half, rounded = model.encode(TEXTS, half=True), model.encode(TEXTS).astype(np.float16)
+    assert (half != rounded).mean() > 0.5
+
+
+def test_batch_size_is_texts_or_pairs_of_full_length(student):
+    """Six texts of 32 tokens."""
+    model, seen = student(), []
+    model.dse_model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
+    )
+    texts = [f"{word} " * 40 for word in ("doctor", "car", "town", "hill", "ring", "boat")]
+    pairs = list(zip(texts[:3], texts[3:], strict=True))
+    for call, steps in (
+        (lambda: model.encode(texts, batch_size=1), [1] * 6),
+        (lambda: model.encode(texts, batch_size=4), [4, 2]),
+        (lambda: model.score(pairs, batch_size=1), [2, 2, 2]),
+        (lambda: model.predict(pairs, batch_size=2), [4, 2]),
+    ):
+        seen.clear()
+        call()
+        assert seen == steps
+
+
+def test_nothing_is_dropped_out_in_training_mode(student):
+    model = student()
+    expected = model.encode(TEXTS), model.score(PAIRS)
+    model.train()
+    np.testing.assert_array_equal(model.encode(TEXTS), expected[0])
+    np.testing.assert_array_equal(model.score(PAIRS), expected[1])
+
+
+def test_an_embedding_of_zeros_is_normalized_to_zeros(student):
+    model = student(additional_embedding_layer_size=4)
+    for parameter in model.dse_model.bert.classifier.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert model.encode(["a car", ""], normalize=True).tolist() == [[0.0] * 4] * 2

@@ -4,8 +4,17 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
-from dse.features import cached_features, encode_texts, joint_features, separate_features, truncated_lengths
+from dse.features import (
+    cached_features,
+    encode_texts,
+    joint_features,
+    kept_lengths,
+    padding_for,
+    separate_features,
+    truncated_lengths,
+)
 from dse.files import InputError, RunError
 from dse.pretrained import load_tokenizer
 from dse.processors import Examples, get_task
@@ -188,3 +197,46 @@ def test_no_cache_where_the_folder_cannot_be_written(tokenizer, tmp_path, caplog
     features = make(tokenizer, tmp_path / "file" / "cache")
     assert len(features) == 2
     assert "no feature cache" in caplog.text
+
+
+def test_kept_lengths_are_truncated_lengths_row_by_row():
+    for length in (4, 7, 8, 128):
+        a, b = (grid.ravel() for grid in np.mgrid[0 : 2 * length : max(1, length // 7), 0 : 2 * length : length // 4])
+        pairs = kept_lengths(a, b, np.ones(len(a), bool), length)
+        expected = [truncated_lengths(int(x), int(y), length - 3) for x, y in zip(a, b, strict=True)]
+        assert list(zip(*(kept.tolist() for kept in pairs), strict=True)) == expected
+        alone, none = kept_lengths(a, b, np.zeros(len(a), bool), length)
+        assert alone.tolist() == [min(x, length - 2) for x in a.tolist()]
+        assert not none.any()
+
+
+@pytest.mark.parametrize("make_features", [joint_features, separate_features])
+def test_texts_in_parts_give_the_rows_of_all_at_once(make_features, tokenizer, monkeypatch):
+    words = ["doctor", "bought", "a", "car", "the", "town", "a", "ship"]
+    pairs = Examples([" ".join(words[:n]) for n in (8, 1, 3, 5, 2)], [" ".join(words[n:]) for n in (7, 4, 8, 5, 2)])
+    expected = make_features(MRPC, pairs, tokenizer, 9).arrays()
+    for name, size in (("_TOKENIZE_AT_ONCE", 3), ("_ROWS_AT_ONCE", 2)):
+        monkeypatch.setattr(f"dse.features.{name}", size)
+        got = make_features(MRPC, pairs, tokenizer, 9).arrays()
+        for array in expected:
+            np.testing.assert_array_equal(got[array], expected[array], err_msg=f"{name} {array}")
+
+
+def test_a_special_token_with_a_space_on_one_side_only_is_plain_text(tokenizer):
+    car, a, unknown = (tokenizer.get_vocab()[word] for word in ("car", "a", "[UNK]"))
+    texts, _ = encode_texts(["car [SEP]a", "car[SEP] a"], tokenizer, 20)
+    assert texts.ids.reshape(2, -1).tolist() == [[CLS, car, *[unknown] * 3, a, SEP]] * 2
+
+
+def test_the_padding_asked_for_goes_before_the_devices():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [padding_for(cpu, None), padding_for(cuda, None)] == ["packed", "batch"]
+    for asked in ("packed", "batch", "max"):
+        assert [padding_for(cpu, asked), padding_for(cuda, asked)] == [asked, asked]
+
+
+@pytest.mark.parametrize("form", ["joint", "separate"])
+def test_max_pads_to_max_seq_length_from_the_cache_too(form, tokenizer, tmp_path):
+    for _ in ("made", "read"):
+        features = cached_features(form, MRPC, PAIRS, tokenizer, 16, tmp_path / "cache", False, "max")
+        assert features.batch(np.array([1]))["input_ids"].shape == (1 if form == "joint" else 2, 16)

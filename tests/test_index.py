@@ -3,10 +3,12 @@
 import os
 import random
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from dse import index as index_module
 from dse.files import InputError
@@ -102,8 +104,9 @@ def test_stored_opened_and_appended_is_as_built_at_once(student, tmp_path):
         assert len(index) == 27
         assert [index.text(row) for row in range(27)] == texts
         np.testing.assert_allclose(index.score(QUERIES), whole.score(QUERIES), rtol=1e-5)
-    with pytest.raises(IndexError):
-        whole.text(27)
+    for row in (-1, 27):
+        with pytest.raises(IndexError):
+            whole.text(row)
 
 
 def test_half_the_space(student, tmp_path):
@@ -254,3 +257,40 @@ def test_an_index_larger_than_memory_opens(student, tmp_path):
     with open(tmp_path / "index" / "ends.bin", "ab") as file:
         file.truncate(8 * rows)
     assert len(CandidateIndex(model, tmp_path / "index", mapped).vectors(rows - 1, rows)) == 1
+
+
+def test_append_goes_on_from_what_another_process_appended(student, tmp_path):
+    model = student()
+    CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    one, other = (CandidateIndex.open(tmp_path / "index", model) for _ in range(2))
+    one.append(["first", "second"])
+    other.append(["third"])
+    again = CandidateIndex.open(tmp_path / "index", model)
+    for index in (other, again):
+        assert [index.text(row) for row in range(len(index))] == [*CANDIDATES, "first", "second", "third"]
+        np.testing.assert_allclose(
+            index.score(QUERIES)[:, 23:],
+            pair_scores(model, QUERIES, ["first", "second", "third"])[..., 0],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_nothing_is_appended_to_another_models_index(student, tmp_path):
+    index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
+    other = student()
+    with torch.no_grad():
+        other.siamese_head.fc_layers[0].bias[0] += 1e-3
+    CandidateIndex.build(other, CANDIDATES[:3], tmp_path / "index")
+    with pytest.raises(InputError, match="another model"):
+        index.append(["more"])
+    assert len(CandidateIndex.open(tmp_path / "index", other)) == 3
+
+
+def test_append_waits_for_another_one(student, tmp_path, monkeypatch):
+    index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
+    monkeypatch.setattr(index_module, "FileLock", partial(FileLock, timeout=0))  # waits no longer than that
+    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(Timeout):
+        index.append(["more"])
+    index.append(["more"])
+    assert len(CandidateIndex.open(tmp_path / "index", index.model)) == 24

@@ -8,7 +8,7 @@ import torch
 
 from dse.distillation import distillation_targets, student_loss, teacher_loss
 from dse.metrics import best_score, student_metrics, teacher_metrics
-from dse.optimization import BertAdam, make_optimizer, scheduled_rate
+from dse.optimization import BertAdam, clip_each, make_optimizer, scheduled_rate
 
 
 def sigmoid_cross_entropy(z: float, y: int) -> float:
@@ -140,3 +140,25 @@ def test_biases_and_layer_norms_are_not_decayed():
     assert [id(p) for p in decayed["params"]] == [id(model["dense"].weight)]
     wanted = {id(model["dense"].bias), id(model["LayerNorm"].weight), id(model["LayerNorm"].bias)}
     assert {id(p) for p in spared["params"]} == wanted
+
+
+def test_an_update_counts_where_a_group_has_no_gradient():
+    still, moved = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = BertAdam([{"params": [still]}, {"params": [moved]}], lr=1.0, t_total=4, warmup=0.0)
+    moved.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.updates == 1
+    assert optimizer.next_rate == 0.75
+    assert still.tolist() == [1, 1]
+
+
+def test_clipping_by_hand():
+    """Each tensor by itself; NaN spreads over its tensor, so that a loss gone wrong is seen in all of it."""
+    long, barely, short, spoiled = (
+        torch.tensor(x, dtype=torch.float64) for x in ([3.0, 4.0], [0.60006, 0.80008], [0.6, -0.6], [math.nan, 1.0])
+    )
+    clip_each([long, barely, short, spoiled])
+    np.testing.assert_allclose(long, [3 / 5.000001, 4 / 5.000001], rtol=1e-12)
+    np.testing.assert_allclose(barely, [0.60006 / 1.000101, 0.80008 / 1.000101], rtol=1e-12)
+    assert short.tolist() == [0.6, -0.6]
+    assert spoiled.isnan().all()

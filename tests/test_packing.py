@@ -1,11 +1,13 @@
 """Packed encoding against the padded one, which transformers computes: values, gradients, dropout, every pooler."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from dse import packing
+from dse import evaluation, packing
 from dse.config import POOLER_TYPES, DSEConfig
 from dse.evaluation import by_length, embed_texts, predict, predict_pairs
 from dse.features import JointFeatures, Ragged, SeparateFeatures
@@ -242,3 +244,60 @@ def test_no_step_has_more_than_its_tokens():
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     assert all(len(rows) * costs[rows].max() <= 100 for rows in batches)
     assert by_length(np.array([500]), 100)[0].tolist() == [0]
+
+
+@pytest.mark.parametrize("last_alone", [False, True])
+def test_no_two_dropouts_share_their_factors(last_alone):
+    """One of the embeddings, then in each of 3 layers one of each group's weights, of the context, of the output."""
+    bert = student_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train().dse_model.bert.bert
+    batch = pack(ragged(LENGTHS), np.arange(11))
+    embeddings, keeps = packing._draw(bert, batch, torch.zeros(len(batch.ids), 16), last_alone)
+    factors = [embeddings, *(each for keep in keeps for each in (*keep.weights, keep.context, keep.output))]
+    assert len(factors) == 1 + 3 * (2 + 2)
+    assert not any(torch.equal(one, other) for one, other in combinations(factors, 2))
+
+
+def test_a_batch_moves_to_a_device_whole():
+    moved = pack(ragged(LENGTHS), np.arange(11), np.ones(11, np.int64)).to(torch.device("meta"))
+    tensors = [x for record in (moved, *moved.groups) for x in vars(record).values() if isinstance(x, torch.Tensor)]
+    assert [x.device.type for x in tensors] == ["meta"] * (5 + 2 * 4)
+
+
+def test_checkpointing_computes_each_layer_again_in_training():
+    model, calls = student_of(), []
+    bert = model.dse_model.bert.bert
+    for layer in bert.encoder.layer:
+        layer.attention.output.LayerNorm.register_forward_hook(lambda *_: calls.append(1))
+    features = separate()
+    features.padding = "packed"
+    counts = []
+    for enable, train in ((False, True), (True, True), (True, False)):
+        if enable:
+            bert.activation_checkpointing_enable()
+        calls.clear()
+        model.train(train)(**features.batch(np.arange(11))).sum().backward()
+        counts.append(len(calls))
+    assert counts == [3, 6, 3]
+
+
+def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
+    model, features = student_of(), separate()
+    expected = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    monkeypatch.setattr(evaluation, "_PAIRS_PER_STEP", 4)
+    outputs = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
+    assert np.ptp(expected) > 0.1
+
+
+def test_the_places_of_a_step():
+    """By length 12 12 9 7 7 6 5 4 3 3 2; three pairs of 16 + 16 are 96 places, 8 x 12; three texts of 16 are 4 x 12."""
+    model, features, seen = student_of(), separate(), []
+    features.padding, features.max_seq_length = "packed", 16
+    model.dse_model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
+    )
+    predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    assert seen == [8, 3]
+    seen.clear()
+    embed_texts(model, features, 3, torch.device("cpu"), "texts")
+    assert seen == [4, 6, 1]  # 48 places: 4 x 12, then 6 x 7, then the rest
