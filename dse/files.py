@@ -65,7 +65,7 @@ def write_whole(path: str | Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(path)
+        remove_stale_parts(path.parent, glob.escape(path.name))
         try:
             yield beside
             _flush(beside)
@@ -119,12 +119,17 @@ def _room(path: Path) -> str:
         return "its folder is gone"
 
 
-def remove_stale_parts(path: Path) -> None:
-    """Remove what processes that were killed left of writing `path`: an hour old, and of no process that runs."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS) -> None:
+    """Remove what processes that were killed left of writing files of that name, a glob pattern, in a folder.
+
+    Args:
+        seconds: how old it must be, for it may be another machine's process that is writing. Those of a process that
+            runs here stay in any case.
+    """
+    for part in folder.glob(f".{name}.*.part"):
         number = part.name.removesuffix(".part").rsplit(".", 1)[-1]
         with contextlib.suppress(OSError):
-            if not Path(f"/proc/{number}").exists() and time.time() - part.stat().st_mtime > _STALE_SECONDS:
+            if not Path(f"/proc/{number}").exists() and time.time() - part.stat().st_mtime >= seconds:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
@@ -227,7 +232,7 @@ def write_folder_whole(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(folder / "folder")
+        remove_stale_parts(folder, "folder")
         beside = folder / f".folder.{os.getpid()}.part"
         beside.mkdir()
         try:
@@ -254,7 +259,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     with _disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(folder)
+        remove_stale_parts(folder.parent, glob.escape(folder.name))
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:

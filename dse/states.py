@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dse import parallel
-from dse.files import InputError, save_tensors
+from dse.files import InputError, remove_stale_parts, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,10 @@ class States:
         """The run is at its end: keep its newest and its best checkpoint, or, without a best epoch, nothing."""
         checkpoints = [position for position, path in self.files.items() if "_state_epoch_" not in path.name]
         self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
-        if parallel.is_first() and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if parallel.is_first() and self.folder.is_dir():
+            remove_stale_parts(self.folder, f"{glob.escape(self.stem)}_*", 0.0)  # the folder is this run's alone
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _remove_but(self, kept: set[Position | None]) -> None:
         for position in set(self.files) - kept:

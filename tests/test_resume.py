@@ -472,8 +472,13 @@ def test_parts_that_killed_processes_left_are_removed(tmp_path):
         path.write_text("")
         os.utime(path, (0, 0))
     young.write_text("")
-    files.remove_stale_parts(tmp_path / "x")
+    files.remove_stale_parts(tmp_path, "x")
     assert [path.exists() for path in (old, young, living, other)] == [False, True, True, True]
+    left = tmp_path / "states" / f".x_state_epoch_0_update_2.pt.{dead.pid}.part"
+    left.parent.mkdir()
+    left.write_text("")
+    States(left.parent, "x").finish()
+    assert not left.parent.exists()
 
 
 def test_a_folder_changes_places_with_its_successor(tmp_path, monkeypatch):
