@@ -429,6 +429,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 2. One task after the other; one that fails does not stop the others.
     outcomes: dict[str, tuple[str, str]] = {}
+    stopped = 0
     for task in args.tasks:
         try:
             outcomes[task] = get_task(task, args)
@@ -437,8 +438,9 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             room = "; with more room, the same command goes on" if error.errno == errno.ENOSPC else ""
             outcomes[task] = "failed", f"{error}{room}"
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             outcomes[task] = "interrupted", "the same command goes on"
+            stopped = getattr(stop, "exit_code", 130)  # 143 for SIGTERM
             break
 
     # 3. What became of each.
@@ -446,13 +448,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"{task:<10}  {outcome:<13}  {detail}")
     words = {outcome for outcome, _ in outcomes.values()}
     if "interrupted" in words:
-        raise SystemExit(130)
+        raise SystemExit(stopped)
     if "failed" in words:
         raise SystemExit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage; exits with code 2 when the input cannot be used, 1 when a task failed, 130 when interrupted."""
+    """Run the stage; exits with code 2 when the input cannot be used, 1 when a task failed, 130 or 143 when stopped."""
     with cli.clear_errors(PROG):
         run(parse_arguments(argv))
 

@@ -232,7 +232,7 @@ def write_folder_whole(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(folder, "folder")
+        remove_stale_parts(folder, "folder", 0.0)  # nothing else writes a model's folder meanwhile
         beside = folder / f".folder.{os.getpid()}.part"
         beside.mkdir()
         try:

@@ -90,7 +90,7 @@ class States:
         checkpoints = [position for position, path in self.files.items() if "_state_epoch_" not in path.name]
         self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
         if parallel.is_first() and self.folder.is_dir():
-            remove_stale_parts(self.folder, f"{glob.escape(self.stem)}_*", 0.0)  # the folder is this run's alone
+            remove_stale_parts(self.folder, "*", 0.0)  # the folder is this run's alone
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 

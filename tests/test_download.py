@@ -674,7 +674,7 @@ def wait_for(condition, seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_in_the_middle_and_a_second_run(server, get, glue, tmp_path, how):
     server.files["/glue/data/WNLI.zip"] = zip_of(wnli())
     server.faults["/glue/data/WNLI.zip"] = [("stall", 10_000)]
@@ -684,8 +684,8 @@ def test_killed_in_the_middle_and_a_second_run(server, get, glue, tmp_path, how)
     time.sleep(0.2)
     process.send_signal(how)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
-    if how == signal.SIGINT:
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
+    if how != signal.SIGKILL:
         assert output == "WNLI        interrupted    the same command goes on\n"
         assert "Traceback" not in (tmp_path / "log").read_text()
     assert not (glue / "WNLI").exists()
