@@ -189,16 +189,16 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_state(args: argparse.Namespace, here: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole state of this training; None where there is none."""
+def find_state(args: argparse.Namespace, here: dict[str, Any]) -> tuple[Any, Path | None, dict[str, Any]]:
+    """The states in the output folder; with --resume, the newest whole one of this training, where there is one."""
     from dse.states import States
 
-    found = States(Path(args.output_dir) / STATE, "teacher").newest(load_state)
+    states = States(Path(args.output_dir) / STATE, "teacher")
+    found = states.newest(load_state) if args.resume else None
     if found is None:
-        logger.info("--resume: no state in %s", args.output_dir)
-    else:
-        check_same_run(found[1], here)
-    return found
+        return states, None, {}
+    check_same_run(found[1], here)
+    return states, *found
 
 
 def finished_training(args: argparse.Namespace, here: dict[str, Any]) -> dict[str, Any] | None:
@@ -230,15 +230,14 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
 def train(
     args: argparse.Namespace, trainer: Any, tokenizer: Any, here: dict[str, Any], found: Any, validate: Any, log: Any
 ) -> list[dict[str, Any]]:
-    """Train to the end, keeping states; the records of all epochs."""
+    """Train to the end from what was `found`, keeping states; the records of all epochs."""
     from dse.reporting import append_json_line
-    from dse.states import States
 
-    states = States(Path(args.output_dir) / STATE, "teacher")
-    if found is not None:
-        trainer.saved, state = found
+    states, trainer.saved, state = found
+    if state:
         trainer.model.load_state_dict(state["model"])
         trainer.load_state_dict(state["trainer"])
+        state.clear()
         logger.info("going on after %d epochs and %d updates of the next, from %s",
                     len(trainer.history), trainer.position, trainer.saved)  # fmt: skip
     else:
@@ -283,7 +282,7 @@ def run(args: argparse.Namespace) -> None:
 
     here = run_of(args, task, data)
     finished = finished_training(args, here) if args.do_train and args.resume else None
-    found = find_state(args, here) if args.do_train and args.resume else None
+    found = find_state(args, here)
 
     # 2. Device, seed, features, model.
     from dse.features import padding_for
@@ -294,7 +293,9 @@ def run(args: argparse.Namespace) -> None:
     parallel.join(device)
     seed = cli.seed_everything(args.seed)
     logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
-    trains = args.do_train and (finished is None or found is not None)
+    trains = args.do_train and (finished is None or bool(found[2]))
+    if trains and args.resume and not found[2]:
+        logger.info("--resume: no state in %s: starting anew", args.output_dir)
     folder = bert_folder if trains or not args.do_train else Path(args.output_dir)
     model = load_teacher(folder, task, fine_tuned=not trains).to(device)
     features = make_features(args, task, data, tokenizer, padding_for(device, args.padding))
@@ -320,15 +321,8 @@ def run(args: argparse.Namespace) -> None:
             mismatched = evaluate(args, task, model, features["mm"], device, "mm")
             write_results(mismatched_dir(args), mismatched, last["updates"], last["train"]["loss"])
     if trains:
-        forget_states(args)
+        found[0].finish()  # the teacher is there, with its results
     logger.info("done: %s", format_metrics(metrics) or "no evaluation asked for")
-
-
-def forget_states(args: argparse.Namespace) -> None:
-    """The teacher is there, with its results."""
-    from dse.states import States
-
-    States(Path(args.output_dir) / STATE, "teacher").finish()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

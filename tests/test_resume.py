@@ -232,6 +232,24 @@ def test_a_spoiled_newest_state_costs_the_work_since_the_one_before(
     assert not newest.exists()
 
 
+def test_a_spoiled_state_of_a_teacher_is_written_again(teacher_flags, tmp_path, monkeypatch, capsys):
+    flags = {"train_batch_size": 6, "save_every": 1}  # 4 updates
+    finetune_bert.main(teacher_flags(**flags, output_dir=tmp_path / "unbroken"))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        stopped(finetune_bert.main, teacher_flags(**flags), capsys)
+    newest = tmp_path / "teacher" / "training_state" / "teacher_state_epoch_0_update_2.pt"
+    flip(newest)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 1)
+        line = stopped(finetune_bert.main, [*teacher_flags(**flags), "--resume"], capsys)[1]
+    assert str(newest) in line
+    assert files.load_tensors(newest, "spoiled")["trainer"]["partial"]["updates"] == 2
+    finetune_bert.main([*teacher_flags(**flags), "--resume"])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("teacher", "unbroken")]
+    assert weights[0] == weights[1]
+
+
 def test_when_all_states_are_spoiled_nothing_is_begun(student_flags, refused, checkpoints):
     dse_train_runner.main(student_flags())
     for path in checkpoints():
