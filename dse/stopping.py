@@ -15,9 +15,10 @@ from types import FrameType
 class Stopped(KeyboardInterrupt):
     """A signal asked the program to end."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, anywhere: bool = False) -> None:
         super().__init__(number)
         self.number = number
+        self.anywhere = anywhere  # did it come where `held` should have kept it off?
         self.advice = "nothing is half-written; the same command starts again"
 
     def __str__(self) -> str:
@@ -56,7 +57,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     impatient = _received is not None and number == signal.SIGINT and "RANK" not in os.environ
     _received = number
     if impatient or not _holds:
-        raise Stopped(number)
+        raise Stopped(number, anywhere=bool(_holds))
     os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 

@@ -137,8 +137,10 @@ class Trainer:
                 self._stop_together()
         except stopping.Stopped as stop:
             if save is not None:
-                with stopping.held():
-                    stop.advice = f"state in {self._save(save)}; the same command with --resume goes on"
+                if not stop.anywhere:  # else an update may be half made
+                    with stopping.held():
+                        self._save(save)
+                stop.advice = f"state in {self.saved}; the same command with --resume goes on"
             raise
         return self.history
 

@@ -104,6 +104,26 @@ def test_a_signal_cuts_a_validation_off(unbroken, student_flags, checkpoints, mo
     assert_same_run(checkpoints()[-1], unbroken)
 
 
+def test_a_half_made_update_is_not_saved(unbroken, student_flags, checkpoints, monkeypatch, capsys):
+    """Ctrl-C twice within the third update: the state of the second one is the last."""
+    original, calls = trainer.Trainer.update, []
+
+    def impatient(self):
+        calls.append(1)
+        if len(calls) == 3:
+            next(iter(self.model.parameters())).data.zero_()  # half of something
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "update", impatient)
+        code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    assert (code, "_state_epoch_0_update_2.pt; the same command" in line) == (130, True)
+    dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
+    assert_same_run(checkpoints()[-1], unbroken)
+
+
 def test_the_second_ctrl_c_waits_for_nothing():
     with pytest.raises(stopping.Stopped) as stop, stopping.caught(), stopping.held():
         os.kill(os.getpid(), signal.SIGINT)
