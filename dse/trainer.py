@@ -140,7 +140,8 @@ class Trainer:
                 if not stop.anywhere:  # else an update may be half made
                     with stopping.held():
                         self._save(save)
-                stop.advice = f"state in {self.saved}; the same command with --resume goes on"
+                if self.saved is not None:
+                    stop.advice = f"state in {self.saved}; the same command with --resume goes on"
             raise
         return self.history
 
