@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dse import cli, parallel
+from dse import cli, parallel, stopping
 from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
 from dse.files import InputError, check_file, check_writable, read_json, sha256_file, utc_stamp
@@ -96,6 +96,7 @@ class Start:
     bert_folder: Path | None = None
     states: "States | None" = None
     path: Path | None = None  # of the state
+    epochs: int | None = None  # --epochs of the run that wrote it
     checkpoint: dict[str, Any] | None = None  # the state, until it is loaded
 
 
@@ -178,6 +179,7 @@ def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> S
         DSEConfig.from_dict(checkpoint["architecture"]),
         states=states,
         path=path,
+        epochs=checkpoint["run"]["epochs"],
         checkpoint=checkpoint,
     )
 
@@ -391,7 +393,7 @@ def train(
         folder = Path(args.checkpoint_dir) / "of the first process"
         if parallel.is_first():
             folder, start.stamp = new_run_folder(Path(args.checkpoint_dir), args.experiment_name, start.stamp)
-        start.states = States(folder, args.experiment_name)
+        start.states = States(folder, args.experiment_name, own=True)
     entries = make_entries(args, task, trainer, start, data)
 
     def save() -> Path:
@@ -399,10 +401,12 @@ def train(
         best = best_epoch(task, trainer.history) if args.store_checkpoints else None
         return start.states.save(position, entries(), best_epoch=best)
 
-    if len(trainer.history) >= args.epochs:
-        logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
-    elif out_of_patience(task, trainer.history, args.patience):
+    if out_of_patience(task, trainer.history, args.patience):
         logger.warning("nothing to train: the run had stopped early, out of --patience %d", args.patience)
+    elif len(trainer.history) >= args.epochs:
+        logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
+        if args.epochs != start.epochs:
+            return  # more epochs had been wanted, and may be again: what is there stays
     else:
         after_epoch = make_after_epoch(args, task, trainer, start, data, save, entries, log_file)
         trainer.fit(args.epochs, validate, args.validate_every, after_epoch, save, args.save_every)
@@ -479,7 +483,8 @@ def run(args: argparse.Namespace) -> None:
     validate = make_validate(args, task, trainer, features)
     if args.run_evaluation_before_fine_tune:
         logger.info("before training: %s", format_metrics(validate()))
-    train(args, task, trainer, start, data, validate, log_file)
+    with stopping.advice("the same command with --resume goes on"):
+        train(args, task, trainer, start, data, validate, log_file)
 
     # 5. The best epoch.
     report_best(task, trainer.history)

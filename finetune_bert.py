@@ -16,20 +16,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dse import cli, parallel
+from dse import cli, parallel, stopping
 from dse.cache import cache_name
 from dse.config import check_fits_bert
 from dse.files import (
     InputError,
     check_writable,
     load_tensors,
-    read_json,
     sha256_file,
     utc_stamp,
     write_folder_whole,
     write_text,
 )
-from dse.pretrained import TRAINING, bert_config, find_bert, last_part, load_tokenizer
+from dse.pretrained import (
+    TRAINING,
+    TRAINING_FORMAT,
+    bert_config,
+    check_hashes,
+    find_bert,
+    last_part,
+    load_tokenizer,
+    read_training,
+    tokenizer_key,
+)
 from dse.processors import Examples, Task, get_task, read_examples, task_to_dict
 
 PROG = "finetune_bert.py"
@@ -164,12 +173,17 @@ def evaluate(
     return measure_teacher(task)(logits, features.labels)
 
 
-def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples]) -> dict[str, Any]:
-    """What makes a training this one: task, flags, data."""
+def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any) -> dict[str, Any]:
+    """What makes a training this one: task, flags, data, tokenizer."""
     others = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
     flags = {flag: value for flag, value in vars(args).items() if flag not in others}
-    files = {split: rows.files for split, rows in data.items()}
-    return {"task_name": args.task_name, "task": task_to_dict(task), "run": flags, "data": files}
+    return {
+        "task_name": args.task_name,
+        "task": task_to_dict(task),
+        "run": flags,
+        "data": {split: rows.files for split, rows in data.items()},
+        "tokenizer": tokenizer_key(tokenizer),
+    }
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -180,6 +194,8 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
         raise InputError(f"--task_name: {here['task']['name']} now, {there['task']['name']} in the run")
     check_same_flags(there["run"], here["run"])
     check_same_data(there["data"], here["data"])
+    if there["tokenizer"] != here["tokenizer"]:
+        raise InputError("--bert_model: its tokenizer is not the one that the run began with")
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -193,7 +209,7 @@ def find_state(args: argparse.Namespace, here: dict[str, Any]) -> tuple[Any, Pat
     """The states in the output folder; with --resume, the newest whole one of this training, where there is one."""
     from dse.states import States
 
-    states = States(Path(args.output_dir) / STATE, "teacher")
+    states = States(Path(args.output_dir) / STATE, "teacher", own=True)
     found = states.newest(load_state) if args.resume else None
     if found is None:
         return states, None, {}
@@ -203,13 +219,24 @@ def find_state(args: argparse.Namespace, here: dict[str, Any]) -> tuple[Any, Pat
 
 def finished_training(args: argparse.Namespace, here: dict[str, Any]) -> dict[str, Any] | None:
     """training.json of a teacher that this very command has finished; None where there is none."""
-    path = Path(args.output_dir) / TRAINING
-    if not path.is_file():
+    folder = Path(args.output_dir)
+    there = read_training(folder)
+    if there is None:
+        if not args.overwrite_output_dir and folder.is_dir() and {path.name for path in folder.iterdir()} - {STATE}:
+            raise InputError(
+                f"--output_dir: {folder} holds other files and no training to go on with; give "
+                "--overwrite_output_dir to train into it, or another folder"
+            )
         return None
-    there = read_json(path, "the teacher's training")
+    try:
+        check_same_run(there, here)
+    except InputError:
+        if args.overwrite_output_dir:
+            return None
+        raise
     if len(there["history"]) < args.num_train_epochs:  # of --save_checkpoint_every_epoch
         return None
-    check_same_run(there, here)
+    check_hashes(folder, "--output_dir")
     return there
 
 
@@ -217,11 +244,12 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
     """Write the teacher and training.json, which has its files' hashes and comes last."""
     if not parallel.is_first():
         return
-    with write_folder_whole(args.output_dir) as beside:
+    with write_folder_whole(args.output_dir, last=TRAINING) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
-        write_text(beside / TRAINING, json.dumps({**about, "sha256": hashes}, indent=2) + "\n")
+        training = {"format": TRAINING_FORMAT, **about, "sha256": hashes}
+        write_text(beside / TRAINING, json.dumps(training, indent=2) + "\n")
     for folder in (Path(args.output_dir), mismatched_dir(args)):
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)
@@ -269,6 +297,21 @@ def write_results(folder: Path, metrics: dict[str, float], updates: int, train_l
     logger.info("%s: %s", folder / "eval_results.txt", ", ".join(lines))
 
 
+def write_all_results(
+    args: argparse.Namespace, task: Task, model: Any, features: dict[str, Any], device: Any, history: list[Any]
+) -> dict[str, float]:
+    """eval_results.txt for dev and, of MNLI, for its mismatched set; the metrics on dev."""
+    if not args.do_eval:
+        return {}
+    last = history[-1] if history else {"updates": 0, "train": {"loss": None}}
+    metrics = last.get("validation") or evaluate(args, task, model, features["dev"], device, "dev")
+    write_results(Path(args.output_dir), metrics, last["updates"], last["train"]["loss"])
+    if "mm" in features:
+        mismatched = evaluate(args, task, model, features["mm"], device, "mm")
+        write_results(mismatched_dir(args), mismatched, last["updates"], last["train"]["loss"])
+    return metrics
+
+
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task = get_task(args.task_name)
@@ -280,9 +323,9 @@ def run(args: argparse.Namespace) -> None:
     check_fits_bert(bert_config(bert_folder, "--bert_model"), args.max_seq_length)
     tokenizer = load_tokenizer(bert_folder, args.do_lower_case, "--bert_model")
 
-    here = run_of(args, task, data)
-    finished = finished_training(args, here) if args.do_train and args.resume else None
+    here = run_of(args, task, data, tokenizer)
     found = find_state(args, here)
+    finished = finished_training(args, here) if args.do_train and args.resume and not found[2] else None
 
     # 2. Device, seed, features, model.
     from dse.features import padding_for
@@ -293,7 +336,7 @@ def run(args: argparse.Namespace) -> None:
     parallel.join(device)
     seed = cli.seed_everything(args.seed)
     logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
-    trains = args.do_train and (finished is None or bool(found[2]))
+    trains = args.do_train and finished is None
     if trains and args.resume and not found[2]:
         logger.info("--resume: no state in %s: starting anew", args.output_dir)
     folder = bert_folder if trains or not args.do_train else Path(args.output_dir)
@@ -307,19 +350,14 @@ def run(args: argparse.Namespace) -> None:
     if trains:
         trainer = make_trainer(args, task, model, features["train"], device, seed)
         validate = (lambda: evaluate(args, task, model, features["dev"], device, "dev")) if args.do_eval else None
-        history = train(args, trainer, tokenizer, here, found, validate, log_file)
+        with stopping.advice("the same command with --resume goes on"):
+            history = train(args, trainer, tokenizer, here, found, validate, log_file)
     elif args.do_train:
         logger.warning("nothing to train: the teacher in %s is finished", args.output_dir)
 
     # 4. Results of the last epoch's teacher.
-    metrics: dict[str, float] = {}
-    if args.do_eval:
-        last = history[-1] if history else {"updates": 0, "train": {"loss": None}}
-        metrics = last.get("validation") or evaluate(args, task, model, features["dev"], device, "dev")
-        write_results(Path(args.output_dir), metrics, last["updates"], last["train"]["loss"])
-        if "mm" in features:
-            mismatched = evaluate(args, task, model, features["mm"], device, "mm")
-            write_results(mismatched_dir(args), mismatched, last["updates"], last["train"]["loss"])
+    with stopping.advice(f"the same command{' with --resume' if trains else ''} goes on"):
+        metrics = write_all_results(args, task, model, features, device, history)
     if trains:
         found[0].finish()  # the teacher is there, with its results
     logger.info("done: %s", format_metrics(metrics) or "no evaluation asked for")

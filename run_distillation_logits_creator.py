@@ -20,8 +20,8 @@ from typing import Any
 from dse import cli, parallel
 from dse.cache import check_cache_path
 from dse.config import check_fits_bert
-from dse.files import check_writable, read_json, sha256_file, utc_stamp
-from dse.pretrained import TRAINING, bert_config, find_bert, last_part, load_tokenizer, weight_files
+from dse.files import check_writable, sha256_file, utc_stamp
+from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, read_training, weight_files
 from dse.processors import check_sentence_pairs, get_task, read_examples
 
 PROG = "run_distillation_logits_creator.py"
@@ -57,11 +57,8 @@ def teacher_identity(folder: Path) -> dict[str, str]:
 
 def teacher_commands(folder: Path) -> list[Any]:
     """The command that made the teacher, where its folder tells."""
-    path = folder / TRAINING
-    if not path.is_file():
-        return []
-    training = read_json(path, "the teacher's training")
-    return [["finetune_bert.py", {"task_name": training["task_name"], **training["run"]}]]
+    training = read_training(folder)
+    return [] if training is None else [["finetune_bert.py", {"task_name": training["task_name"], **training["run"]}]]
 
 
 def run(args: argparse.Namespace) -> None:

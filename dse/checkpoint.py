@@ -13,6 +13,7 @@ One file per epoch, or within one (states.py), a dict of tensors, numbers, strin
     stamp, best            start of the run; file and epoch of the best so far, None before the first validation
 """
 
+import contextlib
 import logging
 import math
 import re
@@ -24,7 +25,7 @@ from typing import Any
 from dse.cli import same_value
 from dse.config import DSEConfig
 from dse.encoding import TextSettings
-from dse.files import InputError, check_file, load_tensors, one_line, utc_stamp
+from dse.files import InputError, check_file, disk_errors, load_tensors, one_line, utc_stamp
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
 from dse.processors import Task, task_from_dict, task_to_dict
@@ -145,13 +146,13 @@ def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str
     """
     while True:
         folder = parent / f"{experiment}_{stamp}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            time.sleep(0.1)
-            stamp = utc_stamp()
-        else:
-            return folder, stamp
+        with disk_errors(folder):
+            try:
+                folder.mkdir(parents=True)
+                return folder, stamp
+            except FileExistsError:
+                time.sleep(0.1)
+                stamp = utc_stamp()
 
 
 def take_over(path: Path, checkpoint: dict[str, Any], experiment: str) -> States:
@@ -183,9 +184,11 @@ def find_run(
     refusal = None
     name = re.compile(re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d")
     for folder in sorted((f for f in parent.glob("*") if name.fullmatch(f.name)), reverse=True):
-        states = States(folder, experiment)
+        states = States(folder, experiment, own=True)
         found = states.newest(load_checkpoint)
         if found is None:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()  # of a run that was killed before its first state
             continue
         try:
             check(found[1])

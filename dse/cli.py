@@ -60,6 +60,8 @@ def clear_errors(prog: str) -> Iterator[None]:
     except RunError as error:
         _leave(prog, f"error: {error}", 1, error)
     except stopping.Stopped as stop:
+        if not parallel.is_first():  # the first one tells
+            raise SystemExit(stop.exit_code) from stop
         _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
     except BrokenPipeError as error:  # `| head` has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -276,6 +278,13 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Goes on without a line that cannot be written; a full disk is told of where it matters."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def set_up_logging(file: Path | None = None) -> None:
     """Log to the console and, if given, to a file, whose folder is made; of several processes, the first does."""
     ours = logging.getLogger("dse")
@@ -288,7 +297,7 @@ def set_up_logging(file: Path | None = None) -> None:
     if file is not None:
         check_writable(file.parent, "--log_dir")
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         ours.addHandler(handler)

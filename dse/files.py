@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dse import stopping
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 _STALE_SECONDS = 3600
 _SEAL = re.compile(rb"dse-sha256:([0-9a-f]{64})")
@@ -63,7 +65,7 @@ def write_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_parts(path.parent, glob.escape(path.name))
         try:
@@ -91,7 +93,7 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Raise RunError for a write to `path` that the disk refuses, in whatever words the writer says so."""
     try:
         yield
@@ -224,24 +226,27 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def write_folder_whole(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; its files move into `folder` once the block ends without an error.
+def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
+    """Yield an empty folder within `folder`; its files move up once the block ends without an error, `last` at last.
 
-    Other files in `folder` stay. Raises RunError where the disk refuses.
+    Other files in `folder` stay. Raises RunError where the disk refuses. A signal waits until all have moved; a death
+    in that moment leaves new files beside old ones.
     """
     folder = Path(folder)
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale_parts(folder, "folder", 0.0)  # nothing else writes a model's folder meanwhile
         beside = folder / f".folder.{os.getpid()}.part"
         beside.mkdir()
         try:
             yield beside
-            made = sorted(beside.iterdir())
+            made = sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name))
             for path in made:
                 _flush(path)
-            for path in made:
-                path.replace(folder / path.name)
+            with stopping.held():
+                for path in made:
+                    path.replace(folder / path.name)
+            stopping.check()
             _flush(folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -257,7 +262,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     if os.path.ismount(folder):
         raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole: name a folder in it")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_parts(folder.parent, glob.escape(folder.name))
         shutil.rmtree(beside, ignore_errors=True)

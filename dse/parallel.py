@@ -27,8 +27,9 @@ _device: "torch.device | None" = None  # of this process, once it has joined the
 
 
 def launched() -> bool:
-    """Did torchrun start this process as one of several?"""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Did torchrun start this process as one of several? It sets all of these; a cluster may set some of them."""
+    numbers = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+    return all(number.isdecimal() for number in numbers) and "MASTER_ADDR" in os.environ and int(numbers[0]) > 1
 
 
 def rank() -> int:
@@ -93,17 +94,28 @@ def together() -> Iterator[None]:
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
     """Let the first process do the block, then the others, which find what it left: a cache, say."""
-    if size() > 1 and not is_first():
-        _barrier()
+    if not is_first():
+        wait_for_all()
     yield
-    if size() > 1 and is_first():
-        _barrier()
+    if is_first():
+        wait_for_all()
 
 
-def _barrier() -> None:
-    from torch import distributed
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if size() > 1:
+        from torch import distributed
 
-    distributed.barrier()
+        distributed.barrier()
+
+
+def agree(numbers: list[int], what: str) -> None:
+    """Raise RunError where the processes' numbers differ."""
+    values = np.array(numbers, dtype=np.int64)
+    if not (_reduced(values, "MAX") == -_reduced(-values, "MAX")).all():
+        raise RunError(
+            f"the processes differ in {what}, here {numbers}: all of them need the same folders with the same files"
+        )
 
 
 def share(rows: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from dse.files import InputError, one_line, read_json, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
 
+TRAINING_FORMAT = "dse teacher 1"
 TRAINING = "training.json"  # beside a teacher: how it was trained, and its files' hashes
 
 _DESCRIPTION = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
@@ -42,15 +43,26 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
             )
         folder = _download(name, flag, cache_dir)
     _check_folder(folder, flag)
-    _check_hashes(folder, flag)
+    check_hashes(folder, flag)
     return folder
 
 
-def _check_hashes(folder: Path, flag: str) -> None:
-    """Raise InputError where a teacher's files are not those that its training.json names."""
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """training.json of a teacher that finetune_bert.py made; None where there is none, or another program's."""
     if not (folder / TRAINING).is_file():
-        return
-    for name, expected in read_json(folder / TRAINING, "the teacher's training").get("sha256", {}).items():
+        return None
+    training = read_json(folder / TRAINING, "the teacher's training")
+    if training.get("format") != TRAINING_FORMAT:
+        return None
+    kinds = {"task_name": str, "task": dict, "run": dict, "data": dict, "history": list, "sha256": dict}
+    if any(not isinstance(training.get(key), kind) for key, kind in kinds.items()):
+        raise InputError(f"{folder / TRAINING} is spoiled: make the teacher again, or remove this file")
+    return training
+
+
+def check_hashes(folder: Path, flag: str) -> None:
+    """Raise InputError where a teacher's files are not those that its training.json names."""
+    for name, expected in (read_training(folder) or {"sha256": {}})["sha256"].items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != expected:
             raise InputError(

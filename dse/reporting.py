@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from dse.files import InputError
 
+logger = logging.getLogger(__name__)
 Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics if any, updates, rate, seconds
 
 
@@ -24,9 +26,12 @@ def format_record(record: Record) -> str:
 
 
 def append_json_line(path: Path, record: Record) -> None:
-    """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_without_nan(record)) + "\n")
+    """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null. Where it cannot be, it warns."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nan(record)) + "\n")
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s)", path, error.strerror)
 
 
 def _without_nan(value: Any) -> Any:
@@ -42,13 +47,20 @@ def check_can_plot(flag: str) -> None:
 
 
 def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
-    """Write `<experiment>_<metric>.png` per metric: train and validation by epoch."""
+    """Write `<experiment>_<metric>.png` per metric: train and validation by epoch. Where it cannot be, it warns."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+    try:
+        _plot(Figure, history, folder, experiment)
+    except OSError as error:
+        logger.warning("%s: no plots (%s)", folder, error.strerror)
+
+
+def _plot(figure_class: Any, history: list[Record], folder: Path, experiment: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = {name for record in history for part in ("train", "validation") for name in record.get(part, {})}
     for name in sorted(names):
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = figure_class(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=name, title=f"{experiment}: {name}")
         for part in ("train", "validation"):
             points = [(record["epoch"], record[part][name]) for record in history if name in record.get(part, {})]

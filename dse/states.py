@@ -37,11 +37,20 @@ def position_of(name: str) -> Position | None:
     return (int(done) + 1, 0) if epoch is None else (int(epoch), int(update))
 
 
-class States:
-    """A run's states by position. Only files that begin with its stem are ever removed, after a newer one is whole."""
+def _is_state(name: str) -> bool:
+    match = _IN_NAME.search(name)
+    return match is not None and match.group(1) is not None
 
-    def __init__(self, folder: Path, stem: str) -> None:
-        self.folder, self.stem = folder, stem
+
+class States:
+    """A run's states by position. Only files that begin with its stem are ever removed, after a newer one is whole.
+
+    Args:
+        own: was the folder made for the run? Then it goes when it ends up empty.
+    """
+
+    def __init__(self, folder: Path, stem: str, own: bool = False) -> None:
+        self.folder, self.stem, self.own = folder, stem, own
         paths = sorted(folder.glob(f"{glob.escape(stem)}_*.pt"))
         self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
         self._spoiled: list[Path] = []
@@ -81,28 +90,27 @@ class States:
         self._remove_but({*sorted(self.files)[-_KEPT:], _after(best_epoch)})
         for spoiled in self._spoiled:
             if spoiled not in self.files.values():
-                _unlink(spoiled)
+                self._unlink(spoiled)
         self._spoiled.clear()
         return path
 
     def finish(self, best_epoch: int | None = None) -> None:
         """The run is at its end: keep its newest and its best checkpoint, or, without a best epoch, nothing."""
-        checkpoints = [position for position, path in self.files.items() if "_state_epoch_" not in path.name]
+        checkpoints = [position for position, path in self.files.items() if not _is_state(path.name)]
         self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
-        if parallel.is_first() and self.folder.is_dir():
+        if self.own and parallel.is_first() and self.folder.is_dir():
             remove_stale_parts(self.folder, "*", 0.0)  # the folder is this run's alone
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def _remove_but(self, kept: set[Position | None]) -> None:
         for position in set(self.files) - kept:
-            _unlink(self.files.pop(position))
+            self._unlink(self.files.pop(position))
+
+    def _unlink(self, path: Path) -> None:
+        if parallel.is_first() and path.name.startswith(f"{self.stem}_"):
+            path.unlink(missing_ok=True)
 
 
 def _after(epoch: int | None) -> Position | None:
     return None if epoch is None else (epoch + 1, 0)
-
-
-def _unlink(path: Path) -> None:
-    if parallel.is_first():
-        path.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_DEFAULT_ADVICE = "nothing is half-written; the same command starts again"
+
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the program to end."""
@@ -19,7 +21,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
         self.anywhere = anywhere  # did it come where `held` should have kept it off?
-        self.advice = "nothing is half-written; the same command starts again"
+        self.advice = _DEFAULT_ADVICE
 
     def __str__(self) -> str:
         return f"stopped by {'Ctrl-C' if self.number == signal.SIGINT else signal.Signals(self.number).name}"
@@ -28,6 +30,17 @@ class Stopped(KeyboardInterrupt):
     def exit_code(self) -> int:
         """As a shell gives it: 130 or 143."""
         return 128 + self.number
+
+
+@contextlib.contextmanager
+def advice(text: str) -> Iterator[None]:
+    """What to tell the user of a stop within the block that is not told already."""
+    try:
+        yield
+    except Stopped as stop:
+        if stop.advice == _DEFAULT_ADVICE:
+            stop.advice = text
+        raise
 
 
 _received: int | None = None
@@ -78,6 +91,6 @@ def requested() -> int | None:
 
 
 def check() -> None:
-    """Raise Stopped if a signal waits."""
-    if _received is not None:
+    """Raise Stopped if a signal waits, and nothing holds it."""
+    if _received is not None and not _holds:
         raise Stopped(_received)

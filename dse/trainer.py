@@ -121,6 +121,8 @@ class Trainer:
 
         Raises RunError for a loss that is NaN or infinite, before it reaches the weights; Stopped after a signal.
         """
+        done = [len(self.history), self.position, self.updates, self.seed, len(self.features)]
+        parallel.agree(done, "what they go on from (epochs, updates, updates in all, seed, pairs)")
         try:
             while len(self.history) < epochs:
                 epoch = len(self.history)
@@ -140,6 +142,7 @@ class Trainer:
                 if not stop.anywhere:  # else an update may be half made
                     with stopping.held():
                         self._save(save)
+                        parallel.wait_for_all()  # torchrun ends all of them soon after the first
                 if self.saved is not None:
                     stop.advice = f"state in {self.saved}; the same command with --resume goes on"
             raise

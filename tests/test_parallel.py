@@ -19,6 +19,7 @@ import finetune_bert
 import run_distillation_logits_creator
 from dse import parallel
 from dse.checkpoint import load_checkpoint
+from dse.files import InputError, RunError
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -158,6 +159,22 @@ def test_alone_nothing_changes(monkeypatch):
     assert parallel.size() == 1
 
 
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": ""}])
+def test_a_clusters_variables_are_not_torchruns(given, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert not parallel.launched()
+    assert (parallel.rank(), parallel.size()) == (0, 1)
+
+
+def test_processes_that_go_on_from_different_states_are_told(monkeypatch):
+    parallel.agree([3, 2, 1], "what they go on from")
+    others = {"MAX": np.array([4, 2, 1]), "MIN": np.array([3, 2, 1])}
+    monkeypatch.setattr(parallel, "_reduced", lambda values, _: others["MAX"] if values[0] > 0 else -others["MIN"])
+    with pytest.raises(RunError, match=r"differ in what they go on from, here \[3, 2, 1\]"):
+        parallel.agree([3, 2, 1], "what they go on from")
+
+
 def test_several_gpus_are_pointed_out(monkeypatch, caplog):
     from dse import cli
 
@@ -166,13 +183,12 @@ def test_several_gpus_are_pointed_out(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert cli.select_device(False, 1) == torch.device("cuda", 1)
     assert "`torchrun --nproc_per_node 3`" in caplog.text
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     for rank in ("2", "3"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         if rank == "2":
             assert cli.select_device(False, 0) == torch.device("cuda", 2)
         else:
-            from dse.files import InputError
-
             with pytest.raises(InputError, match="process 3 of this machine has no GPU: there are 3"):
                 cli.select_device(False, 0)

@@ -209,6 +209,118 @@ def test_going_on_with_other_flags_is_refused(teacher_flags, student_flags, refu
     assert "--resume: finds the state to go on from by itself" in line
 
 
+def test_what_resume_finds_in_a_teachers_folder(teacher_flags, tmp_path, refused, caplog, edit_json):
+    """Another training, a foreign model, a spoiled teacher: refused, and left as they are; overwritten when told to."""
+    finetune_bert.main(teacher_flags())
+    weights = tmp_path / "teacher" / "model.safetensors"
+    before = weights.read_bytes()
+    line = refused(finetune_bert.main, [*teacher_flags(num_train_epochs=2, learning_rate=0.5), "--resume"])
+    assert "--learning_rate: 0.5 now, 0.001 in the run" in line
+    flip(weights, 0.9)
+    assert "model.safetensors is spoiled" in refused(finetune_bert.main, [*teacher_flags(), "--resume"])
+    weights.write_bytes(before)
+    edit_json(tmp_path / "teacher" / "training.json", history=3)
+    assert "training.json is spoiled" in refused(finetune_bert.main, [*teacher_flags(), "--resume"])
+    (tmp_path / "teacher" / "training.json").write_text('{"sha256": ["mine"]}')
+    line = refused(finetune_bert.main, [*teacher_flags(), "--resume"])
+    assert "holds other files and no training to go on with" in line
+    assert weights.read_bytes() == before
+    finetune_bert.main([*teacher_flags(seed=7), "--resume", "--overwrite_output_dir"])
+    assert "starting anew" in caplog.text
+    assert weights.read_bytes() != before
+    finetune_bert.main([*teacher_flags(), "--resume", "--overwrite_output_dir"])
+    assert weights.read_bytes() == before
+
+
+def test_a_training_over_an_older_teacher_goes_on(teacher_flags, tmp_path, monkeypatch, capsys):
+    finetune_bert.main(teacher_flags(seed=7))
+    finetune_bert.main(teacher_flags(output_dir=tmp_path / "unbroken"))
+    flags = [*teacher_flags(), "--overwrite_output_dir"]
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        assert stopped(finetune_bert.main, flags, capsys)[0] == 143
+    finetune_bert.main([*flags, "--resume"])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("teacher", "unbroken")]
+    assert weights[0] == weights[1]
+
+
+def test_a_teachers_tokenizer_may_not_change(teacher_flags, bert, copied, monkeypatch, capsys, refused):
+    model = copied(bert, "changed")
+    flags = teacher_flags(bert_model=model)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        stopped(finetune_bert.main, flags, capsys)
+    text = (model / "tokenizer.json").read_text().replace('"doctor"', '"x"').replace('"car"', '"doctor"')
+    (model / "tokenizer.json").write_text(text.replace('"x"', '"car"'))
+    assert "its tokenizer is not the one that the run began with" in refused(finetune_bert.main, [*flags, "--resume"])
+
+
+def test_a_foreign_training_json_beside_a_teacher_is_nothing_to_the_logits(creator, tmp_path):
+    (tmp_path / "teacher" / "training.json").write_text('{"sha256": ["mine"]}')
+    run_distillation_logits_creator.main(creator)
+    commands = json.loads((tmp_path / "teacher_logits.json").read_text())["commands"]
+    assert [script for script, _ in commands] == ["run_distillation_logits_creator.py"]
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_fewer_epochs_than_are_done_remove_nothing(store, student_flags, tmp_path, monkeypatch, capsys, caplog):
+    flags = {**FLAGS, "epochs": 4, "store_checkpoints": store}
+    with monkeypatch.context() as patched:
+        stop_at(patched, 8)
+        stopped(dse_train_runner.main, student_flags(**flags), capsys)
+    before = sorted((tmp_path / "checkpoints").rglob("*.pt"))
+    assert len(before) >= 2
+    dse_train_runner.main([*student_flags(**{**flags, "epochs": 2}), "--resume"])
+    assert "nothing to train: 2 epochs are done, --epochs is 2" in caplog.text
+    assert sorted((tmp_path / "checkpoints").rglob("*.pt")) == before
+
+
+def test_a_users_own_copy_of_a_checkpoint_stays(student_flags, checkpoints, tmp_path, monkeypatch, capsys):
+    flags = {**FLAGS, "store_checkpoints": False}
+    with monkeypatch.context() as patched:
+        stop_at(patched, 4)
+        line = stopped(dse_train_runner.main, student_flags(**flags), capsys)[1]
+    (tmp_path / "keep").mkdir()
+    mine = tmp_path / "keep" / "mine.pt"
+    shutil.copyfile(line.split("state in ")[1].split(";")[0], mine)
+    dse_train_runner.main(student_flags(**flags, trainer_checkpoint=mine))
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.pt"]
+
+
+def test_a_run_killed_before_its_first_state_leaves_no_folder(student_flags, tmp_path):
+    (tmp_path / "checkpoints" / "bert_distillation_2020_01_01-00_00_00").mkdir(parents=True)
+    dse_train_runner.main([*student_flags(epochs=1), "--resume"])
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_names_of_experiments_that_look_like_states(student_flags, checkpoints):
+    dse_train_runner.main(student_flags(experiment_name="x_state_epoch_1"))
+    assert [path.name[-10:] for path in checkpoints()][-1] == "epoch_1.pt"
+
+
+def test_a_stop_after_the_training_says_how_to_end_it(teacher_flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune_bert, "write_results", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        code, line = stopped(finetune_bert.main, teacher_flags(), capsys)
+    assert (code, line) == (143, "finetune_bert.py: stopped by SIGTERM: the same command with --resume goes on")
+    finetune_bert.main([*teacher_flags(), "--resume"])
+    assert (tmp_path / "teacher" / "eval_results.txt").exists()
+    assert not (tmp_path / "teacher" / "training_state").exists()
+
+
+def test_logs_that_cannot_be_written_do_not_end_a_run(student_flags, tmp_path, monkeypatch, caplog):
+    from dse import reporting
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reporting, "open", full, raising=False)
+    monkeypatch.setattr(reporting, "_plot", full)
+    dse_train_runner.main(student_flags(file_log=True, plot_metrics=True, plots_dir=tmp_path / "plots"))
+    assert caplog.text.count(".jsonl: cannot be written (No space left on device)") == 2
+    assert caplog.text.count("no plots (No space left on device)") == 2
+
+
 def test_resume_takes_the_run_of_these_flags_and_starts_anew_where_there_is_none(
     student_flags, checkpoints, tmp_path, caplog
 ):
@@ -423,7 +535,7 @@ def test_weights_that_are_not_finite_are_not_saved(teacher_flags, tmp_path, caps
 
 
 def test_states_keep_two_and_the_best(tmp_path):
-    kept = States(tmp_path, "x")
+    kept = States(tmp_path, "x", own=True)
     for position, name, best in (
         ((1, 0), "x_epoch_0.pt", 0),
         ((1, 5), "", 0),
@@ -515,7 +627,7 @@ def test_parts_that_killed_processes_left_are_removed(tmp_path):
     left = tmp_path / "states" / f".x_state_epoch_0_update_2.pt.{dead.pid}.part"
     left.parent.mkdir()
     left.write_text("")
-    States(left.parent, "x").finish()
+    States(left.parent, "x", own=True).finish()
     assert not left.parent.exists()
 
 
