@@ -83,12 +83,14 @@ class PairHead:
         return self._of_dots(queries, candidates) if self.is_dot else self._of_blocks(queries, candidates)
 
     def _of_blocks(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        scores = []
-        for u, constant in zip(queries, queries @ self.of_u.t() + self.first.bias, strict=True):
+        # Made beforehand: small results kept between the large steps would keep these from using the same memory again.
+        scores = queries.new_empty(len(queries), len(candidates), (self.rest or [self.first])[-1].out_features)
+        constants = queries @ self.of_u.t() + self.first.bias
+        for u, constant, row in zip(queries, constants, scores, strict=True):
             hidden = linear(candidates, torch.addcmul(self.of_v, self.of_product, u), constant)
             hidden += linear(torch.sub(candidates, u).abs_(), self.of_difference, self.zero)
-            scores.append(self._after_first(hidden))
-        return torch.stack(scores)
+            row.copy_(self._after_first(hidden))
+        return scores
 
     def _of_dots(self, queries: Tensor, candidates: Tensor) -> Tensor:
         products = queries @ candidates.t()
@@ -268,13 +270,13 @@ class CandidateIndex:
             head = PairHead(self.model.siamese_head)
             for rows in groups:
                 for start in starts:
-                    candidates = self._candidates(start)
+                    candidates = self.block(start)
                     columns = slice(start, start + len(candidates))
                     yield rows, columns, head.outputs(queries[rows], candidates)[..., output]
                     bar.update()
 
-    def _candidates(self, start: int) -> Tensor:
-        """A block of embeddings, float32, on the model's device."""
+    def block(self, start: int) -> Tensor:
+        """Up to BLOCK embeddings from a row on, a multiple of BLOCK, float32, on the model's device."""
         block = self._vectors[start : start + BLOCK]
         self._check("vectors.bin", start, block)
         with warnings.catch_warnings():
