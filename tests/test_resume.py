@@ -79,11 +79,12 @@ def test_a_signal_ends_a_student_in_order(update, sent, unbroken, student_flags,
     assert all("_state_" not in path.name for path in checkpoints()[-1].parent.iterdir())
 
 
-def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkpoints, monkeypatch, capsys):
+def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkpoints, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         stop_at(patched, 2, "write")
         code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
-    assert code == 143
+    assert (code, "_epoch_0.pt;" in line) == (143, True)
+    assert not list(tmp_path.glob("checkpoints/*/*_state_epoch_1_*.pt"))
     assert load_checkpoint(line.split("state in ")[1].split(";")[0])  # whole
     dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
@@ -104,13 +105,14 @@ def test_a_signal_cuts_a_validation_off(unbroken, student_flags, checkpoints, mo
     assert_same_run(checkpoints()[-1], unbroken)
 
 
-def test_a_half_made_update_is_not_saved(unbroken, student_flags, checkpoints, monkeypatch, capsys):
-    """Ctrl-C twice within the third update: the state of the second one is the last."""
+@pytest.mark.parametrize("update", [2, 3])
+def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkpoints, tmp_path, monkeypatch, capsys):
+    """Ctrl-C twice within the second update, before any state, or the third: that of the second is the last."""
     original, calls = trainer.Trainer.update, []
 
     def impatient(self):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == update:
             next(iter(self.model.parameters())).data.zero_()  # half of something
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -119,7 +121,8 @@ def test_a_half_made_update_is_not_saved(unbroken, student_flags, checkpoints, m
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "update", impatient)
         code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
-    assert (code, "_state_epoch_0_update_2.pt; the same command" in line) == (130, True)
+    assert (code, "_state_epoch_0_update_2.pt; the same command" in line) == (130, update == 3)
+    assert len(list(tmp_path.glob("checkpoints/*/*.pt"))) == (update == 3)
     dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
 
@@ -527,7 +530,7 @@ def test_weights_that_are_not_finite_are_not_saved(teacher_flags, tmp_path, caps
         next(iter(self.model.parameters())).data[0] = float("inf")
 
     monkeypatch.setattr(trainer.Trainer, "update", spoil)
-    code, line = stopped(finetune_bert.main, teacher_flags(train_batch_size=24), capsys)
+    code, line = stopped(finetune_bert.main, teacher_flags(train_batch_size=24, save_every=1), capsys)
     assert code == 1
     assert "are not finite after update" in line
     assert "last good state: none was written" in line
@@ -609,6 +612,20 @@ def test_a_write_that_the_disk_refuses(error, tmp_path):
             raise error
     assert (tmp_path / "x").read_text() == "old"
     assert [path.name for path in tmp_path.rglob("*.part")] == []
+
+
+def test_bytes_are_flushed_before_a_name_is_given(tmp_path, monkeypatch):
+    events, replace = [], Path.replace
+    monkeypatch.setattr(files, "_flush", lambda path: events.append(("flush", path.name)))
+    monkeypatch.setattr(Path, "replace", lambda *paths: events.append(("rename", paths[0].name)) or replace(*paths))
+    files.write_text(tmp_path / "x", "text")
+    part = f".x.{os.getpid()}.part"
+    assert events == [("flush", part), ("rename", part), ("flush", tmp_path.name)]
+    events.clear()
+    with files.write_folder_whole(tmp_path / "folder", last="a") as beside:
+        for name in "abc":
+            (beside / name).write_text(name)
+    assert events == [*(("flush", name) for name in "bca"), *(("rename", name) for name in "bca"), ("flush", "folder")]
 
 
 def test_parts_that_killed_processes_left_are_removed(tmp_path):
