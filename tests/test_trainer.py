@@ -123,3 +123,12 @@ def test_predictions_come_back_in_file_order():
     torch.nn.init.ones_(trainer.model.weight)
     outputs = predict(trainer.model, trainer.forward, Line(7), 3, trainer.device, "p")
     assert outputs[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_a_run_goes_on_from_is_compared_between_processes(monkeypatch):
+    compared = []
+    monkeypatch.setattr("dse.parallel.agree", lambda numbers, _: compared.append(numbers))
+    trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
+    trainer.fit(1)
+    trainer.fit(2)
+    assert compared == [[0, 0, 0, 5, 4], [1, 0, 2, 5, 4]]
