@@ -153,7 +153,8 @@ def sentence_transformer_steps(
 
     The texts are tokenized beforehand, so that its tokenizer's time does not count.
     """
-    from sentence_transformers import losses, util
+    from sentence_transformers import util
+    from sentence_transformers.sentence_transformer import losses
 
     loss = losses.CosineSimilarityLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
