@@ -24,7 +24,7 @@ import filelock
 
 from dse import cli
 from dse.download import DownloadError, fetch, forget, keep_aside, shown, unzip
-from dse.files import InputError, check_writable, read_json, sha256_file, utc_stamp, write_text, write_whole
+from dse.files import InputError, RunError, check_writable, read_json, sha256_file, utc_stamp, write_text, write_whole
 from dse.processors import read_lines
 
 PROG = "download_glue_data.py"
@@ -433,7 +433,7 @@ def run(args: argparse.Namespace) -> None:
     for task in args.tasks:
         try:
             outcomes[task] = get_task(task, args)
-        except (DownloadError, InputError) as error:
+        except (DownloadError, InputError, RunError) as error:
             outcomes[task] = "failed", " ".join(str(error).split())
         except OSError as error:
             room = "; with more room, the same command goes on" if error.errno == errno.ENOSPC else ""

@@ -199,24 +199,17 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> t
     return tokens, places
 
 
-def truncated_lengths(a: int, b: int, budget: int) -> tuple[int, int]:
-    """Pieces kept of two texts that must fit in `budget` together.
-
-    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to.
-
-    >>> truncated_lengths(200, 200, 125)
-    (63, 62)
-    """
-    if a + b > budget:
-        b = min(b, max(budget // 2, budget - a))
-        a = budget - b
-    return a, b
-
-
 def kept_lengths(
     a: np.ndarray, b: np.ndarray, is_pair: np.ndarray, max_seq_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`truncated_lengths` of all rows; one that is no pair keeps max_seq_length - 2 of its first text, none else."""
+    """Pieces kept of each row's two texts, of a and b pieces, which must fit in max_seq_length - 3 together.
+
+    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to. A row that is no
+    pair keeps max_seq_length - 2 of its first text, and nothing else.
+
+    >>> kept_lengths(np.array([200]), np.array([200]), np.array([True]), 128)
+    (array([63]), array([62]))
+    """
     budget = max_seq_length - 3
     cut_b = np.minimum(b, np.maximum(budget // 2, budget - a))
     over = a + b > budget

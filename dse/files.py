@@ -125,13 +125,15 @@ def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS)
     """Remove what processes that were killed left of writing files of that name, a glob pattern, in a folder.
 
     Args:
-        seconds: how old it must be, for it may be another machine's process that is writing. Those of a process that
-            runs here stay in any case.
+        seconds: how old it must be, for it may be another machine's process that is writing; 0 where only this one
+            may. Those of another process that runs here stay in any case.
     """
     for part in folder.glob(f".{name}.*.part"):
         number = part.name.removesuffix(".part").rsplit(".", 1)[-1]
         with contextlib.suppress(OSError):
-            if not Path(f"/proc/{number}").exists() and time.time() - part.stat().st_mtime >= seconds:
+            # In a container a process that is started again often has the number of the one before.
+            runs = Path(f"/proc/{number}").exists() and not (seconds == 0 and number == str(os.getpid()))
+            if not runs and time.time() - part.stat().st_mtime >= seconds:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
@@ -176,6 +178,25 @@ def save_tensors(path: str | Path, value: Any) -> None:
         seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
         file.seek(0, os.SEEK_END)
         file.write(seal)
+
+
+def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -> None:
+    """Raise InputError when a folder to be replaced is a file, or holds other things than an earlier one of its kind.
+
+    Args:
+        what: names the folder's role in the error.
+        main: its JSON file, whose `format` must be `form`.
+        known: the names that its files may have.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{what}: {folder} is a file; name a folder")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = names - known
+    if others or (names and read_json(folder / main, "what the folder holds").get("format") != form):
+        raise InputError(
+            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or "
+            f"one that holds a {form} alone"
+        )
 
 
 def load_tensors(path: str | Path, refusal: str) -> Any:
@@ -295,7 +316,8 @@ def _rename_over(beside: Path, folder: Path) -> None:
     try:
         beside.rename(folder)
     except OSError:
-        old.rename(folder)
+        if old.exists():
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dse.features import batches_of
-from dse.files import InputError, read_json, replace_folder, sha256_json, write_text
+from dse.files import InputError, check_ours, read_json, replace_folder, sha256_json, write_text
 from dse.packing import linear
 from dse.processors import MULTICLASS
 from dse.sharing import fingerprint
@@ -436,12 +436,4 @@ def _read_content(folder: Path) -> dict[str, Any]:
 
 def check_index_place(folder: Path, what: str) -> None:
     """Raise InputError when a folder to be written is a file, or holds something else than an index."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{what}: {folder} is a file; name a folder")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = names - {*_FILES, INDEX, _LOCK}
-    if others or (names and read_json(folder / INDEX, "the index").get("format") != FORMAT):
-        raise InputError(
-            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or an "
-            "earlier index"
-        )
+    check_ours(folder, what, INDEX, FORMAT, {*_FILES, INDEX, _LOCK})

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from dse import __version__
 from dse.config import DSEConfig
 from dse.encoding import TextSettings
-from dse.files import InputError, one_line, read_json, replace_folder, sha256_file, sha256_json
+from dse.files import InputError, check_ours, one_line, read_json, replace_folder, sha256_file, sha256_json
 from dse.metrics import SCORES
 from dse.pretrained import tokenizer_in, tokenizer_key
 from dse.processors import task_from_dict, task_to_dict
@@ -164,15 +164,7 @@ def _weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
 
 def check_replaceable(folder: Path, what: str) -> None:
     """Raise InputError when a folder to be written is a file, or holds something else than a student."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{what}: {folder} is a file; name a folder")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = names - {*_FILES, CARD, "added_tokens.json"}
-    if others or (names and read_json(folder / CONFIG, "the configuration").get("format") != FORMAT):
-        raise InputError(
-            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or an "
-            "earlier student's"
-        )
+    check_ours(folder, what, CONFIG, FORMAT, {*_FILES, CARD, "added_tokens.json"})
 
 
 def model_card(config: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ import download_glue_data
 import finetune_bert
 from dse import download
 from dse.download import DownloadError
+from dse.files import RunError
 from dse.synthetic import make_pair
 
 ROOT = Path(__file__).parents[1]
@@ -719,6 +720,17 @@ def test_killed_after_the_download_without_a_record(server, get, glue, extra, re
     assert whole(glue, wnli())
     expected = [asked and asked.replace("N", str(len(part))) for asked in requests]
     assert server.ranges_asked("/glue/data/WNLI.zip") == expected
+
+
+def test_a_file_that_cannot_be_written_stops_its_task_alone(get, monkeypatch):
+    def made(task, _):
+        if task == "WNLI":
+            raise RunError("WNLI: cannot be written (Read-only file system)")
+        return "done", "fine"
+
+    monkeypatch.setattr(download_glue_data, "get_task", made)
+    failed = ["failed", "WNLI: cannot be written (Read-only file system)"]
+    assert get(tasks="WNLI,RTE") == (1, {"WNLI": failed, "RTE": ["done", "fine"]})
 
 
 def test_interrupted_while_unpacking(server, recorded, get, glue, monkeypatch):

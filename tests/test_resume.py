@@ -644,6 +644,14 @@ def test_parts_that_killed_processes_left_are_removed(tmp_path):
     left = tmp_path / "states" / f".x_state_epoch_0_update_2.pt.{dead.pid}.part"
     left.parent.mkdir()
     left.write_text("")
+    (left.parent / f".x_state_epoch_0_update_4.pt.{os.getpid()}.part").write_text("")  # of one with our number
+    with files.write_folder_whole(tmp_path / "teacher") as beside:
+        (beside / "a").write_text("")
+        killed = shutil.copytree(beside, tmp_path / "killed")
+    killed.rename(beside)  # as if the process before, with our number, had been killed in it
+    with files.write_folder_whole(tmp_path / "teacher") as beside:
+        assert not list(beside.iterdir())
+    assert [path.name for path in (tmp_path / "teacher").iterdir()] == ["a"]
     States(left.parent, "x", own=True).finish()
     assert not left.parent.exists()
 
