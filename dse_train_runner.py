@@ -74,12 +74,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_precision_flags(parser)
     cli.add_padding_flag(parser)
     add("--lr", type=cli.positive, default=2e-5, help="peak rate of BertAdam")
+    add("--head_lr", type=cli.positive, help="peak rate of the head, which starts untrained; not given: --lr")
     add("--warmup_proportion", type=cli.share, default=0.1, help="share of the schedule with a growing rate")
     add(
         "--schedule_in_updates",
         action="store_true",
         help="let the schedule count updates, not batches as the original's",
     )
+    add("--embedding_dropout", type=cli.share, help="of the pooled vector, in training; not given: the encoder's own")
     add("--distillation_coeff", type=cli.share, default=0.5, help="weight of the teacher's logits against the labels")
     add("--tune_positive_thresholds", type=cli.threshold, nargs="+", default=[0.5], help="binary: positive above these")
     add("--run_evaluation_before_fine_tune", action="store_true", help="log an evaluation before training")
@@ -217,6 +219,8 @@ def make_model(args: argparse.Namespace, start: Start) -> "DSESiameseClassifier"
         model, _ = student_from_checkpoint(start.checkpoint)
     else:
         model = new_student(start.bert_folder, start.config)
+    if args.embedding_dropout is not None:
+        model.dse_model.bert.dropout.p = args.embedding_dropout
     if args.gradient_checkpointing:
         model.dse_model.bert.bert.activation_checkpointing_enable()
     return model
@@ -251,7 +255,7 @@ def make_trainer(
         ),
         measure=measure_student(task, args.tune_positive_thresholds),
         features=features,
-        optimizer=make_optimizer(model, args.lr, t_total, args.warmup_proportion),
+        optimizer=make_optimizer(model, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
         batch_size=args.batch_size,
         accumulation_steps=args.gradient_accumulation_steps,
         seed=seed,

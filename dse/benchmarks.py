@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dse.baselines import sentence_transformer
 from dse.config import DSEConfig
 from dse.distillation import distillation_targets, student_loss, teacher_loss
 from dse.evaluation import TOKENS_PER_STEP, embed_texts
@@ -134,16 +135,6 @@ def _product_seconds(a: Tensor, b: Tensor) -> float:
             torch.mm(a, b)
         best = min(best, (time.perf_counter() - started) / calls)
     return best
-
-
-def sentence_transformer(bert_folder: Path, max_seq_length: int) -> Any:
-    """The same encoder with mean pooling in sentence-transformers (tried with 6.2), which must be installed."""
-    from sentence_transformers import SentenceTransformer, models
-
-    encoder = models.Transformer(str(bert_folder), max_seq_length=max_seq_length)
-    return SentenceTransformer(
-        modules=[encoder, models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device="cpu"
-    )
 
 
 def sentence_transformer_steps(

@@ -81,6 +81,34 @@ def best_score(kind: str, metrics: dict[str, float]) -> tuple[str, float]:
     return name, metrics[name]
 
 
+def best_threshold(name: str, scores: np.ndarray, labels: np.ndarray) -> float:
+    """The threshold above which, strictly, scores are taken as positive, with the best f1 or accuracy of all.
+
+    Args:
+        name: "f1" or "accuracy".
+        scores: (n,), higher for positive pairs.
+        labels: (n,), 0 or 1.
+
+    Returns:
+        Half-way between two scores that follow each other, or 1 below the lowest; of equals the highest.
+
+    >>> best_threshold("accuracy", np.array([0.1, 0.4, 0.5, 0.9]), np.array([0, 1, 0, 1]))
+    0.7
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked, positive = scores[order].astype(np.float64), labels[order].astype(np.int64)
+    taken = np.arange(1, len(ranked) + 1)  # the k highest are positive
+    hits = positive.cumsum()
+    if name == "f1":
+        values = 2 * hits / (taken + positive.sum())
+    else:
+        values = (hits + (1 - positive).sum() - (taken - hits)) / len(ranked)
+    below = np.append(ranked[1:], ranked[-1] - 2)
+    values[ranked == below] = -1.0  # no threshold parts equal scores
+    best = int(values.argmax())
+    return float((ranked[best] + below[best]) / 2)
+
+
 def correlations(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Pearson and Spearman; NaN for both where either side is constant, which has no correlation."""
     if len(labels) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:

@@ -39,7 +39,7 @@ class BertAdam(torch.optim.Optimizer):
     """Adam without bias correction, with decoupled decay, per-tensor clipping and a built-in schedule.
 
     Args:
-        params: parameters, or groups with their own `weight_decay`.
+        params: parameters, or groups with their own `weight_decay` and `lr`.
         lr: the peak rate.
         t_total: updates over which the schedule runs; later ones have rate 0.
         warmup: share of t_total with a growing rate, in [0, 1].
@@ -66,17 +66,19 @@ class BertAdam(torch.optim.Optimizer):
 
     @property
     def next_rate(self) -> float:
-        """The rate that the next update will use."""
-        return scheduled_rate(self.param_groups[0]["lr"], self.updates, self.t_total, self.warmup)
+        """The rate that the next update will use, of the first group."""
+        return self._rate_of(self.param_groups[0])
+
+    def _rate_of(self, group: dict[str, Any]) -> float:
+        return scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Make one update from the gradients; a parameter without gradient is left alone, decay included."""
-        rate = self.next_rate
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self._update(parameters, rate, group)
+                self._update(parameters, self._rate_of(group), group)
             group["updates"] += 1
 
     def _update(self, parameters: list[nn.Parameter], rate: float, group: dict[str, Any]) -> None:
@@ -113,11 +115,21 @@ def clip_each(gradients: list[torch.Tensor]) -> None:
         gradient.mul_(MAX_GRADIENT_NORM / (norm + 1e-6))
 
 
-def make_optimizer(model: nn.Module, lr: float, t_total: int, warmup: float) -> BertAdam:
-    """BertAdam over the model's trainable parameters, without decay for biases and layer norms."""
-    decayed, spared = [], []
+def make_optimizer(
+    model: nn.Module, lr: float, t_total: int, warmup: float, head_lr: float | None = None, head: str = ""
+) -> BertAdam:
+    """BertAdam over the model's trainable parameters, without decay for biases and layer norms.
+
+    Args:
+        head_lr: another peak rate for the parameters whose names begin with `head`; None: the same.
+    """
+    rates = [lr] if head_lr is None else [lr, head_lr]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay, "lr": rate} for rate in rates for decay in (0.01, 0.0)
+    ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (spared if any(part in name for part in NO_DECAY) else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
+            of_head = head_lr is not None and name.startswith(head)
+            spared = any(part in name for part in NO_DECAY)
+            groups[2 * of_head + spared]["params"].append(parameter)
     return BertAdam(groups, lr=lr, t_total=t_total, warmup=warmup)

@@ -142,7 +142,7 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     """
     from transformers import BertTokenizer
 
-    saved = _saved_casing(folder, flag)
+    saved = saved_casing(folder, flag)
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
     except Exception as error:  # a spoiled vocabulary raises whatever its reader trips over
@@ -172,7 +172,7 @@ def _casing_flag(do_lower_case: bool) -> str:
     return "--do_lower_case (uncased)" if do_lower_case else "no --do_lower_case (cased)"
 
 
-def _saved_casing(folder: Path, flag: str) -> bool | None:
+def saved_casing(folder: Path, flag: str) -> bool | None:
     """The casing that the folder's files tell, if they do. Raises InputError for a tokenizer that is not BERT's."""
     casing = None
     if (folder / "tokenizer.json").is_file():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ def append_json_line(path: Path, record: Record) -> None:
     """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null. Where it cannot be, it warns."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_without_nan(record)) + "\n")
+            file.write(json.dumps(without_nan(record)) + "\n")
     except OSError as error:
         logger.warning("%s: cannot be written (%s)", path, error.strerror)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same for JSON: NaN and infinities become None."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -69,3 +73,8 @@ def _plot(figure_class: Any, history: list[Record], folder: Path, experiment: st
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         figure.savefig(folder / f"{experiment}_{name}.png", dpi=100)
+
+
+def markdown_table(header: Sequence[str], rows: list[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))

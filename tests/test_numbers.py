@@ -142,6 +142,21 @@ def test_biases_and_layer_norms_are_not_decayed():
     assert {id(p) for p in spared["params"]} == wanted
 
 
+def test_a_rate_of_its_own_for_the_head():
+    model = torch.nn.ModuleDict({"siamese_head": torch.nn.Linear(1, 1), "bert": torch.nn.Linear(1, 1)}).double()
+    optimizer = make_optimizer(model, 0.1, 4, 0.0, head_lr=0.4, head="siamese_head.")
+    before = {name: parameter.item() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    step = 0.1 * 0.5 / (math.sqrt(0.001 * 0.25) + 1e-6)  # m / (sqrt(v) + e), the same for all
+    for name, parameter in model.named_parameters():
+        rate = 0.4 if name.startswith("siamese_head.") else 0.1
+        decay = 0.01 * before[name] if name.endswith("weight") else 0.0
+        assert parameter.item() == pytest.approx(before[name] - rate * (step + decay), rel=1e-6)
+    assert optimizer.next_rate == pytest.approx(0.075)  # the encoder's; the schedule is the same for both
+
+
 def test_an_update_counts_where_a_group_has_no_gradient():
     still, moved = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = BertAdam([{"params": [still]}, {"params": [moved]}], lr=1.0, t_total=4, warmup=0.0)

@@ -1,0 +1,112 @@
+"""The Sentence-BERT way to a fast pair scorer, with sentence-transformers: the row that a student is compared with.
+
+    binary       OnlineContrastiveLoss, a pair's score is the cosine of its two embeddings
+    regression   CosineSimilarityLoss on scores brought to [0, 1], the score is the cosine
+    multiclass   SoftmaxLoss: a linear layer on [u, v, |u - v|]
+
+Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; the losses are the ones that
+sentence-transformers' own examples use for such data). AdamW with linear warm-up and decay, as its `fit` does.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dse.processors import BINARY, REGRESSION, Examples, Task
+from dse.trainer import epoch_order
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = 4, 32, 5e-5, 0.1, 0.01
+SETTINGS = {"epochs": EPOCHS, "pairs_per_update": PAIRS_PER_UPDATE, "rate": RATE, "warmup": WARMUP, "decay": DECAY}
+
+
+def sentence_transformer(bert_folder: Path, max_seq_length: int) -> "SentenceTransformer":
+    """The same encoder with mean pooling in sentence-transformers (tried with 6.2), which must be installed."""
+    from sentence_transformers import SentenceTransformer, models
+
+    encoder = models.Transformer(str(bert_folder), max_seq_length=max_seq_length)
+    return SentenceTransformer(
+        modules=[encoder, models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device="cpu"
+    )
+
+
+class SentenceBert:
+    """An encoder and its loss, trained on a task's pairs.
+
+    Args:
+        bert_folder: the pre-trained encoder.
+        task: of pairs.
+        max_seq_length: token ids per sentence.
+        seed: of the order of the rows, dropout and SoftmaxLoss's layer.
+    """
+
+    def __init__(self, bert_folder: Path, task: Task, max_seq_length: int, seed: int) -> None:
+        from sentence_transformers.sentence_transformer import losses
+
+        torch.manual_seed(seed)
+        self.task, self.seed = task, seed
+        self.model = sentence_transformer(bert_folder, max_seq_length)
+        if task.kind == BINARY:
+            self.loss: Any = losses.OnlineContrastiveLoss(self.model)
+        elif task.kind == REGRESSION:
+            self.loss = losses.CosineSimilarityLoss(self.model)
+        else:
+            size = self.model.get_embedding_dimension()
+            self.loss = losses.SoftmaxLoss(self.model, size, len(task.labels))
+
+    def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
+        """Make the optimizer and its schedule, for so many pairs and epochs."""
+        spared = ("bias", "LayerNorm.bias", "LayerNorm.weight")
+        groups: dict[float, list[nn.Parameter]] = {DECAY: [], 0.0: []}
+        for name, parameter in self.loss.named_parameters():
+            groups[0.0 if any(part in name for part in spared) else DECAY].append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=RATE
+        )
+        total = epochs * -(-pairs // PAIRS_PER_UPDATE)
+        warmup = int(WARMUP * total)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda n: n / warmup if n < warmup else (total - n) / max(1, total - warmup)
+        )
+
+    def train_epoch(self, examples: Examples, epoch: int) -> float:
+        """One pass over all pairs in random order; the mean loss of its updates."""
+        self.loss.train()
+        order, sum_of_losses = epoch_order(len(examples), self.seed, epoch), 0.0
+        labels = torch.tensor(examples.labels)
+        if self.task.kind == REGRESSION:
+            low, high = labels.min(), labels.max()
+            labels = (labels - low) / (high - low)
+        starts = range(0, len(order), PAIRS_PER_UPDATE)
+        for start in tqdm(starts, desc=f"Sentence-BERT, epoch {epoch}", disable=None, leave=False):
+            rows = order[start : start + PAIRS_PER_UPDATE]
+            sides = [self.model.preprocess([texts[row] for row in rows]) for texts in (examples.first, examples.second)]
+            loss = self.loss(sides, labels[rows])
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.loss.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.schedule.step()
+            sum_of_losses += loss.item()
+        return sum_of_losses / len(starts)
+
+    @torch.inference_mode()
+    def score(self, examples: Examples) -> np.ndarray:
+        """(pairs, 1) cosines, or (pairs, labels) logits, float32."""
+        self.loss.eval()
+        texts = list(dict.fromkeys(examples.first + examples.second))
+        place = {text: i for i, text in enumerate(texts)}
+        embeddings = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        u, v = (embeddings[[place[text] for text in side]] for side in (examples.first, examples.second))
+        if self.task.kind in (BINARY, REGRESSION):
+            return torch.cosine_similarity(u, v)[:, None].numpy()
+        return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).numpy()

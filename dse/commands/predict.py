@@ -1,0 +1,63 @@
+"""Predict a task's test set with a teacher or a student, as GLUE's leaderboard takes it.
+
+    python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
+
+Writes <output_dir>/MRPC.tsv (CoLA, SST-2, MRPC, QQP, STS-B, MNLI-m for mnli, MNLI-mm for mnli-mm, QNLI, RTE, WNLI, AX
+for diagnostic; a task of your own under its name): `index` from 0, and `prediction`, the label's name or a score.
+"""
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dse import cli
+from dse.files import InputError, check_writable
+from dse.processors import get_task, read_examples
+
+PROG = "python -m dse predict"
+logger = logging.getLogger("dse.predict")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
+    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
+    add("--data_dir", required=True, help="folder of the task's files")
+    add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
+    add("--threshold", type=cli.threshold, default=0.5, help="binary: positive above this probability")
+    cli.add_inference_flags(parser)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Refuse what cannot work, and read the rows, before anything heavy is loaded.
+    task = get_task(args.task_name)
+    check_writable(args.output_dir, "--output_dir")
+    cli.set_up_logging()
+    if task.test is None:
+        raise InputError(f"--task_name: {task.name} has no test file to predict")
+    # Every row must be answered: one that is skipped would shift the numbers of those after it.
+    rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
+    from dse.prediction import GLUE_FILES, answers, load_scorer, write_answers
+
+    # 2. Predict.
+    device = cli.select_device(args.disable_gpu, args.gpu_id)
+    score = load_scorer(args.model, task, device, args.batch_size)
+    logger.info("%d rows of %s on %s", len(rows), task.name, cli.describe_device(device))
+    predictions = answers(task, score(rows), args.threshold)
+
+    # 3. Write.
+    path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
+    write_answers(path, predictions)
+    told = Counter(predictions).most_common() if task.labels else []
+    logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in told) or f"{len(rows)} scores")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits with code 2 and one line when the input cannot be used."""
+    with cli.clear_errors(PROG):
+        run(parse_arguments(argv))

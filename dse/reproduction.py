@@ -1,0 +1,395 @@
+"""The paper's comparison: a teacher, its student, two controls and Sentence-BERT, per task and seed, each done once.
+
+    <output_dir>/mrpc_seed1/teacher.json   of a stage that is done: settings, results, hashes of inputs and files
+    <output_dir>/mrpc_seed1/teacher/       what its script wrote
+
+A stage counts as done while its record has the same settings and inputs and its files have their hashes; it is done
+again when what it was made from has changed. Where the settings themselves have, the folder is refused.
+
+    teacher, logits        finetune_bert.py, run_distillation_logits_creator.py
+    dse                    dse_train_runner.py with the preset's coefficient
+    labels_only            the same with coefficient 0: without teacher
+    logits_only            the same with coefficient 1: without labels
+    sentence_bert          baselines.py, where sentence-transformers is installed
+    rates                  pairs scored per second, of teacher and students side by side
+
+A student's checkpoints go when it is done; its best epoch stays, as a folder that loads.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dse import __version__
+from dse.cache import cache_name
+from dse.cli import select_device
+from dse.files import InputError, read_json, sha256_file, utc_stamp, write_text
+from dse.metrics import best_threshold, correlations, student_metrics
+from dse.pretrained import TRAINING, bert_config, last_part, read_training
+from dse.processors import BINARY, MULTICLASS, REGRESSION, Examples, Task, read_examples
+from dse.reporting import format_record, without_nan
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]  # of a stage: command, metrics by split, history
+FORMAT = "dse stage 1"
+MAX_SEQ_LENGTH = 128
+STUDENTS = {"dse": None, "labels_only": 0.0, "logits_only": 1.0}  # their coefficients; None: the preset's
+STAGES = ("teacher", "logits", *STUDENTS, "sentence_bert", "rates")
+NEEDS = {"logits": ("teacher",), **dict.fromkeys(STUDENTS, ("logits",)), "rates": ("teacher", *STUDENTS)}
+# Seconds per training pair and epoch (of the stages without epochs: per pair) for the 6-layer BERT on two cores, until
+# something was timed; in proportion to layers x hidden size^2 for other encoders.
+_SECONDS = {"teacher": 0.016, "logits": 0.005, "student": 0.02, "sentence_bert": 0.1, "rates": 0.01}
+_MEASURED_ON = 6 * 384**2
+_RATE_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is run: seeds by task, and the scripts' flags beyond data, model, paths and the head's last size."""
+
+    seeds: dict[str, tuple[int, ...]]
+    teacher: tuple[str, ...]
+    student: tuple[str, ...]
+
+    def epochs(self, stage: str) -> int:
+        """Passes over the training pairs; stages other than trainings make one."""
+        if stage not in ("teacher", *STUDENTS):
+            return 1
+        if stage == "teacher":
+            return int(value_of(self.teacher, "--num_train_epochs", "3"))
+        return int(value_of(self.student, "--epochs", "5"))
+
+    @property
+    def top_layers(self) -> int:
+        """Layers of the encoder that a student's pooler takes."""
+        return int(value_of(self.student, "--pooler_num_top_hidden_layers", "4"))
+
+
+def value_of(flags: tuple[str, ...], flag: str, default: str) -> str:
+    """The value that a flag has among flags, or its default."""
+    return flags[flags.index(flag) + 1] if flag in flags else default
+
+
+PRESETS = {
+    "small": Preset(
+        {"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)},
+        teacher=("--learning_rate", "5e-5", "--num_train_epochs", "3", "--gradient_accumulation_steps", "2"),
+        student=("--lr", "5e-5", "--epochs", "4"),
+    ),
+    "large": Preset(
+        dict.fromkeys(("mrpc", "sts-b", "qqp", "qnli", "mnli"), (42,)),
+        teacher=("--learning_rate", "2e-5", "--num_train_epochs", "3", "--gradient_accumulation_steps", "2"),
+        student=("--epochs", "8"),
+    ),
+}
+
+
+def has_sentence_transformers() -> bool:
+    return importlib.util.find_spec("sentence_transformers") is not None
+
+
+def labelled_test(task: Task, data_dir: Path) -> Examples | None:
+    """The test set with its labels, where they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
+    if task.test_label is not None and (data_dir / task.test).is_file():
+        return read_examples(task, data_dir, "test")
+    if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
+        with_labels = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
+        return read_examples(with_labels, data_dir, "labelled_test")
+    return None
+
+
+def measure(task: Task, outputs: dict[str, np.ndarray], sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
+    """Metrics by split of outputs in a student's form.
+
+    Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
+    on dev. Multiclass: accuracy. Regression: pearson, spearman.
+    """
+    labels = {split: np.array(rows.labels) for split, rows in sets.items()}
+    if task.kind == MULTICLASS:
+        return {split: student_metrics(task.kind, outputs[split], labels[split]) for split in sets}
+    if task.kind == REGRESSION:
+        return {
+            split: dict(zip(("pearson", "spearman"), correlations(outputs[split][:, 0], labels[split]), strict=True))
+            for split in sets
+        }
+    found: dict[str, dict[str, float]] = {split: {} for split in sets}
+    for name in ("f1", "accuracy"):
+        chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
+        for split in sets:
+            for prefix, above in (("", 0.0), ("tuned_", chosen)):
+                logits = (outputs[split] - above).astype(np.float64)
+                found[split][prefix + name] = student_metrics(BINARY, logits, labels[split])[f"{name}_0.5"]
+    return found
+
+
+class Work:
+    """The stages of a task and seed.
+
+    Args:
+        preset: its flags.
+        task, seed: of this work.
+        data_dir: the task's folder.
+        bert, bert_hashes: folder of the pre-trained encoder, and SHA-256 of its weights.
+        lower_case: whether it is uncased.
+        folder: where everything goes.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        task: Task,
+        seed: int,
+        data_dir: Path,
+        bert: Path,
+        bert_hashes: dict[str, str],
+        lower_case: bool,
+        folder: Path,
+    ) -> None:
+        self.preset, self.task, self.seed, self.data_dir = preset, task, seed, data_dir
+        self.bert, self.bert_hashes, self.lower_case, self.folder = bert, bert_hashes, lower_case, folder
+        self.train = read_examples(task, data_dir, "train")
+        test = labelled_test(task, data_dir)
+        self.sets = {"dev": read_examples(task, data_dir, "dev"), **({} if test is None else {"test": test})}
+        self.data = self.train.files + [entry for rows in self.sets.values() for entry in rows.files]
+        self.stages = [stage for stage in STAGES if stage != "sentence_bert" or has_sentence_transformers()]
+
+    # What is done
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """All that the user chose and that decides what a stage gives: flags, data, encoder."""
+        about = {"task": self.task.name, "seed": self.seed, "do_lower_case": self.lower_case,
+                 "data": self.data, "bert": self.bert_hashes}  # fmt: skip
+        if stage == "sentence_bert":
+            from dse.baselines import SETTINGS
+
+            return {**about, **SETTINGS}
+        return {**about, "flags": [*(self.student_flags(stage) if stage in STUDENTS else self.preset.teacher)]}
+
+    def student_flags(self, stage: str) -> tuple[str, ...]:
+        """A student's flags; a control has another coefficient."""
+        last, coefficient = str(self.task.num_student_outputs), STUDENTS[stage]
+        control = () if coefficient is None else ("--distillation_coeff", str(coefficient))
+        return (*self.preset.student, "--fc_dims", "512", last, *control)
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """What is known of a stage that was done."""
+        path = self.folder / f"{stage}.json"
+        record = read_json(path, "the record of a stage") if path.is_file() else None
+        if record is not None and record.get("format") != FORMAT:
+            raise InputError(f"{path}: no record that this version reads; name another --output_dir, or move it away")
+        return record
+
+    def inputs(self, stage: str) -> dict[str, Any]:
+        """Hashes of what a stage takes from those before it, which must be done."""
+        return {name: self.record(name)["files"] for name in NEEDS.get(stage, ())}
+
+    def check_settings(self) -> None:
+        """Raise InputError where a stage that is done had other settings, naming both."""
+        for stage in self.stages:
+            record = self.record(stage)
+            for key, value in self.settings(stage).items() if record else ():
+                there = record["settings"].get(key)
+                if there != value:
+                    raise InputError(
+                        f"--output_dir: {self.folder / stage} was made with {key} {there}, and now it is {value}; "
+                        "name another --output_dir, or remove what is there"
+                    )
+
+    def left(self) -> list[str]:
+        """The stages that are not done, or were made from something else than what is there, in order."""
+        left: list[str] = []
+        for stage in self.stages:
+            record = self.record(stage)
+            fresh = record is not None and not set(NEEDS.get(stage, ())) & set(left)
+            if not (fresh and record["inputs"] == self.inputs(stage) and self._is_whole(record)):
+                left.append(stage)
+        return left
+
+    def _is_whole(self, record: dict[str, Any]) -> bool:
+        files = [(self.folder / name, expected) for name, expected in record["files"].items()]
+        return all(path.is_file() and sha256_file(path) == expected for path, expected in files)
+
+    def expected_seconds(self, stage: str) -> float:
+        """How long a stage takes on the machine of _SECONDS."""
+        bert = bert_config(self.bert, "--bert_model")
+        size = bert["num_hidden_layers"] * bert["hidden_size"] ** 2 / _MEASURED_ON
+        each = _SECONDS["student" if stage in STUDENTS else stage]
+        return each * len(self.train) * self.preset.epochs(stage) * size
+
+    # Doing it
+
+    def do(self, stage: str) -> None:
+        """Do a stage, going on where it was stopped, and write its record."""
+        record, place = self.folder / f"{stage}.json", self.folder / stage
+        if record.exists():
+            logger.warning("%s is made again: its files, or what it was made from, have changed", place)
+            record.unlink()
+            shutil.rmtree(place, ignore_errors=True)
+        inputs, started = self.inputs(stage), time.monotonic()
+        result, files = self._student(stage) if stage in STUDENTS else getattr(self, f"_{stage}")()
+        # An epoch's seconds count what was done before a stop too.
+        seconds = sum(epoch["seconds"] for epoch in result.get("history", ())) or time.monotonic() - started
+        about = {
+            "format": FORMAT, "stage": stage, "finished": utc_stamp(), "seconds": seconds, **result,
+            "settings": self.settings(stage), "versions": versions(stage), "inputs": inputs,
+            "files": {str(path.relative_to(self.folder)): sha256_file(path) for path in files},
+        }  # fmt: skip
+        write_text(record, json.dumps(without_nan(about), indent=2) + "\n")
+        for checkpoint in place.glob("*/*.pt") if stage in STUDENTS else ():
+            checkpoint.unlink()
+
+    def _flags(self) -> list[str]:
+        casing = ["--do_lower_case"] if self.lower_case else []
+        return ["--task_name", self.task.name, "--data_dir", str(self.data_dir), *casing,
+                "--max_seq_length", str(MAX_SEQ_LENGTH)]  # fmt: skip
+
+    def _teacher(self) -> tuple[Result, list[Path]]:
+        import finetune_bert
+
+        folder = self.folder / "teacher"
+        command = call(
+            finetune_bert, *self._flags(), "--bert_model", self.bert, "--output_dir", folder, "--do_train", "--do_eval",
+            "--seed", self.seed, *self.preset.teacher, "--resume",
+        )  # fmt: skip
+        training = read_training(folder)
+        result = {"command": command, "history": training["history"], "metrics": self._measure(folder)}
+        return result, [folder / name for name in (*training["sha256"], TRAINING)]
+
+    def _logits(self) -> tuple[Result, list[Path]]:
+        import run_distillation_logits_creator
+
+        folder = self.folder / "logits"
+        cache = cache_name("train", last_part(str(self.bert)), MAX_SEQ_LENGTH, self.task.name, "joint")
+        command = call(
+            run_distillation_logits_creator, *self._flags(), "--train_features_path", self.data_dir / cache,
+            "--bert_checkpoint_dir", self.folder / "teacher", "--output_dir", folder,
+        )  # fmt: skip
+        return {"command": command}, [folder / "teacher_logits.pt"]
+
+    def _student(self, stage: str) -> tuple[Result, list[Path]]:
+        import dse_train_runner
+        from dse.checkpoint import load_checkpoint
+        from dse.sharing import read_config
+
+        command = call(
+            dse_train_runner, *self._flags(), "--bert_model", self.bert, "--random_seed", self.seed,
+            "--distillation_logits_path", self.folder / "logits" / "teacher_logits.pt", *self.student_flags(stage),
+            "--experiment_name", stage, "--checkpoint_dir", self.folder / stage, "--store_checkpoints", "--resume",
+        )  # fmt: skip
+        folder = self.model_folder(stage)
+        newest = max(folder.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+        result = {
+            "command": command, "history": load_checkpoint(newest)["trainer"]["history"],
+            "metrics": self._measure(folder), "best_epoch": read_config(folder)["origin"]["epoch"],
+        }  # fmt: skip
+        return result, sorted(path for path in folder.iterdir() if path.name != "README.md")
+
+    def _sentence_bert(self) -> tuple[Result, list[Path]]:
+        from dse.baselines import EPOCHS, SentenceBert
+
+        baseline = SentenceBert(self.bert, self.task, MAX_SEQ_LENGTH, self.seed)
+        baseline.prepare(len(self.train))
+        name = headline(self.task, tuned=True)
+        history, best = [], -math.inf
+        for epoch in range(EPOCHS):
+            started = time.monotonic()
+            loss = baseline.train_epoch(self.train, epoch)
+            outputs = {split: baseline.score(rows) for split, rows in self.sets.items()}
+            metrics = measure(self.task, outputs, self.sets)
+            if self.task.kind == BINARY:  # a cosine above 0 means nothing
+                metrics = {split: {n: v for n, v in found.items() if "tuned_" in n} for split, found in metrics.items()}
+            history.append({"epoch": epoch, "train": {"loss": loss}, "validation": metrics["dev"],
+                            "seconds": time.monotonic() - started})  # fmt: skip
+            logger.info("Sentence-BERT, epoch %d of 0 to %d: %s", epoch, EPOCHS - 1, format_record(history[-1]))
+            if metrics["dev"][name] > best:  # the epoch is chosen on dev, as a student's is
+                best, of_best = metrics["dev"][name], {"best_epoch": epoch, "metrics": metrics}
+        return {"history": history, **of_best}, []
+
+    def _rates(self) -> tuple[Result, list[Path]]:
+        """Pairs scored per second on dev: a teacher reads each pair, a student's head takes stored embeddings."""
+        from dse.prediction import load_scorer
+
+        rows, rates, device = self.sets["dev"], {}, select_device(False, 0)
+        variants = {"teacher": load_scorer(str(self.model_folder("teacher")), self.task, device)}
+        variants |= {stage: stored_scorer(self.model_folder(stage), rows, device) for stage in STUDENTS}
+        for _ in range(_RATE_REPEATS):
+            for stage, score in variants.items():
+                started = time.perf_counter()
+                score(rows)
+                rate = len(rows) / (time.perf_counter() - started)
+                rates[stage] = max(rates.get(stage, 0.0), rate)
+        return {"pairs_per_second": rates}, []
+
+    def model_folder(self, stage: str) -> Path:
+        """The teacher's folder, or a student's best epoch."""
+        if stage == "teacher":
+            return self.folder / stage
+        runs = sorted(self.folder.glob(f"{stage}/{stage}_*/best"))
+        if not runs:
+            raise InputError(f"--output_dir: {self.folder / stage} holds no student; remove the folder")
+        return runs[-1]
+
+    def _measure(self, folder: Path) -> dict[str, dict[str, float]]:
+        from dse.prediction import load_scorer
+
+        score = load_scorer(str(folder), self.task, select_device(False, 0))
+        return measure(self.task, {split: score(rows) for split, rows in self.sets.items()}, self.sets)
+
+
+def seconds_left(works: list[Work], left: list[tuple[Work, str]]) -> float:
+    """An estimate for the stages that are left, from what those that were done took here."""
+    done = [(work, stage, record) for work in works for stage in work.stages if (record := work.record(stage))]
+    expected = sum(work.expected_seconds(stage) for work, stage, _ in done)
+    pace = sum(record["seconds"] for *_, record in done) / expected if done else 1.0
+    return pace * sum(work.expected_seconds(stage) for work, stage in left)
+
+
+def call(script: Any, *flags: object) -> list[str]:
+    """Run a script through its main; the command line. What ends the script ends the command."""
+    argv = [str(flag) for flag in flags]
+    logger.info("python %s %s", script.PROG, shlex.join(argv))
+    script.main(argv)
+    return [script.PROG, *argv]
+
+
+def stored_scorer(folder: Path, rows: Examples, device: Any) -> Callable[[Examples], Any]:
+    """A student's head on embeddings of the rows that are stored already."""
+    import torch
+
+    from dse.models import DSESiameseClassifier
+
+    model = DSESiameseClassifier.from_pretrained(folder).to(device)
+    u, v = (model.encode(side, convert_to="tensor") for side in (rows.first, rows.second))
+    with torch.inference_mode():
+        return lambda _: model.siamese_head(u, v).cpu()
+
+
+def versions(stage: str) -> dict[str, str]:
+    """Of what computed a stage."""
+    packages = ["torch", "transformers", *(["sentence-transformers"] if stage == "sentence_bert" else [])]
+    return {"python": platform.python_version(), "dse": __version__, **{name: version(name) for name in packages}}
+
+
+def headline(task: Task, tuned: bool = False) -> str:
+    """The metric that degradation is measured on: f1 for mrpc and qqp, Pearson for regressions, else accuracy.
+
+    Args:
+        tuned: the one above the threshold chosen on dev, where there is one.
+    """
+    if task.kind == REGRESSION:
+        return "pearson"
+    name = "f1" if "f1" in task.metrics else "accuracy"
+    return f"tuned_{name}" if tuned and task.kind == BINARY else name

@@ -1,0 +1,272 @@
+"""`python -m dse reproduce`: the stages of a small comparison, what is skipped, and the numbers of the tables."""
+
+import json
+import math
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from conftest import write_task
+from sklearn.metrics import f1_score
+
+import dse_train_runner
+import finetune_bert
+from dse import reproduction, results, trainer
+from dse.commands import reproduce
+from dse.metrics import best_threshold
+from dse.processors import Examples, get_task
+from dse.sharing import read_config
+
+TINY = reproduction.Preset(
+    {"mrpc": (1, 2), "snli": (1,), "sts-b": (1,)},
+    teacher=("--learning_rate", "2e-3", "--num_train_epochs", "8", "--train_batch_size", "8"),
+    student=("--lr", "1e-3", "--epochs", "2", "--pooler_num_top_hidden_layers", "2", "--batch_size", "8"),
+)
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    """Tiny MRPC (with Microsoft's test file), SNLI and STS-B in one folder."""
+    folder = tmp_path_factory.mktemp("glue_data")
+    for name in TINY.seeds:
+        task = get_task(name)
+        write_task(folder / task.folder, task, rows=48)
+    shutil.copy(folder / "MRPC" / "dev.tsv", folder / "MRPC" / "msr_paraphrase_test.txt")
+    return folder
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(reproduction.PRESETS, "small", TINY)
+    monkeypatch.setattr(reproduction, "MAX_SEQ_LENGTH", 48)
+    monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: False)
+
+
+@pytest.fixture
+def flags(glue, bert, tmp_path, tiny_preset):
+    return ["--data_dir", str(glue), "--bert_model", str(bert), "--output_dir", str(tmp_path / "results"),
+            "--call", "snli=SICK"]  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the scripts that were run, in order."""
+    seen = []
+    import run_distillation_logits_creator
+
+    for script in (finetune_bert, run_distillation_logits_creator, dse_train_runner):
+        monkeypatch.setattr(
+            script, "main", lambda argv, own=script.main, name=script.PROG: (seen.append(name), own(argv))[1]
+        )
+    return seen
+
+
+def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
+    reproduce.main(flags)
+    folder = tmp_path / "results"
+    assert calls == [
+        "finetune_bert.py", "run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3,
+    ] * 4  # fmt: skip
+    found = json.loads((folder / "results.json").read_text())
+    assert next(iter(found)) == "average_relative_degradation"
+    assert found["complete"] is True
+
+    # Degradation by hand: of each task the mean over its seeds, then the mean over tasks.
+    by_task: dict = {}
+    for run, metric in [
+        ("mrpc_seed1", "f1"),
+        ("mrpc_seed2", "f1"),
+        ("snli_seed1", "accuracy"),
+        ("sts-b_seed1", "pearson"),
+    ]:
+        teacher, student = (
+            json.loads((folder / run / f"{stage}.json").read_text())["metrics"]["dev"][metric]
+            for stage in ("teacher", "dse")
+        )
+        if teacher:  # nothing can be compared with a 0
+            by_task.setdefault(run[:4], []).append((teacher - student) / teacher)
+    expected = np.mean([np.mean(values) for values in by_task.values()])
+    assert found["average_relative_degradation"] == pytest.approx(expected)
+    assert set(found["tasks"]) == {"mrpc", "SICK", "sts-b"}
+
+    # Records say what was run, and tell the same as the scripts.
+    record = json.loads((folder / "mrpc_seed2" / "dse.json").read_text())
+    best = next((folder / "mrpc_seed2" / "dse").glob("*/best"))
+    epoch = read_config(best)["origin"]["epoch"]
+    assert record["best_epoch"] == epoch
+    assert record["metrics"]["dev"]["f1"] == pytest.approx(record["history"][epoch]["validation"]["f1_0.5"])
+    assert record["metrics"]["test"] == record["metrics"]["dev"]  # its test file is a copy of dev
+    assert record["seconds"] == sum(each["seconds"] for each in record["history"])
+    assert record["command"][0] == "dse_train_runner.py"
+    assert not list((folder / "mrpc_seed2").glob("*/*/*.pt")), "checkpoints of a student that is done"
+    controls = {}
+    for stage in ("dse", "labels_only", "logits_only"):
+        command = json.loads((folder / "mrpc_seed1" / f"{stage}.json").read_text())["command"]
+        controls[stage] = (
+            command[command.index("--distillation_coeff") + 1] if "--distillation_coeff" in command else None
+        )
+    assert controls == {"dse": None, "labels_only": "0.0", "logits_only": "1.0"}
+    assert set(found["tasks"]["mrpc"]["pairs_per_second"]) == {"teacher", "dse", "labels_only", "logits_only"}
+    assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
+
+    # Nothing is done twice; what was spoiled, and what was made from it, is.
+    calls.clear()
+    before = (folder / "results.md").read_bytes()
+    reproduce.main(flags)
+    assert calls == []
+    assert (folder / "results.md").read_bytes() == before
+    logits = folder / "snli_seed1" / "logits" / "teacher_logits.pt"
+    logits.write_bytes(logits.read_bytes()[:-1])
+    reproduce.main(flags)
+    assert calls == ["run_distillation_logits_creator.py"], "the same bits again, so that the students stand"
+    assert (folder / "results.md").read_bytes() == before
+
+
+def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch, calls, capsys):
+    flags = [*flags, "--tasks", "mrpc", "--seeds", "3"]
+    update, made = trainer.Trainer.update, []
+
+    def stop_at(self, at=52):
+        update(self)
+        made.append(1)
+        if len(made) == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.Trainer, "update", stop_at)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(flags)
+    assert stop.value.code == 143
+    assert "the same command goes on with what is left" in capsys.readouterr().err
+    assert len(list((tmp_path / "results/mrpc_seed3/dse").glob("*/*_state_*.pt"))) > 0
+    calls.clear()
+    reproduce.main(flags)
+    assert calls == ["dse_train_runner.py"] * 3
+    # 48 pairs: 8 epochs of 6 updates for the teacher; 2 epochs of 3 for each of three students, none of them twice.
+    assert len(made) == 8 * 6 + 3 * 2 * 3
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["complete"] is True
+
+
+def test_other_settings_are_refused_with_both_values(flags, refused, monkeypatch):
+    flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]
+    reproduce.main(flags)
+    slower = reproduction.Preset(TINY.seeds, ("--learning_rate", "5e-4", *TINY.teacher[2:]), TINY.student)
+    monkeypatch.setitem(reproduction.PRESETS, "small", slower)
+    line = refused(reproduce.main, flags)
+    assert "2e-3" in line and "5e-4" in line and "--output_dir" in line
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--tasks", "mrpd"], "unknown task 'mrpd'"),
+        (["--tasks", "cola", "--seeds", "1"], "one sentence per row"),
+        (["--tasks", "qqp"], "--seeds: the preset small has none for qqp"),
+        (["--tasks", "rte", "--seeds", "1"], "RTE is no folder"),
+        (["--call", "snli"], "no TASK=NAME"),
+        (["--bert_model", "./nowhere"], "there is no folder ./nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(flags, refused, calls, extra, words):
+    assert words in refused(reproduce.main, [*flags, *extra])
+    assert calls == []
+
+
+def test_presets_are_the_settings_of_the_five_commands_and_the_issue():
+    large, small = reproduction.PRESETS["large"], reproduction.PRESETS["small"]
+    assert set(large.seeds) == {"mrpc", "sts-b", "qqp", "qnli", "mnli"}
+    assert (large.epochs("teacher"), large.epochs("dse"), large.epochs("logits")) == (3, 8, 1)
+    assert small.seeds == {"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)}
+    for preset in (large, small):  # the scripts take the flags
+        finetune_bert.parse_arguments(
+            [
+                "--data_dir",
+                "x",
+                "--bert_model",
+                "x",
+                "--task_name",
+                "x",
+                "--output_dir",
+                "x",
+                "--do_train",
+                *preset.teacher,
+            ]
+        )
+        dse_train_runner.parse_arguments(
+            ["--task_name", "x", "--data_dir", "x", "--distillation_logits_path", "x", *preset.student]
+        )
+
+
+def test_best_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(0)
+    for round_ in range(20):
+        labels = rng.integers(0, 2, 30)
+        scores = np.round(rng.normal(size=30) + labels, 1 if round_ % 2 else 6)  # with ties and without
+        cuts = [scores.min() - 1, *scores]
+        f1 = max(f1_score(labels, scores > cut, zero_division=0.0) for cut in cuts)
+        accuracy = max(((scores > cut) == labels).mean() for cut in cuts)
+        of_f1, of_accuracy = (best_threshold(name, scores, labels) for name in ("f1", "accuracy"))
+        assert f1_score(labels, scores > of_f1) == pytest.approx(f1)
+        assert ((scores > of_accuracy) == labels).mean() == pytest.approx(accuracy)
+
+
+def test_thresholds_come_from_dev():
+    sets = {
+        "dev": Examples(["a"] * 4, ["b"] * 4, [0, 0, 1, 1]),
+        "test": Examples(["a"] * 4, ["b"] * 4, [1, 0, 0, 1]),
+    }
+    outputs = {split: np.array([[1.0], [2.0], [3.0], [4.0]], np.float32) for split in sets}
+    found = reproduction.measure(get_task("mrpc"), outputs, sets)
+    assert found["dev"] == {"f1": pytest.approx(2 / 3), "tuned_f1": 1.0, "accuracy": 0.5, "tuned_accuracy": 1.0}
+    # above 2.5: two taken, one of them rightly, of two positives
+    assert found["test"]["tuned_f1"] == pytest.approx(0.5)
+    assert found["test"]["tuned_accuracy"] == 0.5
+
+
+def test_summary_by_hand():
+    def of(dev: float, test: float) -> dict:
+        metrics = {split: {"f1": v, "tuned_f1": v + 0.01} for split, v in (("dev", dev), ("test", test))}
+        return {"metrics": metrics, "seconds": 60.0}
+
+    records = [
+        {"teacher": of(0.80, 0.8), "dse": of(0.76, 0.8), "labels_only": of(0.74, 0.7)},
+        {"teacher": of(0.90, 0.8), "dse": of(0.90, 0.6), "labels_only": of(0.85, 0.7)},
+    ]
+    found = results.summarize_task(get_task("mrpc"), records)
+    assert found["degradation"]["dev"]["mean"] == pytest.approx((0.05 + 0) / 2)
+    assert found["degradation"]["dev"]["sd"] == pytest.approx(0.05 / math.sqrt(2))
+    assert found["degradation"]["test"]["mean"] == pytest.approx((0 + 0.25) / 2)
+    assert found["dse_minus_labels_only"]["dev"]["mean"] == pytest.approx((0.02 + 0.05) / 2)
+    assert found["dse_minus_sentence_bert"]["dev"] is None
+    assert found["table"]["dev"]["f1"]["teacher"] == {
+        "mean": pytest.approx(0.85),
+        "sd": pytest.approx(0.1 / math.sqrt(2)),
+        "n": 2,
+    }
+    assert found["minutes"]["dse"]["mean"] == 1.0
+
+
+def test_how_numbers_are_shown():
+    assert results.show({"mean": 0.8612, "sd": 0.0041, "n": 2}) == "0.861 ± 0.004"
+    assert results.show({"mean": -0.0123, "sd": None, "n": 1}, percent=True) == "-1.2 %"
+    assert results.show({"mean": 0.0123, "sd": 0.002, "n": 2}, percent=True) == "+1.2 % ± 0.2 %"
+    assert results.signed({"mean": 0.01, "sd": None, "n": 1}) == "+0.010"
+    assert results.show(None) == "-"
+    assert reproduce.duration(60 * 125) == "2 h 05 min"
+    assert reproduce.duration(50) == "1 min"
+
+
+def test_the_estimate_follows_what_was_measured(flags, tmp_path):
+    class Fake:
+        def __init__(self, records):
+            self.records, self.stages = records, ["teacher", "dse"]
+
+        def record(self, stage):
+            return self.records.get(stage)
+
+        def expected_seconds(self, stage):
+            return {"teacher": 10.0, "dse": 40.0}[stage]
+
+    new, begun = Fake({}), Fake({"teacher": {"seconds": 25.0}})
+    assert reproduction.seconds_left([new], [(new, "teacher"), (new, "dse")]) == 50.0
+    assert reproduction.seconds_left([new, begun], [(begun, "dse")]) == 100.0  # two and a half times as long
