@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="let the schedule count updates, not batches as the original's",
     )
-    add("--embedding_dropout", type=cli.share, help="of the pooled vector, in training; not given: the encoder's own")
+    add("--dropout", type=cli.dropout_rate, help="rate in all of the encoder and of its embeddings; not given: its own")
     add("--distillation_coeff", type=cli.share, default=0.5, help="weight of the teacher's logits against the labels")
     add("--tune_positive_thresholds", type=cli.threshold, nargs="+", default=[0.5], help="binary: positive above these")
     add("--run_evaluation_before_fine_tune", action="store_true", help="log an evaluation before training")
@@ -213,14 +213,14 @@ def make_features(
 
 def make_model(args: argparse.Namespace, start: Start) -> "DSESiameseClassifier":
     from dse.checkpoint import student_from_checkpoint
-    from dse.models import new_student
+    from dse.models import new_student, set_dropout
 
     if start.checkpoint is not None:
         model, _ = student_from_checkpoint(start.checkpoint)
     else:
         model = new_student(start.bert_folder, start.config)
-    if args.embedding_dropout is not None:
-        model.dse_model.bert.dropout.p = args.embedding_dropout
+    if args.dropout is not None:
+        set_dropout(model, args.dropout)
     if args.gradient_checkpointing:
         model.dse_model.bert.bert.activation_checkpointing_enable()
     return model

@@ -115,6 +115,14 @@ def share(text: str) -> float:
     return number
 
 
+def dropout_rate(text: str) -> float:
+    """A flag's type: a number in [0, 1): at 1 nothing would be left."""
+    number = share(text)
+    if number == 1:
+        raise argparse.ArgumentTypeError(f"{text} drops everything: give less")
+    return number
+
+
 def threshold(text: str) -> float:
     """A flag's type: a number in (0, 1), the ends excluded."""
     number = _number(text)
@@ -211,6 +219,22 @@ def add_precision_flags(parser: argparse.ArgumentParser) -> None:
     """Mixed precision for training."""
     parser.add_argument("--fp16", action="store_true", help="mixed precision with float16, CUDA only")
     parser.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
+
+
+def _new_name(text: str) -> tuple[str, str]:
+    """A flag's type: TASK=NAME."""
+    task, _, name = text.partition("=")
+    if not (task and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is no TASK=NAME")
+    return task.lower(), file_word(name)
+
+
+def add_call_flag(parser: argparse.ArgumentParser) -> None:
+    """Other names for tasks in tables: `dict(args.call)` has them by task."""
+    parser.add_argument(
+        "--call", type=_new_name, action="append", default=[], metavar="TASK=NAME",
+        help="what a task is called in the results, as snli=SICK where that lies in its folder",
+    )  # fmt: skip
 
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:

@@ -154,6 +154,15 @@ def empty_student(config: DSEConfig) -> DSESiameseClassifier:
     return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))
 
 
+def set_dropout(model: DSESiameseClassifier, rate: float) -> None:
+    """Another rate for all dropout: of the embeddings, and in the encoder, where packed batches read its config."""
+    config = model.dse_model.bert.bert.config
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = rate
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
 def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Logits (batch, labels) of a BertForSequenceClassification, from padded or packed inputs."""
     if "packed" not in inputs:

@@ -62,8 +62,12 @@ def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: in
 
 
 def bag_of_words(training_texts: list[str]) -> Embedder:
-    """Counts of the words of the training texts."""
-    return CountVectorizer(token_pattern=r"(?u)\b\w+\b").fit(training_texts).transform
+    """Counts of the words of the training texts. Raises InputError where they have none."""
+    counter = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    try:
+        return counter.fit(training_texts).transform
+    except ValueError as error:
+        raise InputError(f"--data_dir: no bag of words of {len(training_texts)} texts ({error})") from error
 
 
 def cosine_correlations(embed: Embedder, rows: Examples) -> dict[str, float]:

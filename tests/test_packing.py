@@ -11,7 +11,7 @@ from dse import evaluation, packing
 from dse.config import POOLER_TYPES, DSEConfig
 from dse.evaluation import by_length, embed_texts, predict, predict_pairs
 from dse.features import JointFeatures, Ragged, SeparateFeatures
-from dse.models import DSESiameseClassifier, empty_student, teacher_logits
+from dse.models import DSESiameseClassifier, empty_student, set_dropout, teacher_logits
 from dse.packing import keep_factors, pack
 
 LENGTHS = [3, 12, 7, 7, 2, 9, 4, 5, 12, 3, 6]  # in two groups, both with padding
@@ -193,6 +193,20 @@ def test_dropout_comes_where_the_padded_model_has_it(pooler, monkeypatch):
         packing, "keep_factors", lambda shapes, rate, device, dtype: [torch.full(shape, 1 + rate) for shape in shapes]
     )
     assert_same(lambda inputs: model(**inputs), separate(), model)
+
+
+def test_a_rate_that_was_set_is_the_rate_everywhere():
+    """Without dropout training gives evaluation's numbers, packed and padded; with it, neither does."""
+    model = student_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    features = separate()
+    for padding in ("packed", "batch"):
+        features.padding = padding
+        inputs = features.batch(np.arange(11))
+        for rate, same in ((0.0, True), (0.5, False)):
+            set_dropout(model, rate)
+            outputs = model.train().embed(**inputs)
+            # by rounding: without gradients transformers takes another kernel
+            assert torch.allclose(outputs, model.eval().embed(**inputs), atol=1e-5) == same
 
 
 def test_dropout_follows_the_mode():

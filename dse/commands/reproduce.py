@@ -37,22 +37,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", default="results", help="where everything goes, and is found again")
     add("--tasks", type=comma_list, help="e.g. mrpc,sts-b; not given: the preset's")
     add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
-    add("--call", type=new_name, action="append", default=[], metavar="TASK=NAME",
-        help="what a task is called in the results, as snli=SICK where that lies in its folder")  # fmt: skip
+    cli.add_call_flag(parser)
     return parser.parse_args(argv)
 
 
 def comma_list(text: str) -> list[str]:
     """A flag's type: words with commas between them."""
     return [word for word in text.split(",") if word]
-
-
-def new_name(text: str) -> tuple[str, str]:
-    """A flag's type: TASK=NAME."""
-    task, _, name = text.partition("=")
-    if not (task and name):
-        raise argparse.ArgumentTypeError(f"{text!r} is no TASK=NAME")
-    return task.lower(), cli.file_word(name)
 
 
 def duration(seconds: float) -> str:

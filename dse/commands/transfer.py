@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bert_model", default="", help="the encoder as downloaded; empty: the one of the student's training")
     add("--max_rows", type=cli.whole_number(10), default=20_000, help="training rows of a task, from its start")
     add("--output", default="", help="JSON file for the numbers")
+    cli.add_call_flag(parser)
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -78,19 +79,20 @@ def run(args: argparse.Namespace) -> None:
 
     # 2. Each task, with each kind of embeddings.
     found: dict[str, dict[str, Any]] = {}
+    names = dict(args.call)
     embedders: dict[str, Embedder] = {
         "DSE": transfer.student_embedder(student, args.batch_size), BASELINES[0]: encoder,
     }  # fmt: skip
     if similar is not None:
         words = transfer.bag_of_words(similar.first + similar.second)
-        found["STS-B"] = {
+        found[names.get(sts.name, sts.folder)] = {
             name: {"dev": transfer.cosine_correlations(embed, similar)}
             for name, embed in {**embedders, BASELINES[1]: words}.items()
         }
     for task, (train, sets) in data.items():
         words = transfer.bag_of_words(train.first + (train.second or []))
         logger.info("%s: %s", task.name, ", ".join(f"{s} {len(rows)}" for s, rows in {"train": train, **sets}.items()))
-        found[task.folder] = {
+        found[names.get(task.name, task.folder)] = {
             name: transfer.probe(embed, task, train, sets) for name, embed in {**embedders, BASELINES[1]: words}.items()
         }
 
