@@ -78,3 +78,9 @@ def _plot(figure_class: Any, history: list[Record], folder: Path, experiment: st
 def markdown_table(header: Sequence[str], rows: list[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def duration(seconds: float) -> str:
+    """ "2 h 05 min" or "7 min"."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -15,7 +15,7 @@ from typing import Any
 
 from dse.files import write_text
 from dse.processors import Task
-from dse.reporting import markdown_table, without_nan
+from dse.reporting import duration, markdown_table, without_nan
 from dse.reproduction import STAGES, Work, headline
 
 logger = logging.getLogger(__name__)
@@ -186,14 +186,31 @@ def to_markdown(results: dict[str, Any]) -> str:
     ]
     sides = ("dev", "test")
     return "\n\n".join([
-        "" if results["complete"] else "Not complete: what has been done so far.\n",
+        introduction(results),
         markdown_table(("task", "metric", *MODELS.values()), quality),
         markdown_table(
             ("task", *(f"degradation, {side}" for side in sides), *(f"DSE - labels alone, {side}" for side in sides),
              *(f"DSE - Sentence-BERT, {side}" for side in sides)), compared,
         ),
         markdown_table(("minutes per run", *(MODELS.get(stage, stage) for stage in TIMED)), minutes),
-    ]).lstrip() + "\n"  # fmt: skip
+    ]) + "\n"  # fmt: skip
+
+
+def introduction(results: dict[str, Any]) -> str:
+    """What was run, where, with which seeds, and how long all of it took."""
+    runs, seeds = results["runs"], {}
+    for run in runs:
+        seeds.setdefault(run["task"], {})[str(run["seed"])] = None
+    names = {task["task"]: name for name, task in results["tasks"].items()}
+    of_tasks = "; ".join(f"{names[task]} {', '.join(of_task)}" for task, of_task in seeds.items())
+    versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
+    took = duration(sum(run["seconds"] for run in runs))
+    where = results["machine"]["gpu"] or f"CPU, {results['machine']['threads']} threads"
+    state = "" if results["complete"] else "Not complete: what has been done so far. "
+    return (
+        f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
+        f"seeds ({of_tasks}). Epochs are chosen on dev."
+    )
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:

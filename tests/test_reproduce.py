@@ -16,6 +16,7 @@ from dse import reproduction, results, trainer
 from dse.commands import reproduce
 from dse.metrics import best_threshold
 from dse.processors import Examples, get_task
+from dse.reporting import duration
 from dse.sharing import read_config
 
 TINY = reproduction.Preset(
@@ -252,8 +253,8 @@ def test_how_numbers_are_shown():
     assert results.show({"mean": 0.0123, "sd": 0.002, "n": 2}, percent=True) == "+1.2 % ± 0.2 %"
     assert results.signed({"mean": 0.01, "sd": None, "n": 1}) == "+0.010"
     assert results.show(None) == "-"
-    assert reproduce.duration(60 * 125) == "2 h 05 min"
-    assert reproduce.duration(50) == "1 min"
+    assert duration(60 * 125) == "2 h 05 min"
+    assert duration(50) == "1 min"
 
 
 def test_the_estimate_follows_what_was_measured(flags, tmp_path):

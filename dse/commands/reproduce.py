@@ -19,6 +19,7 @@ from dse.config import check_fits_bert
 from dse.files import InputError, check_writable, sha256_file
 from dse.pretrained import bert_config, find_bert, load_tokenizer, saved_casing, weight_files
 from dse.processors import check_sentence_pairs, get_task
+from dse.reporting import duration
 
 if TYPE_CHECKING:
     from dse.reproduction import Work
@@ -44,12 +45,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def comma_list(text: str) -> list[str]:
     """A flag's type: words with commas between them."""
     return [word for word in text.split(",") if word]
-
-
-def duration(seconds: float) -> str:
-    """ "2 h 05 min" or "7 min"."""
-    minutes = max(1, round(seconds / 60))
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def make_works(args: argparse.Namespace) -> "list[Work]":
