@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dse import cli, stopping
+from dse import cli, parallel, stopping
 from dse.config import check_fits_bert
 from dse.files import InputError, check_writable, sha256_file
 from dse.pretrained import bert_config, find_bert, load_tokenizer, saved_casing, weight_files
@@ -74,6 +74,8 @@ def make_works(args: argparse.Namespace) -> "list[Work]":
 
 def run(args: argparse.Namespace, command: str) -> None:
     # 1. Refuse what cannot work, and read the data, before any work.
+    if parallel.launched():
+        raise InputError("torchrun: this command runs its stages in one process; run the scripts themselves with it")
     check_writable(args.output_dir, "--output_dir")
     cli.set_up_logging()
     works = make_works(args)
