@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dse.files import load_tensors, save_tensors
 from dse.processors import BINARY, REGRESSION, Examples, Task
 from dse.trainer import epoch_order
 
@@ -29,13 +30,14 @@ EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = 4, 32, 5e-5, 0.1, 0.01
 SETTINGS = {"epochs": EPOCHS, "pairs_per_update": PAIRS_PER_UPDATE, "rate": RATE, "warmup": WARMUP, "decay": DECAY}
 
 
-def sentence_transformer(bert_folder: Path, max_seq_length: int) -> "SentenceTransformer":
+def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> "SentenceTransformer":
     """The same encoder with mean pooling in sentence-transformers (tried with 6.2), which must be installed."""
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    encoder = models.Transformer(str(bert_folder), max_seq_length=max_seq_length)
+    encoder = Transformer(str(bert_folder), max_seq_length=max_seq_length)
     return SentenceTransformer(
-        modules=[encoder, models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device="cpu"
+        modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device=device
     )
 
 
@@ -47,14 +49,15 @@ class SentenceBert:
         task: of pairs.
         max_seq_length: token ids per sentence.
         seed: of the order of the rows, dropout and SoftmaxLoss's layer.
+        device: where it is trained.
     """
 
-    def __init__(self, bert_folder: Path, task: Task, max_seq_length: int, seed: int) -> None:
+    def __init__(self, bert_folder: Path, task: Task, max_seq_length: int, seed: int, device: torch.device) -> None:
         from sentence_transformers.sentence_transformer import losses
 
         torch.manual_seed(seed)
-        self.task, self.seed = task, seed
-        self.model = sentence_transformer(bert_folder, max_seq_length)
+        self.task, self.seed, self.device = task, seed, device
+        self.model = sentence_transformer(bert_folder, max_seq_length, str(device))
         if task.kind == BINARY:
             self.loss: Any = losses.OnlineContrastiveLoss(self.model)
         elif task.kind == REGRESSION:
@@ -62,6 +65,7 @@ class SentenceBert:
         else:
             size = self.model.get_embedding_dimension()
             self.loss = losses.SoftmaxLoss(self.model, size, len(task.labels))
+        self.loss.to(device)
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
         """Make the optimizer and its schedule, for so many pairs and epochs."""
@@ -78,8 +82,28 @@ class SentenceBert:
             self.optimizer, lambda n: n / warmup if n < warmup else (total - n) / max(1, total - warmup)
         )
 
+    @property
+    def rate(self) -> float:
+        """The rate that the next update will use."""
+        return self.schedule.get_last_lr()[0]
+
+    def save(self, path: Path, history: list[dict[str, Any]]) -> None:
+        """Write the state after an epoch, and the epochs' records."""
+        parts = {name: getattr(self, name).state_dict() for name in ("loss", "optimizer", "schedule")}
+        save_tensors(path, {**parts, "rng": torch.get_rng_state(), "history": history})
+
+    def load(self, path: Path) -> list[dict[str, Any]]:
+        """Go on from what `save` wrote; the epochs' records. Raises InputError for a spoiled file."""
+        state = load_tensors(path, f"{path} is spoiled: remove it, and the training of Sentence-BERT begins again")
+        for name in ("loss", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        return state["history"]
+
     def train_epoch(self, examples: Examples, epoch: int) -> float:
         """One pass over all pairs in random order; the mean loss of its updates."""
+        from sentence_transformers import util
+
         self.loss.train()
         order, sum_of_losses = epoch_order(len(examples), self.seed, epoch), 0.0
         labels = torch.tensor(examples.labels)
@@ -89,8 +113,11 @@ class SentenceBert:
         starts = range(0, len(order), PAIRS_PER_UPDATE)
         for start in tqdm(starts, desc=f"Sentence-BERT, epoch {epoch}", disable=None, leave=False):
             rows = order[start : start + PAIRS_PER_UPDATE]
-            sides = [self.model.preprocess([texts[row] for row in rows]) for texts in (examples.first, examples.second)]
-            loss = self.loss(sides, labels[rows])
+            sides = [
+                util.batch_to_device(self.model.preprocess([texts[row] for row in rows]), self.device)
+                for texts in (examples.first, examples.second)
+            ]
+            loss = self.loss(sides, labels[rows].to(self.device))
             loss.backward()
             nn.utils.clip_grad_norm_(self.loss.parameters(), 1.0)
             self.optimizer.step()
@@ -108,5 +135,5 @@ class SentenceBert:
         embeddings = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
         u, v = (embeddings[[place[text] for text in side]] for side in (examples.first, examples.second))
         if self.task.kind in (BINARY, REGRESSION):
-            return torch.cosine_similarity(u, v)[:, None].numpy()
-        return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).numpy()
+            return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
+        return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).cpu().numpy()

@@ -90,7 +90,9 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
 def check_same_flags(then: dict[str, Any], now: dict[str, Any], but: str = "") -> None:
     """Raise InputError, naming both values, for a flag that changed."""
     for flag, value in now.items():
-        there = then.get(flag, value)
+        there = then.get(flag)
+        if flag not in then and value in (None, False):  # a run from before the flag had it not
+            continue
         if flag != but and not same_value(there, value):
             raise InputError(
                 f"--{flag}: {value} now, {there} in the run: going on needs the same flags"

@@ -33,11 +33,9 @@ from typing import Any
 import numpy as np
 
 from dse import __version__
-from dse.cache import cache_name
 from dse.cli import select_device
-from dse.files import InputError, read_json, sha256_file, utc_stamp, write_text
-from dse.metrics import best_threshold, correlations, student_metrics
-from dse.pretrained import TRAINING, bert_config, last_part, read_training
+from dse.files import InputError, one_line, read_json, sha256_file, utc_stamp, write_text
+from dse.pretrained import TRAINING, bert_config, read_training
 from dse.processors import BINARY, MULTICLASS, REGRESSION, Examples, Task, read_examples
 from dse.reporting import format_record, without_nan
 
@@ -54,6 +52,7 @@ NEEDS = {"logits": ("teacher",), **dict.fromkeys(STUDENTS, ("logits",)), "rates"
 _SECONDS = {"teacher": 0.016, "logits": 0.005, "student": 0.02, "sentence_bert": 0.1, "rates": 0.01}
 _MEASURED_ON = 6 * 384**2
 _RATE_REPEATS = 3
+_PAIRS_PER_STEP = 4096  # of the head
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,19 @@ class Preset:
     teacher: tuple[str, ...]
     student: tuple[str, ...]
 
+    def flags(self, stage: str, task: Task) -> list[str]:
+        """The flags of a stage's script; a control has another coefficient."""
+        if stage not in STUDENTS:
+            return list(self.teacher)
+        coefficient = STUDENTS[stage]
+        control = () if coefficient is None else ("--distillation_coeff", str(coefficient))
+        return [*self.student, "--fc_dims", "512", str(task.num_student_outputs), *control]
+
     def epochs(self, stage: str) -> int:
         """Passes over the training pairs; stages other than trainings make one."""
-        if stage not in ("teacher", *STUDENTS):
-            return 1
         if stage == "teacher":
             return int(value_of(self.teacher, "--num_train_epochs", "3"))
-        return int(value_of(self.student, "--epochs", "5"))
+        return int(value_of(self.student, "--epochs", "5")) if stage in STUDENTS else 1
 
     @property
     def top_layers(self) -> int:
@@ -103,8 +108,25 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """The pre-trained BERT that all begin with."""
+
+    folder: Path
+    hashes: dict[str, str]  # SHA-256 of its weights and configuration, and its tokenizer's key
+    lower_case: bool
+
+
 def has_sentence_transformers() -> bool:
-    return importlib.util.find_spec("sentence_transformers") is not None
+    """Is a sentence-transformers installed that the baseline can use?"""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return False
+    try:
+        from sentence_transformers.sentence_transformer import losses  # noqa: F401
+    except ImportError as error:
+        logger.warning("sentence-transformers %s is not 6.x: %s", version("sentence-transformers"), one_line(error))
+        return False
+    return True
 
 
 def labelled_test(task: Task, data_dir: Path) -> Examples | None:
@@ -123,6 +145,8 @@ def measure(task: Task, outputs: dict[str, np.ndarray], sets: dict[str, Examples
     Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
     on dev. Multiclass: accuracy. Regression: pearson, spearman.
     """
+    from dse.metrics import best_threshold, correlations, student_metrics
+
     labels = {split: np.array(rows.labels) for split, rows in sets.items()}
     if task.kind == MULTICLASS:
         return {split: student_metrics(task.kind, outputs[split], labels[split]) for split in sets}
@@ -136,7 +160,7 @@ def measure(task: Task, outputs: dict[str, np.ndarray], sets: dict[str, Examples
         chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
         for split in sets:
             for prefix, above in (("", 0.0), ("tuned_", chosen)):
-                logits = (outputs[split] - above).astype(np.float64)
+                logits = outputs[split].astype(np.float64) - above
                 found[split][prefix + name] = student_metrics(BINARY, logits, labels[split])[f"{name}_0.5"]
     return found
 
@@ -148,9 +172,9 @@ class Work:
         preset: its flags.
         task, seed: of this work.
         data_dir: the task's folder.
-        bert, bert_hashes: folder of the pre-trained encoder, and SHA-256 of its weights.
-        lower_case: whether it is uncased.
+        encoder: what teacher, students and Sentence-BERT begin with.
         folder: where everything goes.
+        stages: those to do, of STAGES.
     """
 
     def __init__(
@@ -159,60 +183,57 @@ class Work:
         task: Task,
         seed: int,
         data_dir: Path,
-        bert: Path,
-        bert_hashes: dict[str, str],
-        lower_case: bool,
+        encoder: Encoder,
         folder: Path,
+        stages: list[str],
     ) -> None:
-        self.preset, self.task, self.seed, self.data_dir = preset, task, seed, data_dir
-        self.bert, self.bert_hashes, self.lower_case, self.folder = bert, bert_hashes, lower_case, folder
+        self.preset, self.task, self.seed, self.encoder, self.stages = preset, task, seed, encoder, stages
+        self.data_dir, self.folder = data_dir.resolve(), folder.resolve()  # however they are spelled next time
         self.train = read_examples(task, data_dir, "train")
         test = labelled_test(task, data_dir)
         self.sets = {"dev": read_examples(task, data_dir, "dev"), **({} if test is None else {"test": test})}
-        self.data = self.train.files + [entry for rows in self.sets.values() for entry in rows.files]
-        self.stages = [stage for stage in STAGES if stage != "sentence_bert" or has_sentence_transformers()]
+        others = [{"file": name, "sha256": sha256_file(data_dir / name)} for _, name in task.also_validate]
+        self.data = self.train.files + self.sets["dev"].files + others  # what the scripts read
 
     # What is done
 
     def settings(self, stage: str) -> dict[str, Any]:
         """All that the user chose and that decides what a stage gives: flags, data, encoder."""
-        about = {"task": self.task.name, "seed": self.seed, "do_lower_case": self.lower_case,
-                 "data": self.data, "bert": self.bert_hashes}  # fmt: skip
+        about = {"task": self.task.name, "seed": self.seed, "data": self.data, "bert": self.encoder.hashes,
+                 "do_lower_case": self.encoder.lower_case}  # fmt: skip
         if stage == "sentence_bert":
             from dse.baselines import SETTINGS
 
             return {**about, **SETTINGS}
-        return {**about, "flags": [*(self.student_flags(stage) if stage in STUDENTS else self.preset.teacher)]}
-
-    def student_flags(self, stage: str) -> tuple[str, ...]:
-        """A student's flags; a control has another coefficient."""
-        last, coefficient = str(self.task.num_student_outputs), STUDENTS[stage]
-        control = () if coefficient is None else ("--distillation_coeff", str(coefficient))
-        return (*self.preset.student, "--fc_dims", "512", last, *control)
+        return {**about, "flags": self.preset.flags(stage, self.task)}
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What is known of a stage that was done."""
-        path = self.folder / f"{stage}.json"
-        record = read_json(path, "the record of a stage") if path.is_file() else None
-        if record is not None and record.get("format") != FORMAT:
-            raise InputError(f"{path}: no record that this version reads; name another --output_dir, or move it away")
-        return record
+        return read_record(self.folder / f"{stage}.json")
 
     def inputs(self, stage: str) -> dict[str, Any]:
-        """Hashes of what a stage takes from those before it, which must be done."""
-        return {name: self.record(name)["files"] for name in NEEDS.get(stage, ())}
+        """Hashes of what a stage takes from those before it, which must be done; what JSON tells of them aside."""
+        return {
+            name: {file: key for file, key in self.record(name)["files"].items() if not file.endswith(".json")}
+            for name in NEEDS.get(stage, ())
+        }
 
     def check_settings(self) -> None:
         """Raise InputError where a stage that is done had other settings, naming both."""
         for stage in self.stages:
             record = self.record(stage)
-            for key, value in self.settings(stage).items() if record else ():
+            if record is None:
+                continue
+            for key, value in self.settings(stage).items():
                 there = record["settings"].get(key)
                 if there != value:
                     raise InputError(
                         f"--output_dir: {self.folder / stage} was made with {key} {there}, and now it is {value}; "
                         "name another --output_dir, or remove what is there"
                     )
+            unmeasured = set(self.sets) - set(record.get("metrics", self.sets))
+            if unmeasured:
+                logger.warning("%s was done before the labels of %s were there", self.folder / stage, *unmeasured)
 
     def left(self) -> list[str]:
         """The stages that are not done, or were made from something else than what is there, in order."""
@@ -230,7 +251,7 @@ class Work:
 
     def expected_seconds(self, stage: str) -> float:
         """How long a stage takes on the machine of _SECONDS."""
-        bert = bert_config(self.bert, "--bert_model")
+        bert = bert_config(self.encoder.folder, "--bert_model")
         size = bert["num_hidden_layers"] * bert["hidden_size"] ** 2 / _MEASURED_ON
         each = _SECONDS["student" if stage in STUDENTS else stage]
         return each * len(self.train) * self.preset.epochs(stage) * size
@@ -239,26 +260,36 @@ class Work:
 
     def do(self, stage: str) -> None:
         """Do a stage, going on where it was stopped, and write its record."""
-        record, place = self.folder / f"{stage}.json", self.folder / stage
+        record, place, spent = (self.folder / f"{stage}{end}" for end in (".json", "", ".seconds"))
         if record.exists():
             logger.warning("%s is made again: its files, or what it was made from, have changed", place)
-            record.unlink()
-            shutil.rmtree(place, ignore_errors=True)
+            if place.exists():
+                shutil.rmtree(place)
+            record.unlink()  # last: while it is there, a stop in between begins here again
         inputs, started = self.inputs(stage), time.monotonic()
-        result, files = self._student(stage) if stage in STUDENTS else getattr(self, f"_{stage}")()
-        # An epoch's seconds count what was done before a stop too.
-        seconds = sum(epoch["seconds"] for epoch in result.get("history", ())) or time.monotonic() - started
+        before = float(spent.read_text()) if spent.is_file() else 0.0
+        try:
+            result, files = self._student(stage) if stage in STUDENTS else getattr(self, f"_{stage}")()
+        except BaseException:
+            place.mkdir(parents=True, exist_ok=True)
+            write_text(spent, str(before + time.monotonic() - started))
+            raise
         about = {
-            "format": FORMAT, "stage": stage, "finished": utc_stamp(), "seconds": seconds, **result,
-            "settings": self.settings(stage), "versions": versions(stage), "inputs": inputs,
+            "format": FORMAT, "stage": stage, "finished": utc_stamp(), "seconds": before + time.monotonic() - started,
+            **result, "settings": self.settings(stage), "versions": versions(stage), "inputs": inputs,
             "files": {str(path.relative_to(self.folder)): sha256_file(path) for path in files},
         }  # fmt: skip
         write_text(record, json.dumps(without_nan(about), indent=2) + "\n")
-        for checkpoint in place.glob("*/*.pt") if stage in STUDENTS else ():
-            checkpoint.unlink()
+        spent.unlink(missing_ok=True)
+        self.tidy(stage)
+
+    def tidy(self, stage: str) -> None:
+        """Remove the states of a stage that is done, which nothing needs any more."""
+        for state in (self.folder / stage).glob("*.pt" if stage == "sentence_bert" else "*/*.pt"):
+            state.unlink()
 
     def _flags(self) -> list[str]:
-        casing = ["--do_lower_case"] if self.lower_case else []
+        casing = ["--do_lower_case"] if self.encoder.lower_case else []
         return ["--task_name", self.task.name, "--data_dir", str(self.data_dir), *casing,
                 "--max_seq_length", str(MAX_SEQ_LENGTH)]  # fmt: skip
 
@@ -267,8 +298,8 @@ class Work:
 
         folder = self.folder / "teacher"
         command = call(
-            finetune_bert, *self._flags(), "--bert_model", self.bert, "--output_dir", folder, "--do_train", "--do_eval",
-            "--seed", self.seed, *self.preset.teacher, "--resume",
+            finetune_bert, *self._flags(), "--bert_model", self.encoder.folder, "--output_dir", folder, "--do_train",
+            "--do_eval", "--seed", self.seed, *self.preset.flags("teacher", self.task), "--resume",
         )  # fmt: skip
         training = read_training(folder)
         result = {"command": command, "history": training["history"], "metrics": self._measure(folder)}
@@ -278,12 +309,12 @@ class Work:
         import run_distillation_logits_creator
 
         folder = self.folder / "logits"
-        cache = cache_name("train", last_part(str(self.bert)), MAX_SEQ_LENGTH, self.task.name, "joint")
         command = call(
-            run_distillation_logits_creator, *self._flags(), "--train_features_path", self.data_dir / cache,
+            run_distillation_logits_creator, *self._flags(), "--train_features_path", folder / "features",
             "--bert_checkpoint_dir", self.folder / "teacher", "--output_dir", folder,
         )  # fmt: skip
-        return {"command": command}, [folder / "teacher_logits.pt"]
+        (folder / "features").unlink()
+        return {"command": command}, [folder / f"teacher_logits.{end}" for end in ("pt", "json")]
 
     def _student(self, stage: str) -> tuple[Result, list[Path]]:
         import dse_train_runner
@@ -291,8 +322,9 @@ class Work:
         from dse.sharing import read_config
 
         command = call(
-            dse_train_runner, *self._flags(), "--bert_model", self.bert, "--random_seed", self.seed,
-            "--distillation_logits_path", self.folder / "logits" / "teacher_logits.pt", *self.student_flags(stage),
+            dse_train_runner, *self._flags(), "--bert_model", self.encoder.folder, "--random_seed", self.seed,
+            "--distillation_logits_path", self.folder / "logits" / "teacher_logits.pt",
+            *self.preset.flags(stage, self.task),
             "--experiment_name", stage, "--checkpoint_dir", self.folder / stage, "--store_checkpoints", "--resume",
         )  # fmt: skip
         folder = self.model_folder(stage)
@@ -306,23 +338,26 @@ class Work:
     def _sentence_bert(self) -> tuple[Result, list[Path]]:
         from dse.baselines import EPOCHS, SentenceBert
 
-        baseline = SentenceBert(self.bert, self.task, MAX_SEQ_LENGTH, self.seed)
+        baseline = SentenceBert(self.encoder.folder, self.task, MAX_SEQ_LENGTH, self.seed, select_device(False, 0))
         baseline.prepare(len(self.train))
-        name = headline(self.task, tuned=True)
-        history, best = [], -math.inf
-        for epoch in range(EPOCHS):
+        state = self.folder / "sentence_bert" / "state.pt"
+        history: list[dict[str, Any]] = baseline.load(state) if state.is_file() else []
+        for epoch in range(len(history), EPOCHS):
             started = time.monotonic()
             loss = baseline.train_epoch(self.train, epoch)
-            outputs = {split: baseline.score(rows) for split, rows in self.sets.items()}
-            metrics = measure(self.task, outputs, self.sets)
+            metrics = measure(self.task, {split: baseline.score(rows) for split, rows in self.sets.items()}, self.sets)
             if self.task.kind == BINARY:  # a cosine above 0 means nothing
                 metrics = {split: {n: v for n, v in found.items() if "tuned_" in n} for split, found in metrics.items()}
-            history.append({"epoch": epoch, "train": {"loss": loss}, "validation": metrics["dev"],
-                            "seconds": time.monotonic() - started})  # fmt: skip
+            history.append({"epoch": epoch, "train": {"loss": loss}, "metrics": metrics, "validation": metrics["dev"],
+                            "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
+            baseline.save(state, history)
             logger.info("Sentence-BERT, epoch %d of 0 to %d: %s", epoch, EPOCHS - 1, format_record(history[-1]))
-            if metrics["dev"][name] > best:  # the epoch is chosen on dev, as a student's is
-                best, of_best = metrics["dev"][name], {"best_epoch": epoch, "metrics": metrics}
-        return {"history": history, **of_best}, []
+        # As a student's: the epoch with the best f1, accuracy or Pearson on dev, the first of equals.
+        name = {BINARY: "tuned_f1", REGRESSION: "pearson"}.get(self.task.kind, "accuracy")
+        best = max(
+            history, key=lambda each: -math.inf if math.isnan(each["validation"][name]) else each["validation"][name]
+        )
+        return {"history": history, "best_epoch": best["epoch"], "metrics": best["metrics"]}, []
 
     def _rates(self) -> tuple[Result, list[Path]]:
         """Pairs scored per second on dev: a teacher reads each pair, a student's head takes stored embeddings."""
@@ -379,8 +414,23 @@ def stored_scorer(folder: Path, rows: Examples, device: Any) -> Callable[[Exampl
 
     model = DSESiameseClassifier.from_pretrained(folder).to(device)
     u, v = (model.encode(side, convert_to="tensor") for side in (rows.first, rows.second))
-    with torch.inference_mode():
-        return lambda _: model.siamese_head(u, v).cpu()
+
+    @torch.inference_mode()
+    def score(_: Examples) -> torch.Tensor:
+        pairs = zip(u.split(_PAIRS_PER_STEP), v.split(_PAIRS_PER_STEP), strict=True)
+        return torch.cat([model.siamese_head(first, second).cpu() for first, second in pairs])
+
+    return score
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a stage; None where there is none."""
+    if not path.is_file():
+        return None
+    record = read_json(path, "the record of a stage")
+    if record.get("format") != FORMAT:
+        raise InputError(f"{path}: no record that this version reads; name another --output_dir, or move it away")
+    return record
 
 
 def versions(stage: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ standard deviations over seeds (n - 1), and there is none of a single seed. Diff
 import importlib.util
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from dse.files import write_text
-from dse.processors import Task
+from dse.processors import Task, get_task
 from dse.reporting import duration, markdown_table, without_nan
-from dse.reproduction import STAGES, Work, headline
+from dse.reproduction import STAGES, Work, headline, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -98,22 +99,40 @@ def average_degradation(tasks: dict[str, dict[str, Any]], split: str) -> float |
     return mean(found) if found else None
 
 
-def collect(works: list[Work], names: dict[str, str], about: dict[str, Any]) -> dict[str, Any]:
+def read_runs(output_dir: Path, works: list[Work]) -> list[dict[str, Any]]:
+    """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
+    preset, encoder = works[0].preset, works[0].encoder
+    runs = []
+    for folder in sorted(output_dir.glob("*_seed*")):
+        for stage in STAGES:
+            record = read_record(folder / f"{stage}.json")
+            if record is None:
+                continue
+            settings = record["settings"]
+            flags = preset.flags(stage, get_task(settings["task"]))
+            if settings["bert"] == encoder.hashes and settings.get("flags", flags) == flags:
+                runs.append({"task": settings["task"], "seed": settings["seed"], **record})
+    order = [(work.task.name, work.seed) for work in works]
+    return sorted(runs, key=lambda run: order.index(where) if (where := (run["task"], run["seed"])) in order else -1)
+
+
+def collect(output_dir: Path, works: list[Work], names: dict[str, str], about: dict[str, Any]) -> dict[str, Any]:
     """All of results.json.
 
     Args:
-        works: of all tasks and seeds; stages that are not done are left out.
+        output_dir: of the records; stages that are not done are left out.
+        works: of this call.
         names: what tasks are called.
         about: command, preset and whether all is done.
     """
-    by_task: dict[str, list[dict[str, dict[str, Any]]]] = {}
-    runs = []
-    for work in works:
-        records = {stage: record for stage in work.stages if (record := work.record(stage)) is not None}
-        by_task.setdefault(work.task.name, []).append(records)
-        runs += [{"task": work.task.name, "seed": work.seed, **record} for record in records.values()]
-    kinds = {work.task.name: work.task for work in works}
-    tasks = {names.get(name, name): summarize_task(kinds[name], records) for name, records in by_task.items()}
+    runs = read_runs(output_dir, works)
+    by_task: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    for run in runs:
+        by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
+    tasks = {
+        names.get(name, name): summarize_task(get_task(name), list(by_seed.values()))
+        for name, by_seed in by_task.items()
+    }
     return without_nan({
         "average_relative_degradation": average_degradation(tasks, "dev"),
         "average_relative_degradation_test": average_degradation(tasks, "test"),
@@ -178,7 +197,8 @@ def to_markdown(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     averages = [results["average_relative_degradation"], results["average_relative_degradation_test"]]
     shown = ["-" if value is None else f"{100 * value:+.1f} %" for value in averages]
-    compared.append(("average", *shown, "", "", "", ""))
+    of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in ("dev", "test")]
+    compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
     compared.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", "", "", "", "", ""))
     minutes = [
         (name, *("-" if task["minutes"][stage] is None else f"{task['minutes'][stage]['mean']:.1f}" for stage in TIMED))
@@ -209,7 +229,7 @@ def introduction(results: dict[str, Any]) -> str:
     state = "" if results["complete"] else "Not complete: what has been done so far. "
     return (
         f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
-        f"seeds ({of_tasks}). Epochs are chosen on dev."
+        f"seeds ({of_tasks}). Epochs of students and of Sentence-BERT are chosen on dev, a teacher's is its last."
     )
 
 
@@ -223,7 +243,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=f"{metric} on dev", title=name)
         for run in (run for run in runs if run["stage"] in MODELS):
-            points = [(epoch["epoch"], on_dev(epoch["validation"], metric)) for epoch in run["history"]]
+            points = [(epoch["epoch"], on_dev(epoch["validation"], metric) or math.nan) for epoch in run["history"]]
             color = f"C{list(MODELS).index(run['stage'])}"
             axes.plot(*zip(*points, strict=True), marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -235,6 +255,8 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         axes = figure.add_subplot(xlabel="pairs scored per second", ylabel=f"{metric} on dev", title=name, xscale="log")
         for stage, rate in task["pairs_per_second"].items():
             value = task["table"]["dev"][metric][stage]
+            if value is None:  # NaN
+                continue
             axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
         axes.legend()
         figure.savefig(folder / "plots" / f"{name}_speed.png", dpi=100)

@@ -98,7 +98,7 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     assert record["best_epoch"] == epoch
     assert record["metrics"]["dev"]["f1"] == pytest.approx(record["history"][epoch]["validation"]["f1_0.5"])
     assert record["metrics"]["test"] == record["metrics"]["dev"]  # its test file is a copy of dev
-    assert record["seconds"] == sum(each["seconds"] for each in record["history"])
+    assert record["seconds"] > sum(each["seconds"] for each in record["history"])  # measuring counts too
     assert record["command"][0] == "dse_train_runner.py"
     assert not list((folder / "mrpc_seed2").glob("*/*/*.pt")), "checkpoints of a student that is done"
     controls = {}
@@ -123,6 +123,11 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     assert calls == ["run_distillation_logits_creator.py"], "the same bits again, so that the students stand"
     assert (folder / "results.md").read_bytes() == before
 
+    # A subset in the same folder leaves the others in the tables; a file that was there before its script is no news.
+    reproduce.main([*flags, "--tasks", "snli"])
+    assert "| mrpc |" in (folder / "results.md").read_text()
+    assert calls == ["run_distillation_logits_creator.py"]
+
 
 def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch, calls, capsys):
     flags = [*flags, "--tasks", "mrpc", "--seeds", "3"]
@@ -146,6 +151,120 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     # 48 pairs: 8 epochs of 6 updates for the teacher; 2 epochs of 3 for each of three students, none of them twice.
     assert len(made) == 8 * 6 + 3 * 2 * 3
     assert json.loads((tmp_path / "results" / "results.json").read_text())["complete"] is True
+    assert not list((tmp_path / "results" / "mrpc_seed3").glob("*.seconds"))
+
+
+def test_a_kill_while_a_spoiled_stage_is_cleared_away(flags, tmp_path, monkeypatch, calls):
+    flags = [*flags, "--tasks", "sts-b"]
+    reproduce.main(flags)
+    folder = tmp_path / "results" / "sts-b_seed1"
+    weights = folder / "teacher" / "model.safetensors"
+    weights.write_bytes(b"spoiled")
+    calls.clear()
+
+    def killed(place):
+        (place / "training.json").unlink()
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as during:
+        during.setattr(reproduction.shutil, "rmtree", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            reproduce.main(flags)
+    reproduce.main(flags)
+    assert calls == ["finetune_bert.py"], "the same weights again, so that what was made from them stands"
+
+
+class FakeSentenceBert:
+    """Scores that are better in epoch 1 than in 0 and 2, and a state like the real one's."""
+
+    rate = 0.5
+
+    def __init__(self, folder, task, max_seq_length, seed, device):
+        self.epochs = 0
+
+    def prepare(self, pairs):
+        assert pairs == 48
+
+    def train_epoch(self, rows, epoch):
+        assert epoch == self.epochs
+        self.epochs += 1
+        return 0.1
+
+    def score(self, rows):
+        noise = np.random.default_rng(0).normal(size=len(rows)) * abs(self.epochs - 2)
+        return (np.array(rows.labels) + noise)[:, None].astype(np.float32)
+
+    def save(self, path, history):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(history))
+        if FakeSentenceBert.stop_after == len(history):
+            signal.raise_signal(signal.SIGINT)
+
+    def load(self, path):
+        history = json.loads(path.read_text())
+        self.epochs = len(history)
+        return history
+
+
+def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(flags, tmp_path, monkeypatch, capsys):
+    from dse import baselines
+
+    flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]
+    reproduce.main(flags)  # before it was installed
+    monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: True)
+    monkeypatch.setattr(reproduction, "version", lambda package: "1")
+    monkeypatch.setattr(baselines, "SentenceBert", FakeSentenceBert)
+    monkeypatch.setattr(FakeSentenceBert, "stop_after", 3, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(flags)
+    assert stop.value.code == 130
+    assert "goes on with what is left" in capsys.readouterr().err
+    monkeypatch.setattr(FakeSentenceBert, "stop_after", None)
+    reproduce.main(flags)
+    record = json.loads((tmp_path / "results" / "mrpc_seed1" / "sentence_bert.json").read_text())
+    assert [each["epoch"] for each in record["history"]] == [0, 1, 2, 3]
+    assert record["best_epoch"] == 1
+    assert record["metrics"]["dev"] == {"tuned_f1": 1.0, "tuned_accuracy": 1.0}
+    assert "| mrpc | dev f1, threshold of dev |" in (tmp_path / "results" / "results.md").read_text()
+    assert not (tmp_path / "results" / "mrpc_seed1" / "sentence_bert" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("name", TINY.seeds)
+def test_sentence_bert_itself(glue, bert, tmp_path, name):
+    """Where sentence-transformers is installed: resumed training ends with the same bits."""
+    pytest.importorskip("sentence_transformers")
+    import torch
+
+    from dse.baselines import SentenceBert
+    from dse.processors import read_examples
+
+    task = get_task(name)
+    rows = read_examples(task, glue / task.folder, "train")
+
+    def make():
+        made = SentenceBert(bert, task, 48, 1, torch.device("cpu"))
+        made.prepare(len(rows), epochs=2)
+        return made
+
+    whole = make()
+    losses = [whole.train_epoch(rows, epoch) for epoch in (0, 1)]
+    begun = make()
+    assert begun.train_epoch(rows, 0) == losses[0]
+    begun.save(tmp_path / "state.pt", [{"epoch": 0}])
+    resumed = make()
+    assert resumed.load(tmp_path / "state.pt") == [{"epoch": 0}]
+    assert resumed.train_epoch(rows, 1) == losses[1]
+    np.testing.assert_array_equal(resumed.score(rows), whole.score(rows))
+    assert whole.score(rows).shape == (48, 3 if name == "snli" else 1)
+    assert whole.rate == 0.0
+
+
+def test_another_encoder_is_refused_though_its_weights_are_the_same(flags, refused, copied, bert, edit_json):
+    flags = [*flags, "--tasks", "sts-b"]
+    reproduce.main(flags)
+    other = copied(bert)
+    edit_json(other / "config.json", hidden_dropout_prob=0.5)
+    assert "was made with bert" in refused(reproduce.main, [*flags, "--bert_model", other])
 
 
 def test_other_settings_are_refused_with_both_values(flags, refused, monkeypatch):
@@ -160,11 +279,18 @@ def test_other_settings_are_refused_with_both_values(flags, refused, monkeypatch
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (["--tasks", "mrpd"], "unknown task 'mrpd'"),
+        (["--tasks", "mrpd"], "--tasks: mrpd given; known: mrpc, qqp"),
         (["--tasks", "cola", "--seeds", "1"], "one sentence per row"),
         (["--tasks", "qqp"], "--seeds: the preset small has none for qqp"),
         (["--tasks", "rte", "--seeds", "1"], "RTE is no folder"),
         (["--call", "snli"], "no TASK=NAME"),
+        (["--call", "mrpc=SICK"], "stands there twice"),
+        (["--call", "mrpd=SICK"], "mrpd is no task"),
+        (["--tasks", ","], "--tasks: none given"),
+        (["--tasks", "mrpc,mrpc"], "given twice"),
+        (["--seeds", "1", "1"], "given twice"),
+        (["--seeds", "1", "99999999999999999999999"], "--seeds"),
+        (["--seeds", "-1"], "-1 is below 0"),
         (["--bert_model", "./nowhere"], "there is no folder ./nowhere"),
     ],
 )

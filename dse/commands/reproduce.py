@@ -12,17 +12,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dse import cli, parallel, stopping
+from dse import cli, parallel, reproduction, stopping
 from dse.config import check_fits_bert
 from dse.files import InputError, check_writable, sha256_file
-from dse.pretrained import bert_config, find_bert, load_tokenizer, saved_casing, weight_files
-from dse.processors import check_sentence_pairs, get_task
+from dse.pretrained import bert_config, find_bert, load_tokenizer, saved_casing, tokenizer_key, weight_files
+from dse.processors import TASKS, Task, check_sentence_pairs, get_task
 from dse.reporting import duration
-
-if TYPE_CHECKING:
-    from dse.reproduction import Work
+from dse.reproduction import PRESETS, STAGES, Encoder, Work, seconds_left
+from dse.results import can_plot, collect, write_results
 
 PROG = "python -m dse reproduce"
 GOES_ON = "the same command goes on with what is left"
@@ -37,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bert_model", default=cli.DEFAULT_BERT, help="pre-trained encoder: hub name or folder")
     add("--output_dir", default="results", help="where everything goes, and is found again")
     add("--tasks", type=comma_list, help="e.g. mrpc,sts-b; not given: the preset's")
-    add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
+    add("--seeds", type=fixed_seed, nargs="+", help="for every task; not given: the preset's")
     cli.add_call_flag(parser)
     return parser.parse_args(argv)
 
@@ -47,26 +45,53 @@ def comma_list(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
-def make_works(args: argparse.Namespace) -> "list[Work]":
-    """Every task with every seed, refusing what cannot work."""
-    from dse.reproduction import MAX_SEQ_LENGTH, PRESETS, Work
+def fixed_seed(text: str) -> int:
+    """A flag's type: a seed that torch takes; not -1, since the same command must go on with it."""
+    number = cli.seed(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
 
+
+def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
+    """Each task with each of its seeds. Raises InputError for what cannot be meant."""
     preset = PRESETS[args.preset]
-    bert = find_bert(args.bert_model, "--bert_model")
-    check_fits_bert(bert_config(bert, "--bert_model"), MAX_SEQ_LENGTH, preset.top_layers)
-    lower_case = saved_casing(bert, "--bert_model") is not False
-    load_tokenizer(bert, lower_case, "--bert_model")
-    hashes = {path.name: sha256_file(path) for path in weight_files(bert)}
-    works = []
-    for task in [get_task(name) for name in args.tasks or preset.seeds]:
+    names = list(preset.seeds) if args.tasks is None else args.tasks
+    unknown = [name for name in names if name.lower() not in TASKS]
+    if unknown or not names:
+        raise InputError(f"--tasks: {', '.join(unknown) or 'none'} given; known: {', '.join(TASKS)}")
+    found = []
+    for task in (get_task(name) for name in names):
         check_sentence_pairs(task)
-        seeds = args.seeds or preset.seeds.get(task.name)
-        if not seeds:
+        if not (args.seeds or task.name in preset.seeds):
             raise InputError(f"--seeds: the preset {args.preset} has none for {task.name}; give some")
-        data_dir = Path(args.data_dir) / task.folder
-        for seed in seeds:
-            folder = Path(args.output_dir) / f"{task.name}_seed{seed}"
-            works.append(Work(preset, task, seed, data_dir, bert, hashes, lower_case, folder))
+        found += [(task, seed) for seed in args.seeds or preset.seeds[task.name]]
+    if len(set(found)) < len(found):
+        raise InputError("--tasks, --seeds: one is given twice; the same run twice has no spread")
+    called = [name for name, _ in args.call]
+    strangers = set(called) - set(TASKS)
+    if strangers or len(set(called)) < len(called) or len({name for _, name in args.call}) < len(called):
+        raise InputError(f"--call: {', '.join(strangers) or 'a name'} is no task, or stands there twice")
+    return found
+
+
+def make_works(args: argparse.Namespace) -> list[Work]:
+    """Every task with every seed, refusing what cannot work."""
+    pairs, preset = chosen(args), PRESETS[args.preset]
+    folder = find_bert(args.bert_model, "--bert_model")
+    check_fits_bert(bert_config(folder, "--bert_model"), reproduction.MAX_SEQ_LENGTH, preset.top_layers)
+    lower_case = saved_casing(folder, "--bert_model") is not False
+    tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
+    hashes = {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
+    encoder = Encoder(folder.resolve(), {**hashes, "tokenizer": tokenizer_key(tokenizer)}, lower_case)
+    stages = list(STAGES)
+    if not reproduction.has_sentence_transformers():
+        stages.remove("sentence_bert")
+        logger.warning("Sentence-BERT is left out: pip install sentence-transformers, and call this again, for its row")
+    works = []
+    for task, seed in pairs:
+        place = Path(args.output_dir) / f"{task.name}_seed{seed}"
+        works.append(Work(preset, task, seed, Path(args.data_dir) / task.folder, encoder, place, stages))
     for work in works:
         work.check_settings()
     return works
@@ -79,20 +104,18 @@ def run(args: argparse.Namespace, command: str) -> None:
     check_writable(args.output_dir, "--output_dir")
     cli.set_up_logging()
     works = make_works(args)
-    from dse.reproduction import has_sentence_transformers, seconds_left
-    from dse.results import can_plot, collect, write_results
-
-    if not has_sentence_transformers():
-        logger.warning("no row for Sentence-BERT: pip install sentence-transformers, and call this again, for it")
     if not can_plot():
         logger.warning("no plots: pip install matplotlib, and call this again, for them")
 
     # 2. What is left, stage by stage; the results so far after each.
     def write(complete: bool) -> None:
         about = {"complete": complete, "command": command, "preset": args.preset}
-        write_results(collect(works, dict(args.call), about), Path(args.output_dir))
+        write_results(collect(Path(args.output_dir), works, dict(args.call), about), Path(args.output_dir))
 
     left = [(work, stage) for work in works for stage in work.left()]
+    for work in works:
+        for stage in set(work.stages) - {stage for other, stage in left if other is work}:
+            work.tidy(stage)  # where a kill came before it
     for done, (work, stage) in enumerate(left):
         if stage not in work.left():  # what it was made from was made again, to the same bits
             continue
@@ -110,7 +133,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     logger.info("results.json, results.md%s in %s", " and plots" if can_plot() else "", args.output_dir)
 
 
-def do(work: "Work", stage: str) -> None:
+def do(work: Work, stage: str) -> None:
     """Do a stage; a script that ends early has said why."""
     try:
         with stopping.advice(GOES_ON):
