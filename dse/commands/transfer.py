@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from dse import cli
 from dse.files import InputError, check_writable, write_text
 from dse.pretrained import find_bert
@@ -92,8 +94,9 @@ def run(args: argparse.Namespace) -> None:
     for task, (train, sets) in data.items():
         words = transfer.bag_of_words(train.first + (train.second or []))
         logger.info("%s: %s", task.name, ", ".join(f"{s} {len(rows)}" for s, rows in {"train": train, **sets}.items()))
+        kinds = tqdm({**embedders, BASELINES[1]: words}.items(), desc=task.name, disable=None, leave=False)
         found[names.get(task.name, task.folder)] = {
-            name: transfer.probe(embed, task, train, sets) for name, embed in {**embedders, BASELINES[1]: words}.items()
+            name: transfer.probe(embed, task, train, sets) for name, embed in kinds
         }
 
     # 3. The table.
