@@ -28,10 +28,6 @@ from dse.sharing import FORMAT as STUDENT_FORMAT
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[[Examples], np.ndarray]  # rows to outputs (n, 1) or (n, labels), float32
-GLUE_FILES = {
-    "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "sts-b": "STS-B", "mnli": "MNLI-m",
-    "mnli-mm": "MNLI-mm", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI", "diagnostic": "AX",
-}  # fmt: skip
 STS_RANGE = 0.0, 5.0
 MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, of a teacher that does not tell its own
 
@@ -119,7 +115,7 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = 0.5) -> list[str
         raise InputError(f"--model: gives NaN or infinite outputs on {task.name}; train it again, slower")
     if task.kind == REGRESSION:
         scores = np.clip(outputs[:, 0], *STS_RANGE) if task.name == "sts-b" else outputs[:, 0]
-        return [f"{score:.3f}" for score in scores]
+        return [f"{score + 0.0:.3f}" for score in scores]  # of -0.0 too
     if task.kind == BINARY:
         return [task.labels[int(above)] for above in sigmoid(outputs[:, 0]) > threshold]
     return [task.labels[best] for best in outputs.argmax(axis=1)]

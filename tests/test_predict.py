@@ -278,6 +278,7 @@ def test_the_threshold_is_strict():
 
 def test_scores_of_an_own_regression_are_left_alone():
     assert answers(Task("mine", "regression"), np.array([[-2.5], [7.25]], np.float32)) == ["-2.500", "7.250"]
+    assert answers(get_task("sts-b"), np.array([[-0.0]], np.float32)) == ["0.000"]
 
 
 def test_quotes_and_strange_line_ends_do_not_shift_rows(spread_student, run, tmp_path):
@@ -380,6 +381,11 @@ def test_other_refusals(refusal, tmp_path):
     assert "test.tsv: cannot read the data of mrpc (No such file or directory)" in refusal("mrpc", data_dir=empty)
     assert "nowhere is no folder" in refusal("mrpc", data_dir="nowhere")
     assert "1.5 is outside (0, 1)" in refusal("mrpc", threshold=1.5)
+    assert "--threshold: sts-b (regression) has none" in refusal("sts-b", threshold=0.3)
+    assert "--threshold: mnli (multiclass) has none" in refusal("mnli", threshold=0.3)
+    folder = tmp_path / "predictions"
+    (folder / "MRPC.tsv").mkdir(parents=True)
+    assert "MRPC.tsv is a folder" in refusal("mrpc", output_dir=folder)
     assert "--output_dir: cannot write in" in refusal("mrpc", output_dir=tmp_path / "mine.json")
     assert "--task_name: allnli has no test file to predict" in refusal("allnli")
     assert "--task_name: mine has no test file to predict" in refusal("mine", task_name=tmp_path / "mine.json")

@@ -15,9 +15,13 @@ from pathlib import Path
 
 from dse import cli
 from dse.files import InputError, check_writable
-from dse.processors import get_task, read_examples
+from dse.processors import BINARY, get_task, read_examples
 
 PROG = "python -m dse predict"
+GLUE_FILES = {
+    "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "sts-b": "STS-B", "mnli": "MNLI-m",
+    "mnli-mm": "MNLI-mm", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI", "diagnostic": "AX",
+}  # fmt: skip
 logger = logging.getLogger("dse.predict")
 
 
@@ -28,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     add("--data_dir", required=True, help="folder of the task's files")
     add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
-    add("--threshold", type=cli.threshold, default=0.5, help="binary: positive above this probability")
+    add("--threshold", type=cli.threshold, help="binary: positive above this probability; not given: 0.5")
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -40,18 +44,22 @@ def run(args: argparse.Namespace) -> None:
     cli.set_up_logging()
     if task.test is None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
+    if args.threshold is not None and task.kind != BINARY:
+        raise InputError(f"--threshold: {task.name} ({task.kind}) has none; leave it out")
+    path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
+    if path.is_dir():
+        raise InputError(f"--output_dir: {path} is a folder; name another place")
     # Every row must be answered: one that is skipped would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
-    from dse.prediction import GLUE_FILES, answers, load_scorer, write_answers
+    from dse.prediction import answers, load_scorer, write_answers
 
     # 2. Predict.
     device = cli.select_device(args.disable_gpu, args.gpu_id)
     score = load_scorer(args.model, task, device, args.batch_size)
     logger.info("%d rows of %s on %s", len(rows), task.name, cli.describe_device(device))
-    predictions = answers(task, score(rows), args.threshold)
+    predictions = answers(task, score(rows), 0.5 if args.threshold is None else args.threshold)
 
     # 3. Write.
-    path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
     write_answers(path, predictions)
     told = Counter(predictions).most_common() if task.labels else []
     logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in told) or f"{len(rows)} scores")
