@@ -14,6 +14,7 @@ import dse_train_runner
 import finetune_bert
 from dse import reproduction, results, trainer
 from dse.commands import reproduce
+from dse.files import sha256_file
 from dse.metrics import best_threshold
 from dse.processors import Examples, get_task
 from dse.reporting import duration
@@ -152,6 +153,41 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     assert len(made) == 8 * 6 + 3 * 2 * 3
     assert json.loads((tmp_path / "results" / "results.json").read_text())["complete"] is True
     assert not list((tmp_path / "results" / "mrpc_seed3").glob("*.seconds"))
+
+    # The same for a stage that is done again.
+    weights = next((tmp_path / "results" / "mrpc_seed3" / "dse").glob("*/best/model.safetensors"))
+    weights.write_bytes(b"spoiled")
+    made[:] = [1] * 50  # so that it is stopped after two updates of its six
+    with pytest.raises(SystemExit):
+        reproduce.main(flags)
+    reproduce.main(flags)
+    assert len(made) == 50 + 6
+
+
+def test_another_teacher_is_followed_by_other_logits_and_students(flags, tmp_path, calls, edit_json):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    flags = [*flags, "--tasks", "sts-b"]
+    reproduce.main(flags)
+    folder = tmp_path / "results" / "sts-b_seed1"
+    before = json.loads((folder / "dse.json").read_text())
+    # A teacher that all its own files agree on, as another machine might make it.
+    weights, training = folder / "teacher" / "model.safetensors", folder / "teacher" / "training.json"
+    tensors = load_file(weights)
+    tensors["classifier.bias"] += torch.tensor([0.5])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    hashes = json.loads(training.read_text())["sha256"]
+    edit_json(training, sha256={**hashes, weights.name: sha256_file(weights)})
+    files = json.loads((folder / "teacher.json").read_text())["files"]
+    now = {f"teacher/{path.name}": sha256_file(path) for path in (weights, training)}
+    edit_json(folder / "teacher.json", files={**files, **now})
+    calls.clear()
+    reproduce.main(flags)
+    assert calls == ["run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3]
+    after = json.loads((folder / "dse.json").read_text())
+    assert after["inputs"] != before["inputs"]
+    assert after["history"] != before["history"]
 
 
 def test_a_kill_while_a_spoiled_stage_is_cleared_away(flags, tmp_path, monkeypatch, calls):
@@ -358,19 +394,27 @@ def test_summary_by_hand():
     records = [
         {"teacher": of(0.80, 0.8), "dse": of(0.76, 0.8), "labels_only": of(0.74, 0.7)},
         {"teacher": of(0.90, 0.8), "dse": of(0.90, 0.6), "labels_only": of(0.85, 0.7)},
+        {"teacher": of(0.0, 0.0), "labels_only": of(0.5, 0.0)},  # not done yet
     ]
+    assert results.degradation(0.8, 0.0) == 1.0
+    assert results.degradation(0.0, 0.8) is None
     found = results.summarize_task(get_task("mrpc"), records)
     assert found["degradation"]["dev"]["mean"] == pytest.approx((0.05 + 0) / 2)
     assert found["degradation"]["dev"]["sd"] == pytest.approx(0.05 / math.sqrt(2))
     assert found["degradation"]["test"]["mean"] == pytest.approx((0 + 0.25) / 2)
     assert found["dse_minus_labels_only"]["dev"]["mean"] == pytest.approx((0.02 + 0.05) / 2)
     assert found["dse_minus_sentence_bert"]["dev"] is None
-    assert found["table"]["dev"]["f1"]["teacher"] == {
-        "mean": pytest.approx(0.85),
-        "sd": pytest.approx(0.1 / math.sqrt(2)),
-        "n": 2,
-    }
+    of_dse = found["table"]["dev"]["f1"]["dse"]
+    assert of_dse == {"mean": pytest.approx(0.83), "sd": pytest.approx(0.14 / math.sqrt(2)), "n": 2}
     assert found["minutes"]["dse"]["mean"] == 1.0
+
+    records[2]["dse"] = of(0.4, 0.0)  # a teacher at 0 has no degradation, but the row of DSE has three values now
+    found = results.summarize_task(get_task("mrpc"), records)
+    assert (found["degradation"]["dev"]["n"], found["table"]["test"]["f1"]["dse"]["n"]) == (2, 3)
+    assert found["dse_minus_labels_only"]["test"]["n"] == 3
+    assert found["dse_minus_labels_only"]["test"]["mean"] == pytest.approx((0.1 - 0.1 + 0) / 3)
+    records[2]["teacher"], records[2]["dse"] = of(0.8, 0.5), of(0.4, 0.0)
+    assert results.summarize_task(get_task("mrpc"), records)["degradation"]["test"]["mean"] == pytest.approx(1.25 / 3)
 
 
 def test_how_numbers_are_shown():
