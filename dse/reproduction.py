@@ -49,7 +49,7 @@ STAGES = ("teacher", "logits", *STUDENTS, "sentence_bert", "rates")
 NEEDS = {"logits": ("teacher",), **dict.fromkeys(STUDENTS, ("logits",)), "rates": ("teacher", *STUDENTS)}
 # Seconds per training pair and epoch (of the stages without epochs: per pair) for the 6-layer BERT on two cores, until
 # something was timed; in proportion to layers x hidden size^2 for other encoders.
-_SECONDS = {"teacher": 0.016, "logits": 0.005, "student": 0.02, "sentence_bert": 0.1, "rates": 0.01}
+_SECONDS = {"teacher": 0.02, "logits": 0.005, "student": 0.02, "sentence_bert": 0.13, "rates": 0.01}
 _MEASURED_ON = 6 * 384**2
 _RATE_REPEATS = 3
 _PAIRS_PER_STEP = 4096  # of the head
