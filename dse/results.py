@@ -122,7 +122,7 @@ def collect(output_dir: Path, works: list[Work], names: dict[str, str], about: d
     Args:
         output_dir: of the records; stages that are not done are left out.
         works: of this call.
-        names: what tasks are called.
+        names: what tasks are called, if otherwise.
         about: command, preset and whether all is done.
     """
     runs = read_runs(output_dir, works)
@@ -130,7 +130,7 @@ def collect(output_dir: Path, works: list[Work], names: dict[str, str], about: d
     for run in runs:
         by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
     tasks = {
-        names.get(name, name): summarize_task(get_task(name), list(by_seed.values()))
+        names.get(name, name.upper()): summarize_task(get_task(name), list(by_seed.values()))
         for name, by_seed in by_task.items()
     }
     return without_nan({

@@ -90,7 +90,7 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
             by_task.setdefault(run[:4], []).append((teacher - student) / teacher)
     expected = np.mean([np.mean(values) for values in by_task.values()])
     assert found["average_relative_degradation"] == pytest.approx(expected)
-    assert set(found["tasks"]) == {"mrpc", "SICK", "sts-b"}
+    assert set(found["tasks"]) == {"MRPC", "SICK", "STS-B"}
 
     # Records say what was run, and tell the same as the scripts.
     record = json.loads((folder / "mrpc_seed2" / "dse.json").read_text())
@@ -109,7 +109,7 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
             command[command.index("--distillation_coeff") + 1] if "--distillation_coeff" in command else None
         )
     assert controls == {"dse": None, "labels_only": "0.0", "logits_only": "1.0"}
-    assert set(found["tasks"]["mrpc"]["pairs_per_second"]) == {"teacher", "dse", "labels_only", "logits_only"}
+    assert set(found["tasks"]["MRPC"]["pairs_per_second"]) == {"teacher", "dse", "labels_only", "logits_only"}
     assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
 
     # Nothing is done twice; what was spoiled, and what was made from it, is.
@@ -126,7 +126,7 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
 
     # A subset in the same folder leaves the others in the tables; a file that was there before its script is no news.
     reproduce.main([*flags, "--tasks", "snli"])
-    assert "| mrpc |" in (folder / "results.md").read_text()
+    assert "| MRPC |" in (folder / "results.md").read_text()
     assert calls == ["run_distillation_logits_creator.py"]
 
 
@@ -261,7 +261,7 @@ def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(flags, t
     assert [each["epoch"] for each in record["history"]] == [0, 1, 2, 3]
     assert record["best_epoch"] == 1
     assert record["metrics"]["dev"] == {"tuned_f1": 1.0, "tuned_accuracy": 1.0}
-    assert "| mrpc | dev f1, threshold of dev |" in (tmp_path / "results" / "results.md").read_text()
+    assert "| MRPC | dev f1, threshold of dev |" in (tmp_path / "results" / "results.md").read_text()
     assert not (tmp_path / "results" / "mrpc_seed1" / "sentence_bert" / "state.pt").exists()
 
 
