@@ -321,6 +321,7 @@ def test_other_settings_are_refused_with_both_values(flags, refused, monkeypatch
         (["--tasks", "rte", "--seeds", "1"], "RTE is no folder"),
         (["--call", "snli"], "no TASK=NAME"),
         (["--call", "mrpc=SICK"], "stands there twice"),
+        (["--call", "mrpc=STS-B"], "stands there twice"),
         (["--call", "mrpd=SICK"], "mrpd is no task"),
         (["--tasks", ","], "--tasks: none given"),
         (["--tasks", "mrpc,mrpc"], "given twice"),

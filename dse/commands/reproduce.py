@@ -70,7 +70,8 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
         raise InputError("--tasks, --seeds: one is given twice; the same run twice has no spread")
     called = [name for name, _ in args.call]
     strangers = set(called) - set(TASKS)
-    if strangers or len(set(called)) < len(called) or len({name for _, name in args.call}) < len(called):
+    shown = {dict(args.call).get(name, name.upper()) for name in TASKS}  # of all, since the folder may hold others
+    if strangers or len(set(called)) < len(called) or len(shown) < len(TASKS):
         raise InputError(f"--call: {', '.join(strangers) or 'a name'} is no task, or stands there twice")
     return found
 
