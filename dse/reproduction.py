@@ -96,7 +96,7 @@ PRESETS = {
         {"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)},
         teacher=("--learning_rate", "2e-5", "--num_train_epochs", "4", "--train_batch_size", "16"),
         student=(
-            *("--lr", "2e-5", "--head_lr", "1e-3", "--dropout", "0", "--schedule_in_updates", "--epochs", "4"),
+            *("--lr", "3e-5", "--head_lr", "1e-3", "--dropout", "0", "--schedule_in_updates", "--epochs", "3"),
             *("--tune_positive_thresholds", *(f"{threshold / 20:g}" for threshold in range(4, 19))),
         ),
     ),
