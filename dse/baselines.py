@@ -8,7 +8,6 @@ Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP
 sentence-transformers' own examples use for such data). AdamW with linear warm-up and decay, as its `fit` does.
 """
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from dse.files import load_tensors, save_tensors
+from dse.optimization import NO_DECAY
 from dse.processors import BINARY, REGRESSION, Examples, Task
 from dse.trainer import epoch_order
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-logger = logging.getLogger(__name__)
 
 EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = 4, 32, 5e-5, 0.1, 0.01
 SETTINGS = {"epochs": EPOCHS, "pairs_per_update": PAIRS_PER_UPDATE, "rate": RATE, "warmup": WARMUP, "decay": DECAY}
@@ -69,10 +67,9 @@ class SentenceBert:
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
         """Make the optimizer and its schedule, for so many pairs and epochs."""
-        spared = ("bias", "LayerNorm.bias", "LayerNorm.weight")
         groups: dict[float, list[nn.Parameter]] = {DECAY: [], 0.0: []}
         for name, parameter in self.loss.named_parameters():
-            groups[0.0 if any(part in name for part in spared) else DECAY].append(parameter)
+            groups[0.0 if any(part in name for part in NO_DECAY) else DECAY].append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=RATE
         )

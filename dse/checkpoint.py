@@ -91,7 +91,7 @@ def check_same_flags(then: dict[str, Any], now: dict[str, Any], but: str = "") -
     """Raise InputError, naming both values, for a flag that changed."""
     for flag, value in now.items():
         there = then.get(flag)
-        if flag not in then and value in (None, False):  # a run from before the flag had it not
+        if flag not in then and (value is None or value is False):  # a run from before the flag had it not
             continue
         if flag != but and not same_value(there, value):
             raise InputError(

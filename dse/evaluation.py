@@ -148,11 +148,21 @@ def predict_pairs(
     """
     with _inference(model):
         embeddings = embed_texts(model, features, 2 * batch_size, device, what, show)
-        outputs = []
-        for rows in in_batches(np.arange(len(features)), _PAIRS_PER_STEP):
-            u, v = (torch.from_numpy(embeddings[texts[rows]]).to(device) for texts in (features.first, features.second))
+        return score_stored(model, embeddings, features.first, features.second, device)
+
+
+def score_stored(
+    model: "DSESiameseClassifier", embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """The head's outputs (n, fc_dims[-1]), float32, on embeddings (texts, size) of which `first` and `second` (n,) name
+    each pair's rows.
+    """
+    outputs = []
+    with torch.inference_mode():
+        for pairs in in_batches(np.arange(len(first)), _PAIRS_PER_STEP):
+            u, v = (torch.from_numpy(embeddings[rows[pairs]]).to(device) for rows in (first, second))
             outputs.append(model.siamese_head(u, v).float().cpu().numpy())
-        return np.concatenate(outputs)
+    return np.concatenate(outputs)
 
 
 def embed_texts(

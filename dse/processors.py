@@ -232,6 +232,16 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     return _read_tsv(data_dir / name, task, task.text_a, task.text_b, task.label, task.header)
 
 
+def labelled_test(task: Task, data_dir: Path) -> Examples | None:
+    """The test set with its labels, where they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
+    if task.test_label is not None and (data_dir / task.test).is_file():
+        return read_examples(task, data_dir, "test")
+    if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
+        with_labels = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
+        return read_examples(with_labels, data_dir, "labelled_test")
+    return None
+
+
 def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
     """allnli: the corpora one after the other."""
     if split not in ("train", "dev"):

@@ -25,7 +25,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from dse import __version__
 from dse.cli import select_device
 from dse.files import InputError, one_line, read_json, sha256_file, utc_stamp, write_text
 from dse.pretrained import TRAINING, bert_config, read_training
-from dse.processors import BINARY, MULTICLASS, REGRESSION, Examples, Task, read_examples
+from dse.processors import BINARY, REGRESSION, Examples, Task, labelled_test, read_examples
 from dse.reporting import format_record, without_nan
 
 logger = logging.getLogger(__name__)
@@ -46,13 +46,13 @@ FORMAT = "dse stage 1"
 MAX_SEQ_LENGTH = 128
 STUDENTS = {"dse": None, "labels_only": 0.0, "logits_only": 1.0}  # their coefficients; None: the preset's
 STAGES = ("teacher", "logits", *STUDENTS, "sentence_bert", "rates")
+OPTIONAL = ("sentence_bert",)
 NEEDS = {"logits": ("teacher",), **dict.fromkeys(STUDENTS, ("logits",)), "rates": ("teacher", *STUDENTS)}
 # Seconds per training pair and epoch (of the stages without epochs: per pair) for the 6-layer BERT on two cores, until
 # something was timed; in proportion to layers x hidden size^2 for other encoders.
 _SECONDS = {"teacher": 0.02, "logits": 0.005, "student": 0.02, "sentence_bert": 0.13, "rates": 0.01}
 _MEASURED_ON = 6 * 384**2
 _RATE_REPEATS = 3
-_PAIRS_PER_STEP = 4096  # of the head
 
 
 @dataclass(frozen=True)
@@ -129,32 +129,17 @@ def has_sentence_transformers() -> bool:
     return True
 
 
-def labelled_test(task: Task, data_dir: Path) -> Examples | None:
-    """The test set with its labels, where they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
-    if task.test_label is not None and (data_dir / task.test).is_file():
-        return read_examples(task, data_dir, "test")
-    if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
-        with_labels = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
-        return read_examples(with_labels, data_dir, "labelled_test")
-    return None
-
-
 def measure(task: Task, outputs: dict[str, np.ndarray], sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
     """Metrics by split of outputs in a student's form.
 
     Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
     on dev. Multiclass: accuracy. Regression: pearson, spearman.
     """
-    from dse.metrics import best_threshold, correlations, student_metrics
+    from dse.metrics import best_threshold, student_metrics
 
     labels = {split: np.array(rows.labels) for split, rows in sets.items()}
-    if task.kind == MULTICLASS:
+    if task.kind != BINARY:
         return {split: student_metrics(task.kind, outputs[split], labels[split]) for split in sets}
-    if task.kind == REGRESSION:
-        return {
-            split: dict(zip(("pearson", "spearman"), correlations(outputs[split][:, 0], labels[split]), strict=True))
-            for split in sets
-        }
     found: dict[str, dict[str, float]] = {split: {} for split in sets}
     for name in ("f1", "accuracy"):
         chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
@@ -271,7 +256,6 @@ class Work:
         try:
             result, files = self._student(stage) if stage in STUDENTS else getattr(self, f"_{stage}")()
         except BaseException:
-            place.mkdir(parents=True, exist_ok=True)
             write_text(spent, str(before + time.monotonic() - started))
             raise
         about = {
@@ -408,19 +392,12 @@ def call(script: Any, *flags: object) -> list[str]:
 
 def stored_scorer(folder: Path, rows: Examples, device: Any) -> Callable[[Examples], Any]:
     """A student's head on embeddings of the rows that are stored already."""
-    import torch
-
+    from dse.evaluation import score_stored
     from dse.models import DSESiameseClassifier
 
     model = DSESiameseClassifier.from_pretrained(folder).to(device)
-    u, v = (model.encode(side, convert_to="tensor") for side in (rows.first, rows.second))
-
-    @torch.inference_mode()
-    def score(_: Examples) -> torch.Tensor:
-        pairs = zip(u.split(_PAIRS_PER_STEP), v.split(_PAIRS_PER_STEP), strict=True)
-        return torch.cat([model.siamese_head(first, second).cpu() for first, second in pairs])
-
-    return score
+    embeddings, places = model.encode([*rows.first, *rows.second]), np.arange(2 * len(rows))
+    return lambda _: score_stored(model, embeddings, places[: len(rows)], places[len(rows) :], device)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Sequence
+from operator import sub
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from dse.files import write_text
 from dse.processors import Task, get_task
 from dse.reporting import duration, markdown_table, without_nan
-from dse.reproduction import STAGES, Work, headline, read_record
+from dse.reproduction import OPTIONAL, STAGES, Work, headline, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,9 @@ def summarize_task(task: Task, records: list[dict[str, dict[str, Any]]]) -> dict
 
     def paired(one: str, other: str, split: str, name: str, compare: Callable[[float, float], Any]) -> Spread | None:
         of_both = [(of_seed[one], of_seed[other]) for of_seed in records if one in of_seed and other in of_seed]
-        values = [[record["metrics"].get(split, {}).get(name) for record in both] for both in of_both]
-        compared = [compare(a, b) for a, b in values if a is not None and b is not None]
+        pairs = [[record["metrics"].get(split, {}).get(name) for record in both] for both in of_both]
+        compared = [compare(a, b) for a, b in pairs if a is not None and b is not None]
         return spread([value for value in compared if value is not None])
-
-    def difference(a: float, b: float) -> float:
-        return a - b
 
     metrics = [record["metrics"] for of_seed in records for record in of_seed.values() if "metrics" in record]
     names = {
@@ -84,8 +82,8 @@ def summarize_task(task: Task, records: list[dict[str, dict[str, Any]]]) -> dict
         "degradation": {
             split: paired("teacher", "dse", split, plain, degradation) for split in names
         },
-        "dse_minus_labels_only": {split: paired("dse", "labels_only", split, tuned, difference) for split in names},
-        "dse_minus_sentence_bert": {split: paired("dse", "sentence_bert", split, tuned, difference) for split in names},
+        "dse_minus_labels_only": {split: paired("dse", "labels_only", split, tuned, sub) for split in names},
+        "dse_minus_sentence_bert": {split: paired("dse", "sentence_bert", split, tuned, sub) for split in names},
         "minutes": {
             stage: spread([seed[stage]["seconds"] / 60 for seed in records if stage in seed]) for stage in TIMED
         },
@@ -133,11 +131,15 @@ def collect(output_dir: Path, works: list[Work], names: dict[str, str], about: d
         names.get(name, name.upper()): summarize_task(get_task(name), list(by_seed.values()))
         for name, by_seed in by_task.items()
     }
+    shown = [of_seed for by_seed in by_task.values() for of_seed in by_seed.values()]
+    # Another call's task or seed in the tables may be half done.
+    whole = all({*STAGES} - {*OPTIONAL} <= of_seed.keys() for of_seed in shown)
     return without_nan({
         "average_relative_degradation": average_degradation(tasks, "dev"),
         "average_relative_degradation_test": average_degradation(tasks, "test"),
         "paper": PAPER,
         **about,
+        "complete": about["complete"] and whole,
         "machine": machine(),
         "tasks": tasks,
         "runs": runs,

@@ -128,6 +128,11 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     reproduce.main([*flags, "--tasks", "snli"])
     assert "| MRPC |" in (folder / "results.md").read_text()
     assert calls == ["run_distillation_logits_creator.py"]
+    assert json.loads((folder / "results.json").read_text())["complete"] is True
+    (folder / "mrpc_seed2" / "dse.json").unlink()  # as if that call had been stopped
+    reproduce.main([*flags, "--tasks", "snli"])
+    assert json.loads((folder / "results.json").read_text())["complete"] is False
+    assert (folder / "results.md").read_text().startswith("Not complete")
 
 
 def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch, calls, capsys):

@@ -19,7 +19,7 @@ import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import evaluation, files, states, stopping, trainer
-from dse.checkpoint import load_checkpoint
+from dse.checkpoint import check_same_flags, load_checkpoint
 from dse.files import InputError, RunError
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
@@ -210,6 +210,13 @@ def test_going_on_with_other_flags_is_refused(teacher_flags, student_flags, refu
     assert "leave --resume out for a new run" in line
     line = refused(dse_train_runner.main, [*student_flags(trainer_checkpoint=__file__), "--resume"])
     assert "--resume: finds the state to go on from by itself" in line
+
+
+def test_a_flag_that_a_run_did_not_know_counts_as_not_given():
+    check_same_flags({"lr": 0.1}, {"lr": 0.1, "dropout": None, "schedule_in_updates": False})
+    for value in (0.0, 0.5):  # 0 is a rate, and another one than the encoder's
+        with pytest.raises(InputError, match=f"--dropout: {value} now, None in the run"):
+            check_same_flags({"lr": 0.1}, {"lr": 0.1, "dropout": value})
 
 
 def test_what_resume_finds_in_a_teachers_folder(teacher_flags, tmp_path, refused, caplog, edit_json):

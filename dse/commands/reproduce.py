@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, command: str) -> None:
             stage, work.task.name, work.seed,
         )  # fmt: skip
         do(work, stage)
-        write(complete=done + 1 == len(left))
+        write(complete=False)
 
     # 3. The tables.
     write(complete=True)

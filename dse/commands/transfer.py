@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dse import cli
 from dse.files import InputError, check_writable, write_text
 from dse.pretrained import find_bert
-from dse.processors import TASKS, read_examples
+from dse.processors import TASKS, labelled_test, read_examples
 from dse.reporting import without_nan
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--output: {args.output} is a folder; name a file")
     cli.set_up_logging()
     from dse import transfer
-    from dse.reproduction import labelled_test
 
     sts = TASKS["sts-b"]
     similar = read_examples(sts, data_dir / sts.folder, "dev") if (data_dir / sts.folder / sts.dev).is_file() else None
