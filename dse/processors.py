@@ -228,7 +228,8 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
             own if test is None else test
             for test, own in ((task.test_text_a, task.text_a), (task.test_text_b, task.text_b))
         )
-        return _read_tsv(data_dir / name, task, text_a, text_b, task.test_label, header=True)
+        header = task.header or task.name in TASKS  # GLUE's test sets have one, CoLA's too
+        return _read_tsv(data_dir / name, task, text_a, text_b, task.test_label, header)
     return _read_tsv(data_dir / name, task, task.text_a, task.text_b, task.label, task.header)
 
 

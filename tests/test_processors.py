@@ -113,6 +113,15 @@ def test_own_task_by_column_names(tmp_path):
     assert (examples.first, examples.second, examples.labels) == (["q1", "q2"], ["a1", "a2"], [1, 0])
 
 
+@pytest.mark.parametrize(("header", "rows"), [(True, ["s"]), (False, ["q", "s"])])
+def test_own_files_have_headers_or_none_the_test_file_too(tmp_path, header, rows):
+    path = own_task(tmp_path, text_b=1, train="t.tsv", test="test.tsv", header=header)
+    write(tmp_path / "t.tsv", "q\tr\tyes\ns\tt\tno\n")
+    write(tmp_path / "test.tsv", "q\tr\ns\tt\n")
+    task = get_task(str(path))
+    assert [read_examples(task, tmp_path, split).first for split in ("train", "test")] == [rows, rows]
+
+
 def test_own_task_whose_dev_file_is_its_test_file_too(tmp_path):
     path = own_task(tmp_path, text_b=1, dev="dev.tsv", test="dev.tsv")
     write(tmp_path / "dev.tsv", "a\tb\tlabel\nq\tr\tyes\n")

@@ -64,17 +64,8 @@ def calls(monkeypatch):
     return seen
 
 
-def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
-    reproduce.main(flags)
-    folder = tmp_path / "results"
-    assert calls == [
-        "finetune_bert.py", "run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3,
-    ] * 4  # fmt: skip
-    found = json.loads((folder / "results.json").read_text())
-    assert next(iter(found)) == "average_relative_degradation"
-    assert found["complete"] is True
-
-    # Degradation by hand: of each task the mean over its seeds, then the mean over tasks.
+def degradation_by_hand(folder):
+    """Of each task the mean over its seeds, then the mean over tasks."""
     by_task: dict = {}
     for run, metric in [
         ("mrpc_seed1", "f1"),
@@ -88,8 +79,26 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
         )
         if teacher:  # nothing can be compared with a 0
             by_task.setdefault(run[:4], []).append((teacher - student) / teacher)
-    expected = np.mean([np.mean(values) for values in by_task.values()])
-    assert found["average_relative_degradation"] == pytest.approx(expected)
+    return np.mean([np.mean(values) for values in by_task.values()])
+
+
+def coefficient_flag(folder, stage):
+    """The value after the flag in the stage's command; None where it is not given."""
+    command = json.loads((folder / f"{stage}.json").read_text())["command"]
+    return command[command.index("--distillation_coeff") + 1] if "--distillation_coeff" in command else None
+
+
+def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
+    reproduce.main(flags)
+    folder = tmp_path / "results"
+    assert calls == [
+        "finetune_bert.py", "run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3,
+    ] * 4  # fmt: skip
+    found = json.loads((folder / "results.json").read_text())
+    assert next(iter(found)) == "average_relative_degradation"
+    assert found["complete"] is True
+
+    assert found["average_relative_degradation"] == pytest.approx(degradation_by_hand(folder))
     assert set(found["tasks"]) == {"MRPC", "SICK", "STS-B"}
 
     # Records say what was run, and tell the same as the scripts.
@@ -102,13 +111,8 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     assert record["seconds"] > sum(each["seconds"] for each in record["history"])  # measuring counts too
     assert record["command"][0] == "dse_train_runner.py"
     assert not list((folder / "mrpc_seed2").glob("*/*/*.pt")), "checkpoints of a student that is done"
-    controls = {}
-    for stage in ("dse", "labels_only", "logits_only"):
-        command = json.loads((folder / "mrpc_seed1" / f"{stage}.json").read_text())["command"]
-        controls[stage] = (
-            command[command.index("--distillation_coeff") + 1] if "--distillation_coeff" in command else None
-        )
-    assert controls == {"dse": None, "labels_only": "0.0", "logits_only": "1.0"}
+    students = ("dse", "labels_only", "logits_only")
+    assert [coefficient_flag(folder / "mrpc_seed1", stage) for stage in students] == [None, "0.0", "1.0"]
     assert set(found["tasks"]["MRPC"]["pairs_per_second"]) == {"teacher", "dse", "labels_only", "logits_only"}
     assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
 

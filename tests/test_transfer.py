@@ -249,6 +249,28 @@ def rows_of(path: Path, columns: tuple[int, ...], start: int = 1, stop: int | No
     return [[line[column] for line in lines] for column in columns]
 
 
+def assert_close(found: dict, expected: dict) -> None:
+    """Numbers by task, kind, split and metric, in this order of tasks and kinds."""
+    assert list(found) == list(expected)
+    for task, by_kind in expected.items():
+        assert list(found[task]) == ["DSE", "encoder as downloaded", "bag of words"]
+        for kind, by_split in by_kind.items():
+            assert found[task][kind].keys() == by_split.keys()
+            for split, metrics in by_split.items():
+                assert found[task][kind][split] == pytest.approx(metrics, abs=1e-4)
+
+
+def as_shown(found: dict) -> dict[tuple[str, str], dict[str, str]]:
+    """The cells that the table should have."""
+    cells: dict = {}
+    for task, by_kind in found.items():
+        for kind, by_split in by_kind.items():
+            for split, metrics in by_split.items():
+                for metric, value in metrics.items():
+                    cells.setdefault((task, f"{split} {metric}"), {})[kind] = f"{value:.3f}"
+    return cells
+
+
 def test_the_command_prints_and_writes_what_the_functions_give(
     glue, saved, bert, tmp_path, monkeypatch, capsys, caplog
 ):
@@ -298,18 +320,8 @@ def test_the_command_prints_and_writes_what_the_functions_give(
     assert written["model"] == str(saved)
     assert (written["task"], written["max_rows"]) == ("mrpc", 20)
     assert written.keys() == {"model", "task", "max_rows", "results"}
-    assert list(written["results"]) == ["STS-B", "MRPC", "SST-2"]
-    numbers = {}
-    for task, by_kind in expected.items():
-        assert list(written["results"][task]) == ["DSE", "encoder as downloaded", "bag of words"]
-        for kind, by_split in by_kind.items():
-            assert written["results"][task][kind].keys() == by_split.keys()
-            for split, metrics in by_split.items():
-                assert written["results"][task][kind][split] == pytest.approx(metrics, abs=1e-4)
-                for metric in metrics:
-                    value = written["results"][task][kind][split][metric]
-                    numbers.setdefault((task, f"{split} {metric}"), {})[kind] = f"{value:.3f}"
-    assert table == numbers
+    assert_close(written["results"], expected)
+    assert table == as_shown(written["results"])
     assert list(table) == [
         ("STS-B", "dev pearson"), ("STS-B", "dev spearman"), ("MRPC", "dev accuracy"), ("MRPC", "dev f1"),
         ("MRPC", "test accuracy"), ("MRPC", "test f1"), ("SST-2", "dev accuracy"), ("SST-2", "dev f1"),
