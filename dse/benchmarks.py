@@ -242,6 +242,8 @@ def train_role(
     features.max_seq_length = args.max_seq_length
 
     def steps_with(padding: str) -> Any:
+        """Training on all batches once, padded so."""
+
         def run() -> None:
             features.padding = padding
             model.train()

@@ -154,6 +154,8 @@ def one_size(
     memory: dict[str, float] = {}
 
     def remembered(name: str, run: Callable[[], object]) -> Callable[[], None]:
+        """`run`, which also writes down the most memory that it took."""
+
         def call() -> None:
             watch = _Watch()
             watch.start()

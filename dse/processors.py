@@ -45,7 +45,7 @@ class Task:
     text_a: int | str = 0
     text_b: int | str | None = None  # None: a single-sentence task
     label: int | str | None = -1
-    header: bool = True  # do train and dev begin with a header line?
+    header: bool = True  # do its files begin with a header line? (GLUE's test files always do)
     metrics: tuple[str, ...] = ()  # of fine-tuning; empty: the usual ones of the kind
     folder: str = ""  # GLUE's name of the data's folder
     test_text_a: int | str | None = None  # None: as text_a

@@ -97,7 +97,6 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     found = json.loads((folder / "results.json").read_text())
     assert next(iter(found)) == "average_relative_degradation"
     assert found["complete"] is True
-
     assert found["average_relative_degradation"] == pytest.approx(degradation_by_hand(folder))
     assert set(found["tasks"]) == {"MRPC", "SICK", "STS-B"}
 

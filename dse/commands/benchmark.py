@@ -23,6 +23,7 @@ logger = logging.getLogger("dse.benchmark")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
@@ -48,6 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for, print it, and write it where --output says."""
     # 1. Refuse what cannot work.
     task = get_task(args.task_name)
     check_sentence_pairs(task)

@@ -18,6 +18,7 @@ logger = logging.getLogger("dse.export")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     parser.add_argument("--trainer_checkpoint", required=True, help="a checkpoint of dse_train_runner.py")
     parser.add_argument("--output", required=True, help="the folder; an earlier student's is replaced")
@@ -25,6 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """A checkpoint's student as a folder that loads."""
     # 1. Refuse what cannot work.
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
     check_writable(Path(args.output).absolute().parent, "--output")

@@ -18,6 +18,7 @@ logger = logging.getLogger("dse.index")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
@@ -34,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Embed the candidates into a new index, or append them to one."""
     # 1. Refuse what cannot work.
     if args.append and args.half:
         raise InputError("--half: is decided when an index is made; leave it out with --append")

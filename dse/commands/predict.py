@@ -26,6 +26,7 @@ logger = logging.getLogger("dse.predict")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
@@ -38,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Read the test set, predict, and write GLUE's file."""
     # 1. Refuse what cannot work, and read the rows, before anything heavy is loaded.
     task = get_task(args.task_name)
     check_writable(args.output_dir, "--output_dir")

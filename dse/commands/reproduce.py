@@ -28,6 +28,7 @@ logger = logging.getLogger("dse.reproduce")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=("small", "large"), default="small", help="small: hours on 2 cores; large: the paper's")
@@ -99,6 +100,7 @@ def make_works(args: argparse.Namespace) -> list[Work]:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
+    """Do the stages that are left; `command` is the line that was typed, for the tables."""
     # 1. Refuse what cannot work, and read the data, before any work.
     if parallel.launched():
         raise InputError("torchrun: this command runs its stages in one process; run the scripts themselves with it")

@@ -27,6 +27,7 @@ logger = logging.getLogger("dse.score")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
@@ -68,6 +69,7 @@ def write_hits(file: TextIO, queries: list[str], found: list[list[Any]], as_json
 
 
 def run(args: argparse.Namespace) -> None:
+    """Score queries against candidates, and write the best of each."""
     # 1. Refuse what cannot work.
     if args.queries == args.candidates == "-":
         raise InputError("--candidates: standard input can be read once; give --queries or --candidates as a file")

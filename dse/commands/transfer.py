@@ -31,6 +31,7 @@ logger = logging.getLogger("dse.transfer")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; exits with code 2 and one line for those that cannot be."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`best` of a run, or `python -m dse export`) or hub name")
@@ -53,6 +54,7 @@ def bert_of(args: argparse.Namespace, student: "DSESiameseClassifier") -> Path:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measure every task at hand with every kind of embeddings; the table."""
     # 1. Refuse what cannot work, and read the data.
     data_dir = Path(args.data_dir)
     if not data_dir.is_dir():
