@@ -12,7 +12,6 @@ of its own: it reads SNLI and MNLI (--data_dir glue_data).
 
 import argparse
 import errno
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ import filelock
 
 from dse import cli
 from dse.download import DownloadError, fetch, forget, keep_aside, shown, unzip
-from dse.files import InputError, RunError, check_writable, read_json, sha256_file, utc_stamp, write_text, write_whole
+from dse.files import InputError, RunError, check_writable, read_json, sha256_file, utc_stamp, write_json, write_whole
 from dse.processors import read_lines
 
 PROG = "download_glue_data.py"
@@ -348,7 +347,7 @@ def write_record(task: str, origins: list[dict[str, Any]], made: Path) -> None:
     names = sorted(path for path in made.rglob("*") if path.is_file())
     files = {path.relative_to(made).as_posix(): sha256_file(path) for path in names}
     record = {"task": task, "made_utc": utc_stamp(), "sources": origins, "files": files}
-    write_text(made / RECORD, json.dumps(record, indent=2) + "\n")
+    write_json(made / RECORD, record)
 
 
 def put_in_place(made: Path, folder: Path) -> None:

@@ -12,7 +12,6 @@ run that was stopped, from its newest state, and ends as if it had never stopped
 import argparse
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,14 @@ from dse.config import DSEConfig, check_fc_dims, check_fits_bert
 from dse.files import InputError, check_file, check_writable, read_json, sha256_file, utc_stamp
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
 from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
-from dse.reporting import Record, append_json_line, check_can_plot, format_metrics, plot_metrics
+from dse.reporting import (
+    Record,
+    append_json_line,
+    check_can_plot,
+    format_metrics,
+    plot_metrics,
+    winning_threshold,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -253,7 +259,7 @@ def make_trainer(
         loss=lambda outputs, rows: student_loss(
             task.kind, outputs, labels[rows], targets[rows], args.distillation_coeff
         ),
-        measure=measure_student(task, args.tune_positive_thresholds),
+        measure=measure_student(task, args.tune_positive_thresholds, targets.cpu(), args.distillation_coeff),
         features=features,
         optimizer=make_optimizer(model, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
         batch_size=args.batch_size,
@@ -286,17 +292,32 @@ def make_validate(
 
 
 def score_of(task: Task, record: Record) -> tuple[str, float]:
-    """Name and value of the score that ranks checkpoints; NaN, of constant outputs, ranks last."""
+    """Name and value of the score that ranks checkpoints; the loss where the correlation is undefined."""
     from dse.metrics import best_score
 
-    name, value = best_score(task.kind, record["validation"])
-    return name, -math.inf if math.isnan(value) else value
+    return best_score(task.kind, record["validation"])
 
 
 def best_record(task: Task, history: list[Record]) -> Record | None:
-    """The validated epoch with the best score, the first of equals; None where none was validated."""
-    validated = (record for record in history if "validation" in record)
-    return max(validated, key=lambda record: score_of(task, record)[1], default=None)
+    """The validated epoch with the best score, the first of equals; None where none was validated.
+
+    Epochs without a score rank last, by their loss.
+    """
+
+    def rank(record: Record) -> tuple[bool, float]:
+        name, value = score_of(task, record)
+        return name != "loss", -value if name == "loss" else value
+
+    return max((record for record in history if "validation" in record), key=rank, default=None)
+
+
+def warn_of_no_score(task: Task, history: list[Record]) -> None:
+    """Warn, once in a run, that the last epoch has no score."""
+    names = [score_of(task, record)[0] for record in history if "validation" in record]
+    if names.count("loss") == 1 and names[-1] == "loss":
+        logger.warning(
+            "the correlation on dev is undefined, as all scores or all outputs are the same: the loss ranks such epochs"
+        )
 
 
 def best_epoch(task: Task, history: list[Record]) -> int | None:
@@ -331,7 +352,8 @@ def make_entries(
         epoch, best = best_epoch(task, trainer.history), None
         if epoch is not None and args.store_checkpoints:
             newest = epoch + 1 == len(trainer.history) and name
-            best = {"epoch": epoch, "file": newest or start.states.files[epoch + 1, 0].name}
+            threshold = winning_threshold(best_record(task, trainer.history)["validation"])
+            best = {"epoch": epoch, "file": newest or start.states.files[epoch + 1, 0].name, "threshold": threshold}
         return {**unchanging, "model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "best": best}
 
     return entries
@@ -349,15 +371,16 @@ def make_after_epoch(
 ) -> Callable[[Record], bool]:
     """After each epoch: checkpoint or state, JSON line, plots; True ends the training early."""
     from dse.checkpoint import origin_of
-    from dse.encoding import TextSettings
-
-    trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length)
+    from dse.encoding import DEFAULT_THRESHOLD, TextSettings
 
     def after_epoch(record: Record) -> bool:
         best = best_epoch(task, trainer.history)
+        warn_of_no_score(task, trainer.history)
         if args.store_checkpoints and "validation" in record:
             if best == record["epoch"] and parallel.is_first():
                 run = {"task_name": args.task_name, **run_flags(args)}
+                threshold = winning_threshold(record["validation"]) or DEFAULT_THRESHOLD
+                trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length, threshold)
                 trainer.model.origin = origin_of(run, trainer.seed, trainer.history, data)
                 trainer.model.save_pretrained(start.states.folder / "best")
             name, value = score_of(task, record)
@@ -437,7 +460,9 @@ def report_best(task: Task, history: list[Record]) -> None:
     if best is None:
         return
     name, value = score_of(task, best)
-    logger.info("best %s %.4f at epoch %d", name, value, best["epoch"])
+    threshold = winning_threshold(best["validation"])
+    where = "" if threshold is None else f" with threshold {threshold}"
+    logger.info("best %s %.4f at epoch %d%s", name, value, best["epoch"], where)
     logger.info("its train metrics: %s", format_metrics(best["train"]))
     logger.info("its validation metrics: %s", format_metrics(best["validation"]))
 

@@ -10,8 +10,8 @@ and eval_results.txt. The same command with --resume goes on with a training tha
 """
 
 import argparse
-import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dse.files import (
     sha256_file,
     utc_stamp,
     write_folder_whole,
+    write_json,
     write_text,
 )
 from dse.pretrained import (
@@ -249,7 +250,7 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
         tokenizer.save_pretrained(beside)
         hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         training = {"format": TRAINING_FORMAT, **about, "sha256": hashes}
-        write_text(beside / TRAINING, json.dumps(training, indent=2) + "\n")
+        write_json(beside / TRAINING, training)
     for folder in (Path(args.output_dir), mismatched_dir(args)):
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)
@@ -291,6 +292,7 @@ def train(
 def write_results(folder: Path, metrics: dict[str, float], updates: int, train_loss: float | None) -> None:
     if not parallel.is_first():
         return
+    metrics = {name: math.nan if value is None else value for name, value in metrics.items()}  # as JSON gave it back
     results = {**metrics, "eval_loss": metrics["loss"], "global_step": updates, "loss": train_loss}
     lines = [f"{key} = {value}" for key, value in sorted(results.items())]
     write_text(folder / "eval_results.txt", "\n".join(lines) + "\n")

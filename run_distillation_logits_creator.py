@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     # 2. Features and teacher.
     import torch
 
-    from dse.distillation import logits_identity, save_logits
-    from dse.evaluation import Progress, predict
+    from dse.distillation import distillation_targets, logits_identity, save_logits
+    from dse.evaluation import Progress, predict, tell_agreement
     from dse.features import cached_features, padding_for
     from dse.models import load_teacher, teacher_logits
 
@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if not parallel.is_first():
         return
+    outputs = distillation_targets(task.kind, torch.from_numpy(logits)).numpy()
+    tell_agreement(task, outputs, features.labels, "the teacher", "the training labels")
 
     # 4. The file, and what it belongs to.
     about = {

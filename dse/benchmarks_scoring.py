@@ -25,7 +25,7 @@ from dse.encoding import TextSettings
 from dse.evaluation import predict
 from dse.features import joint_features
 from dse.files import InputError, write_whole
-from dse.index import BLOCK, CandidateIndex, ranked_output
+from dse.index import BLOCK, CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier, load_teacher, new_student, teacher_logits
 from dse.processors import Examples, read_examples
 
@@ -148,7 +148,7 @@ def one_size(
     count = len(index)
     u = model.encode(query, convert_to="tensor")
     naive, ours = naive_scores(model, u, index), index.score(query)  # warm, and every block compared with its sum
-    naive = naive[:, ranked_output(model, None)]
+    naive = rank_scores(torch.from_numpy(naive), model.settings.task).numpy()
     difference = relative_difference(ours, naive)
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
     memory: dict[str, float] = {}

@@ -10,7 +10,7 @@ One file per epoch, or within one (states.py), a dict of tensors, numbers, strin
     task, data             the task's line; hashes of data and logits, and the commands that made these
     run                    the flags of the run
     trainer                optimizer, position, random states, history (Trainer.state_dict)
-    stamp, best            start of the run; file and epoch of the best so far, None before the first validation
+    stamp, best            start of the run; file, epoch, threshold of the best so far, None before the first validation
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from typing import Any
 
 from dse.cli import same_value
 from dse.config import DSEConfig
-from dse.encoding import TextSettings
+from dse.encoding import DEFAULT_THRESHOLD, TextSettings
 from dse.files import InputError, check_file, disk_errors, load_tensors, one_line, utc_stamp
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import tokenizer_from_files
 from dse.processors import Task, task_from_dict, task_to_dict
-from dse.reporting import Record
+from dse.reporting import Record, winning_threshold
 from dse.states import Position, States
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,10 @@ def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClass
         ) from error
     run, history = checkpoint["run"], checkpoint["trainer"]["history"]
     tokenizer = tokenizer_from_files(checkpoint["tokenizer"])
-    model.settings = TextSettings(tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"])
+    threshold = winning_threshold(history[-1].get("validation", {})) if history else None
+    model.settings = TextSettings(
+        tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"], threshold or DEFAULT_THRESHOLD
+    )
     model.origin = origin_of(run, checkpoint["trainer"]["seed"], history, checkpoint["data"])
     return model.eval(), tokenizer
 

@@ -9,7 +9,6 @@ The logits file is a bare float32 tensor (rows in the order of the training file
 the JSON beside it says which task, data, labels and teacher it came from.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dse.files import InputError, load_tensors, read_json, save_tensors, sha256_file, write_text
+from dse.files import InputError, load_tensors, read_json, save_tensors, sha256_file, write_json
 from dse.processors import BINARY, REGRESSION, Task
 
 logger = logging.getLogger(__name__)
@@ -54,8 +53,12 @@ def student_loss(kind: str, outputs: Tensor, labels: Tensor, targets: Tensor, co
     hard = hard_loss(kind, outputs, labels)
     if coefficient == 0:
         return hard
-    soft = ((outputs.float() - targets) ** 2).sum(dim=1).mean()
-    return (1 - coefficient) * hard + coefficient * soft
+    return (1 - coefficient) * hard + coefficient * distillation_loss(outputs, targets)
+
+
+def distillation_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over pairs of the sum over outputs of (z - t)^2; both (n, outputs)."""
+    return ((outputs.float() - targets) ** 2).sum(dim=1).mean()
 
 
 def distillation_targets(kind: str, logits: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def save_logits(path: str | Path, logits: Tensor, about: dict[str, Any]) -> None
     if not bool(logits.isfinite().all()):
         raise InputError(f"{path}: not written, the teacher gives NaN or infinite logits; train it again, slower")
     save_tensors(path, logits.to(torch.float32).cpu().contiguous())
-    write_text(path.with_suffix(".json"), json.dumps({**about, "sha256": sha256_file(path)}, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), {**about, "sha256": sha256_file(path)})
 
 
 def logits_identity(task: Task, files: list[dict[str, str]], rows: int) -> dict[str, Any]:

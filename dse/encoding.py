@@ -10,8 +10,9 @@ Texts are what Python calls strings, of any length: what is beyond the student's
 steps of similar length; what else is in a call changes a number by rounding only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ import torch
 
 from dse.evaluation import embed_texts, predict_pairs
 from dse.features import SeparateFeatures, encode_texts, padding_for
-from dse.metrics import sigmoid
-from dse.processors import BINARY, REGRESSION, Task
+from dse.metrics import decisions, sigmoid
+from dse.processors import MULTICLASS, REGRESSION, Task, ranked_label
+
+DEFAULT_THRESHOLD = 0.5
+Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and text_pair
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class TextSettings:
     tokenizer: Any
     task: Task
     max_seq_length: int  # token ids per sentence
+    threshold: float = DEFAULT_THRESHOLD  # binary: above it, strictly, `predict` says the second label
 
 
 class TextInterface:
@@ -66,13 +71,14 @@ class TextInterface:
             (sentences, embedding_size) in the order given, float32, or float16 with `half`; for one string
             (embedding_size,). No sentences: (0, embedding_size).
 
-        Raises TypeError for what is no string, ValueError for one that cannot be UTF-8 or for other wrong arguments.
+        Raises TypeError for what is not text (mappings, sets, tables and bytes too), ValueError for a string that UTF-8
+        cannot hold and for other wrong arguments.
         """
         if convert_to not in ("numpy", "tensor", "list"):
             raise ValueError(f"convert_to: {convert_to!r} is none of numpy, tensor, list")
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
-        texts = _checked([sentences] if alone else list(sentences), "sentences")
+        texts = checked_texts([sentences] if alone else sentences, "sentences")
         embeddings = np.empty((0, self.config.embedding_size), np.float32)
         if texts:
             features = self._features(texts, texts)
@@ -89,17 +95,18 @@ class TextInterface:
             return embeddings[0]
         return list(embeddings) if convert_to == "list" else embeddings
 
-    def score(
-        self, pairs: Iterable[tuple[str, str]], batch_size: int = 32, show_progress: bool | None = None
-    ) -> np.ndarray:
+    def score(self, pairs: Iterable[Pair], batch_size: int = 32, show_progress: bool | None = None) -> np.ndarray:
         """The head's outputs for pairs of texts, the first one being the query where that matters.
 
         Args:
+            pairs: (text, text), or {"text": ..., "text_pair": ...}, each.
             batch_size, show_progress: as in `encode`.
 
         Returns:
-            float32, in the order given: (pairs,) logits of "positive", or scores for regression; (pairs, labels)
-            logits for multiclass, labels in the task's order.
+            float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
+            (pairs, labels) logits for multiclass, labels in the task's order.
+
+        Raises TypeError for what is not a pair of texts, ValueError for wrong arguments.
         """
         _check_batch_size(batch_size)
         firsts, seconds = _sides(pairs)
@@ -112,35 +119,41 @@ class TextInterface:
 
     def predict(
         self,
-        pairs: Iterable[tuple[str, str]],
-        probabilities: bool = False,
-        threshold: float = 0.5,
+        pairs: Iterable[Pair],
+        probabilities: bool | str = False,
+        threshold: float | None = None,
         batch_size: int = 32,
         show_progress: bool | None = None,
     ) -> list[str] | np.ndarray:
         """Labels of pairs; scores for regression.
 
         Args:
-            probabilities: float32 instead of labels: (pairs,) of the positive one, or (pairs, labels).
-            threshold: binary: a pair is positive above it, strictly.
+            pairs: as in `score`.
+            probabilities: float32 instead of labels. True: of a binary task (pairs,), the probability of the label that
+                ranks (processors.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
+                (pairs, labels), labels in the task's order. "all": (pairs, labels) for both.
+            threshold: binary: a pair has the second label where that one's probability is above it, strictly. None: the
+                one that was best on dev in training (`settings.threshold`).
             batch_size, show_progress: as in `encode`.
 
-        Raises ValueError for probabilities of a regression.
+        Raises ValueError for probabilities of a regression, TypeError as `score` does.
         """
         task = self._settings().task
+        if probabilities not in (False, True, "all"):
+            raise ValueError(f"probabilities: got {probabilities!r}, expected False, True or 'all'")
         if task.kind == REGRESSION and probabilities:
             raise ValueError(f"probabilities: {task.name} is a regression, which has none; leave it out")
         outputs = self.score(pairs, batch_size, show_progress)
         if task.kind == REGRESSION:
             return outputs
-        if task.kind == BINARY:
-            positive = sigmoid(outputs)
-            if probabilities:
-                return positive.astype(np.float32)
-            return [task.labels[int(above)] for above in positive > threshold]
-        if probabilities:
+        if not probabilities:
+            rows = outputs.reshape(len(outputs), self.config.fc_dims[-1])
+            threshold = self.settings.threshold if threshold is None else threshold
+            return [task.labels[place] for place in decisions(task.kind, rows, threshold)]
+        if task.kind == MULTICLASS:
             return torch.from_numpy(outputs).softmax(dim=-1).numpy()
-        return [task.labels[best] for best in outputs.argmax(axis=1)]
+        of_labels = np.stack([sigmoid(-outputs), sigmoid(outputs)], axis=1).astype(np.float32)
+        return of_labels if probabilities == "all" else of_labels[:, task.labels.index(ranked_label(task))]
 
     def _settings(self) -> TextSettings:
         if self.settings is None:
@@ -163,26 +176,58 @@ class TextInterface:
 
 
 def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, Integral):
+        raise TypeError(f"batch_size: got a {type(batch_size).__name__}, expected a whole number")
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is below 1")
 
 
-def _sides(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    both = [pair if isinstance(pair, str) else tuple(pair) for pair in pairs]
-    for i, pair in enumerate(both):
-        if isinstance(pair, str) or len(pair) != 2:
-            raise TypeError(f"pairs: number {i} is no pair of texts: {str(pair)[:80]!r}")
-    firsts, seconds = ([pair[side] for pair in both] for side in (0, 1))
-    return _checked(firsts, "pairs, first texts"), _checked(seconds, "pairs, second texts")
+def _sides(pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:
+    firsts, seconds = [], []
+    for i, pair in enumerate(elements(pairs, "pairs", "pairs of texts")):
+        if isinstance(pair, Mapping) and set(pair) == {"text", "text_pair"}:
+            pair = pair["text"], pair["text_pair"]
+        elif not isinstance(pair, str):
+            pair = elements(pair, f"pairs, number {i}", "two texts, or text and text_pair")
+        if isinstance(pair, str) or len(pair := list(pair)) != 2:
+            raise TypeError(f"pairs: number {i} is not a pair of texts: {str(pair)[:80]!r}; expected (text, text)")
+        firsts.append(pair[0])
+        seconds.append(pair[1])
+    return checked_texts(firsts, "pairs, first texts"), checked_texts(seconds, "pairs, second texts")
 
 
-def _checked(texts: list[Any], what: str) -> list[str]:
+def elements(value: Any, what: str, of: str) -> Iterable[Any]:
+    """`value`, if its elements are what a caller means, in the order that a caller means.
+
+    A string would give its letters, bytes numbers, a mapping its keys, a table its columns' names, a set any order.
+
+    Args:
+        what: names the value in the error; of: what was expected.
+
+    Raises TypeError for these, and for what cannot be iterated.
+    """
+    refused = isinstance(value, str | bytes | bytearray | Mapping | set | frozenset) or hasattr(value, "columns")
+    if refused or not isinstance(value, Iterable):
+        raise TypeError(f"{what}: got a {type(value).__name__}, expected {of} in a list or another ordered iterable")
+    return value
+
+
+def checked_texts(texts: Iterable[Any], what: str) -> list[str]:
+    """A list of the texts. Raises TypeError as `elements` does and for what is not a string, ValueError for one that
+    UTF-8 cannot hold.
+    """
+    texts = list(elements(texts, what, "strings"))
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{what}: number {i} is a {type(text).__name__}, and a string was expected")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{what}: number {i} is no text that UTF-8 can hold ({error.reason})") from error
+        check_text(text, i, what)
     return texts
+
+
+def check_text(text: Any, number: int, what: str) -> None:
+    """Raise TypeError for what is not a string, ValueError for one that UTF-8 cannot hold."""
+    if not isinstance(text, str):
+        raise TypeError(f"{what}: number {number} is a {type(text).__name__}, and a string was expected")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what}: number {number} is text that UTF-8 cannot hold ({error.reason})") from error

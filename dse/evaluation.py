@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dse import parallel, stopping
-from dse.distillation import hard_loss, teacher_loss
+from dse.distillation import distillation_loss, hard_loss, student_loss, teacher_loss
 from dse.features import Features, SeparateFeatures, in_batches
 from dse.files import InputError, load_tensors, save_tensors, sha256_json
-from dse.metrics import student_metrics, teacher_metrics
-from dse.processors import Task
+from dse.metrics import agreement, decisions, student_metrics, teacher_metrics
+from dse.processors import REGRESSION, Task
+from dse.reporting import show_number
 
 if TYPE_CHECKING:
     from dse.models import DSESiameseClassifier
@@ -243,11 +244,49 @@ def measure_teacher(task: Task) -> Measure:
     return measure
 
 
-def measure_student(task: Task, thresholds: Sequence[float]) -> Measure:
-    """A function from the student's outputs and labels to the hard `loss`, a mean, and the student's metrics."""
+def measure_student(
+    task: Task, thresholds: Sequence[float], targets: Tensor | None = None, coefficient: float = 0.0
+) -> Measure:
+    """A function from the student's outputs and labels to the hard `loss`, a mean, and the student's metrics.
+
+    Args:
+        thresholds: of binary tasks.
+        targets: the teacher's logits for the same rows, as `distillation_targets` gives them. With them there are
+            `distillation_loss` and `total_loss`, means over pairs, and `teacher_agreement` too: the share of pairs with
+            the teacher's label, or the Pearson correlation with the teacher's scores.
+        coefficient: weight of the teacher in `total_loss`.
+    """
 
     def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        loss = hard_loss(task.kind, torch.from_numpy(outputs), torch.from_numpy(labels))
-        return {"loss": loss.item(), **student_metrics(task.kind, outputs, labels, thresholds)}
+        z, y = torch.from_numpy(outputs), torch.from_numpy(labels)
+        metrics = {"loss": hard_loss(task.kind, z, y).item()}
+        if targets is not None:
+            metrics["distillation_loss"] = distillation_loss(z, targets).item()
+            metrics["total_loss"] = student_loss(task.kind, z, y, targets, coefficient).item()
+            metrics["teacher_agreement"] = agreement(task.kind, outputs, decisions(task.kind, targets.numpy()))
+        return metrics | student_metrics(task.kind, outputs, labels, thresholds)
 
     return measure
+
+
+def tell_agreement(
+    task: Task, outputs: np.ndarray, labels: np.ndarray, who: str, whose: str, threshold: float = 0.5
+) -> None:
+    """Log how far outputs agree with labels; warn where they agree less than a guess would.
+
+    Args:
+        outputs: (n, 1), or (n, labels) for multiclass, in a student's form.
+        labels: (n,), places of the labels, or scores.
+        who, whose: name the model and the labels.
+        threshold: of binary tasks.
+    """
+    value = agreement(task.kind, outputs, labels, threshold)
+    if task.kind == REGRESSION:
+        logger.info("%s: Pearson correlation with %s %s", who, whose, show_number(value))
+        guess, why = 0.0, "0: its scores may run the other way"
+    else:
+        logger.info("%s agrees with %s in %.1f %% of %d rows", who, whose, 100 * value, len(labels))
+        guess = np.bincount(labels).max() / len(labels)
+        why = f"the {100 * guess:.1f} % of the most frequent label: its labels may not be in the order {task.labels}"
+    if value < guess:
+        logger.warning("%s agrees with %s less than %s", who, whose, why)

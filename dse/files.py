@@ -13,6 +13,7 @@ import ctypes
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -141,6 +142,25 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole."""
     with write_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON of a value; NaN and infinities, which JSON lacks, become null. Options are json.dumps's."""
+    return json.dumps(without_nan(value), allow_nan=False, **options)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file whole, for people to read; NaN and infinities become null."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same for JSON: NaN and infinities become None."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_file(path: str | Path, flag: str, hint: str) -> None:

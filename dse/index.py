@@ -20,7 +20,6 @@ a stop in between leaves the index as it was.
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import shutil
@@ -37,10 +36,11 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from dse.encoding import check_text, checked_texts, elements
 from dse.features import batches_of
-from dse.files import InputError, check_ours, read_json, replace_folder, sha256_json, write_text
+from dse.files import InputError, check_ours, json_text, read_json, replace_folder, sha256_json, write_text
 from dse.packing import linear
-from dse.processors import MULTICLASS
+from dse.processors import BINARY, REGRESSION, Task, ranked_label
 from dse.sharing import fingerprint
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "dse index", 1
 INDEX = "index.json"
-RANK_LABEL = "entailment"
 _LOCK = ".lock"  # held while an append writes, or another index takes the folder's place
 _FILES = ("vectors.bin", "ends.bin", "texts.bin")
 _KINDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
@@ -63,7 +62,7 @@ _PART = 1 << 19  # numbers in a part's hidden layer
 class Hit(NamedTuple):
     """A candidate as it was found."""
 
-    score: float
+    score: float  # of a regression, else the log-odds of the rank label: its probability is sigmoid(score)
     row: int  # from 0, in the order in which the candidates were given
     text: str
 
@@ -196,17 +195,20 @@ class CandidateIndex:
                 shutil.copyfile(self.folder / name, beside / name)
 
     def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
-        """What the head gives for a query with each candidate.
+        """How each candidate ranks for a query: by the probability of the rank label, or the score of a regression.
 
         Args:
             queries: one text or several.
-            rank_label: multiclass: the label whose logit counts; None: entailment. Nothing else has a choice.
+            rank_label: the label whose probability counts; None: the task's own, else entailment, else the second one
+                of a binary task.
 
         Returns:
-            float32, (candidates,) for one query, (queries, candidates) for several: as `model.score` of the pairs
-            (query, candidate), to rounding.
+            float32, (candidates,) for one query, (queries, candidates) for several: `rank_scores` of what `model.score`
+            gives for the pairs (query, candidate), to rounding.
+
+        Raises TypeError for what is not text, InputError for a label that the task lacks or has to be told.
         """
-        texts = [queries] if isinstance(queries, str) else list(queries)
+        texts = [queries] if isinstance(queries, str) else checked_texts(queries, "queries")
         scores = np.empty((len(texts), len(self)), np.float32)
         for rows, columns, some in self._blocks(texts, rank_label, show=False):
             scores[rows, columns] = some.cpu().numpy()
@@ -227,7 +229,7 @@ class CandidateIndex:
         """
         if top_k < 1:
             raise ValueError(f"top_k: {top_k} is below 1")
-        texts = [queries] if isinstance(queries, str) else list(queries)
+        texts = [queries] if isinstance(queries, str) else checked_texts(queries, "queries")
         best: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in texts]
         for rows, columns, some in self._blocks(texts, rank_label, show_progress):
             for row, scores in zip(range(rows.start, rows.stop), some.cpu(), strict=True):
@@ -258,7 +260,8 @@ class CandidateIndex:
         self, texts: list[str], rank_label: str | None, show: bool | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Queries' rows, candidates' rows and their scores, part by part."""
-        output = ranked_output(self.model, rank_label)
+        task = self.model.settings.task
+        ranked_label(task, rank_label)  # refused before anything is embedded
         queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
         groups = [slice(i, min(i + _QUERIES, len(texts))) for i in range(0, len(texts), _QUERIES)]
         starts = range(0, len(self), BLOCK)
@@ -272,7 +275,10 @@ class CandidateIndex:
                 for start in starts:
                     candidates = self.block(start)
                     columns = slice(start, start + len(candidates))
-                    yield rows, columns, head.outputs(queries[rows], candidates)[..., output]
+                    scores = rank_scores(head.outputs(queries[rows], candidates), task, rank_label)
+                    if not bool(scores.isfinite().all()):
+                        raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
+                    yield rows, columns, scores
                     bar.update()
 
     def block(self, start: int) -> Tensor:
@@ -304,17 +310,22 @@ class CandidateIndex:
         )
 
 
-def ranked_output(model: "DSESiameseClassifier", rank_label: str | None) -> int:
-    """Which of the head's outputs ranks candidates. Raises InputError for a label that is none of the task's."""
-    task = model.settings.task
-    if task.kind != MULTICLASS:
-        if rank_label is not None:
-            raise InputError(f"--rank_label: {task.name} ({task.kind}) has one output, so there is nothing to choose")
-        return 0
-    label = RANK_LABEL if rank_label is None else rank_label
-    if label not in task.labels:
-        raise InputError(f"--rank_label: {label} is none of the labels of {task.name}: {', '.join(task.labels)}")
-    return task.labels.index(label)
+def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
+    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float.
+
+    A regression's score; else the log-odds log(p / (1 - p)) of the rank label's probability p, which rank as p does and
+    still differ where p rounds to 1. In a binary task they are the logit, negated for the first label.
+
+    Raises InputError as `ranked_label` does.
+    """
+    label = ranked_label(task, rank_label)
+    if task.kind == REGRESSION:
+        return outputs[..., 0]
+    place = task.labels.index(label)
+    if task.kind == BINARY:
+        return outputs[..., 0] if place else -outputs[..., 0]
+    others = [i for i in range(len(task.labels)) if i != place]
+    return outputs[..., place] - outputs[..., others].logsumexp(dim=-1)
 
 
 def _best(scores: Tensor, rows: Tensor, new: Tensor, start: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -340,11 +351,8 @@ def _embedded(
 
 
 def _strings(sentences: Iterable[str]) -> Iterator[str]:
-    if isinstance(sentences, str):
-        raise TypeError(f"sentences: a string was given, and an iterable of strings expected: {sentences[:80]!r}")
-    for i, text in enumerate(sentences):
-        if not isinstance(text, str):
-            raise TypeError(f"sentences: number {i} is a {type(text).__name__}, and a string was expected")
+    for i, text in enumerate(elements(sentences, "sentences", "strings")):
+        check_text(text, i, "sentences")
         yield text
 
 
@@ -356,7 +364,12 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndar
         sizes = [_bytes(*shape) for shape in _shapes(content).values()]
         for file, size in zip(files, sizes, strict=True):
             file.truncate(size)  # what an append left that did not end
-        for vectors, texts in parts:
+        for part in elements(parts, "parts", "(embeddings, texts) parts"):
+            if not (isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[0], np.ndarray)):
+                raise TypeError(
+                    f"parts: got a {type(part).__name__}, expected (array, texts): [(E, texts)] is one part"
+                )
+            vectors, texts = part[0], checked_texts(part[1], "parts, texts")
             if vectors.shape != (len(texts), content["width"]):
                 raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
             encoded = [text.encode() for text in texts]
@@ -413,7 +426,7 @@ def _bytes(kind: np.dtype, shape: tuple[int, ...]) -> int:
 def _write_content(folder: Path, content: dict[str, Any]) -> None:
     """Replace index.json: from then on what was written counts."""
     whole = {"format": FORMAT, "version": VERSION, **content}
-    write_text(folder / INDEX, json.dumps({**whole, "sha256": sha256_json(whole)}) + "\n")
+    write_text(folder / INDEX, json_text({**whole, "sha256": sha256_json(whole)}) + "\n")
 
 
 def _read_content(folder: Path) -> dict[str, Any]:

@@ -68,17 +68,33 @@ def student_metrics(
     return metrics
 
 
+def decisions(kind: str, outputs: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """A student's outputs, or a teacher's in the same form, to what they say: (n,) places of labels, or scores."""
+    if kind == REGRESSION:
+        return outputs[:, 0]
+    return (sigmoid(outputs[:, 0]) > threshold).astype(np.int64) if kind == BINARY else outputs.argmax(axis=1)
+
+
+def agreement(kind: str, outputs: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
+    """The share of pairs whose label the outputs give; of a regression the Pearson correlation with the scores."""
+    said = decisions(kind, outputs, threshold)
+    return correlations(said, labels)[0] if kind == REGRESSION else float((said == labels).mean())
+
+
 def sigmoid(outputs: np.ndarray) -> np.ndarray:
     """Logits to probabilities, float64, without overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * outputs.astype(np.float64)))
 
 
 def best_score(kind: str, metrics: dict[str, float]) -> tuple[str, float]:
-    """Name and value of the score that ranks checkpoints: the best f1 over thresholds, accuracy, or Pearson."""
+    """Name and value of the score that ranks checkpoints: the best f1 over thresholds, accuracy, or Pearson.
+
+    Where the correlation is undefined, "loss" and the loss, of which less is better.
+    """
     name = SCORES[kind]
     if kind == BINARY:
         return name, max(value for key, value in metrics.items() if key.startswith("f1_"))
-    return name, metrics[name]
+    return ("loss", metrics["loss"]) if math.isnan(metrics[name]) else (name, metrics[name])
 
 
 def best_threshold(name: str, scores: np.ndarray, labels: np.ndarray) -> float:

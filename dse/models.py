@@ -237,7 +237,10 @@ def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
         raise InputError(
             f"{folder}: gives {len(names)} logits, and {task.name} needs {len(labels)}: {', '.join(labels)}"
         )
-    if names and not all(name.startswith("LABEL_") for name in names) and names != labels:
+    unnamed = names and all(name.startswith("LABEL_") for name in names)
+    if unnamed and task.labels:
+        logger.warning("%s names its labels %s: whether they mean %s is not known", folder, names, labels)
+    if names and not unnamed and names != labels:
         raise InputError(f"{folder}: its labels in order are {names}, those of {task.name} are {labels}")
     if config.get("finetuning_task") not in (None, task.name):
         logger.warning("%s was fine-tuned on %s and is used for %s", folder, config["finetuning_task"], task.name)

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from dse.distillation import distillation_targets
-from dse.encoding import TextSettings
+from dse.encoding import DEFAULT_THRESHOLD, TextSettings
 from dse.evaluation import predict, predict_pairs
 from dse.features import joint_features, padding_for, separate_features
 from dse.files import InputError, read_json, write_text
-from dse.metrics import sigmoid
+from dse.metrics import decisions
 from dse.models import DSESiameseClassifier, load_teacher, teacher_logits
 from dse.pretrained import bert_config, find_bert, load_tokenizer, read_training, saved_casing
-from dse.processors import BINARY, REGRESSION, Examples, Task
+from dse.processors import REGRESSION, Examples, Task
 from dse.sharing import FORMAT as STUDENT_FORMAT
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,9 @@ def is_student(folder: Path) -> bool:
     return config.is_file() and read_json(config, "the model's configuration").get("format") == STUDENT_FORMAT
 
 
-def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> Scorer:
-    """What a teacher or student in a folder says of the rows of a task.
+def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> tuple[Scorer, float]:
+    """What a teacher or student in a folder says of the rows of a task, and its threshold: a student's is that of its
+    training, a teacher's 0.5.
 
     Args:
         name: folder of a student (or its hub name), or of a teacher that finetune_bert.py made.
@@ -50,8 +51,9 @@ def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 3
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and not is_student(folder):
-        return teacher_scorer(folder, task, device, batch_size)
-    return student_scorer(DSESiameseClassifier.from_pretrained(name).to(device), task, batch_size)
+        return teacher_scorer(folder, task, device, batch_size), DEFAULT_THRESHOLD
+    model = DSESiameseClassifier.from_pretrained(name).to(device)
+    return student_scorer(model, task, batch_size), model.settings.threshold
 
 
 def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32) -> Scorer:
@@ -96,7 +98,7 @@ def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: i
     return score
 
 
-def answers(task: Task, outputs: np.ndarray, threshold: float = 0.5) -> list[str]:
+def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[str]:
     """The outputs as GLUE wants them: names of labels, or a score with three decimals (of STS-B within 0 to 5).
 
     Args:
@@ -116,9 +118,7 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = 0.5) -> list[str
     if task.kind == REGRESSION:
         scores = np.clip(outputs[:, 0], *STS_RANGE) if task.name == "sts-b" else outputs[:, 0]
         return [f"{score + 0.0:.3f}" for score in scores]  # of -0.0 too
-    if task.kind == BINARY:
-        return [task.labels[int(above)] for above in sigmoid(outputs[:, 0]) > threshold]
-    return [task.labels[best] for best in outputs.argmax(axis=1)]
+    return [task.labels[place] for place in decisions(task.kind, outputs, threshold)]
 
 
 def write_answers(path: Path, predictions: Sequence[str]) -> None:

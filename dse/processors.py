@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BINARY, MULTICLASS, REGRESSION = KINDS = ("binary", "multiclass", "regression")
 NLI_LABELS = ("contradiction", "entailment", "neutral")
+ENTAILMENT = "entailment"
 DEFAULT_METRICS = {
     BINARY: ("acc", "f1", "acc_and_f1"),
     MULTICLASS: ("acc",),
@@ -54,6 +55,7 @@ class Task:
     also_validate: tuple[tuple[str, str], ...] = ()  # (prefix of the metrics, file), student only
     skip_short_rows: bool = False
     parts: tuple[str, ...] = ()  # made of these tasks, each in its folder below data_dir
+    rank_label: str | None = None  # whose probability ranks candidates; None: the usual one (`ranked_label`)
 
     @property
     def num_logits(self) -> int:
@@ -133,9 +135,36 @@ def get_task(name: str) -> Task:
     )
 
 
+def ranked_label(task: Task, asked: str | None = None) -> str | None:
+    """The label whose probability ranks candidates; None for a regression, whose score does.
+
+    It is the one that is `asked` for, else the task's own, else `entailment`, else the second one of a binary task.
+    Raises InputError for a label that the task does not have, and where nothing says which one it is.
+
+    >>> [ranked_label(TASKS[name]) for name in ("mrpc", "rte", "snli", "sts-b")]
+    ['1', 'entailment', 'entailment', None]
+    """
+    if task.kind == REGRESSION:
+        if asked is not None:
+            raise InputError(f"--rank_label: {task.name} is a regression, whose score ranks; leave it out")
+        return None
+    usual = ENTAILMENT if ENTAILMENT in task.labels else task.labels[1] if task.kind == BINARY else None
+    label = next((label for label in (asked, task.rank_label, usual) if label is not None), None)
+    if label is None:
+        raise InputError(
+            f"--rank_label: nothing says which label of {task.name} ranks candidates: give one of "
+            f'{", ".join(task.labels)}, or name it in the task\'s JSON ("rank_label")'
+        )
+    if label not in task.labels:
+        raise InputError(f"--rank_label: {label!r} is not a label of {task.name}: give one of {', '.join(task.labels)}")
+    return label
+
+
 def task_to_dict(task: Task) -> dict[str, Any]:
     """The task's line as JSON values, for files that must know which task they belong to."""
     line = asdict(task)
+    if task.rank_label is None:  # as files of before it was a key
+        del line["rank_label"]
     line["also_validate"] = [list(pair) for pair in task.also_validate]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in line.items()}
 
@@ -160,7 +189,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,), "kind": (str,), "labels": (list,), "train": (str,), "dev": (str,), "test": (str, type(None)),
     "text_a": _COLUMN, "text_b": (*_COLUMN, type(None)), "label": _COLUMN, "header": (bool,), "metrics": (list,),
     "test_text_a": (*_COLUMN, type(None)), "test_text_b": (*_COLUMN, type(None)),
-    "test_label": (*_COLUMN, type(None)), "skip_short_rows": (bool,),
+    "test_label": (*_COLUMN, type(None)), "skip_short_rows": (bool,), "rank_label": (str, type(None)),
 }  # fmt: skip
 
 
@@ -192,6 +221,8 @@ def _check_own_task(path: Path, task: Task) -> None:
     if count != len(task.labels) or count < least or (task.kind != MULTICLASS and count > least):
         wanted = {BINARY: "two labels, the negative first", MULTICLASS: "two or more labels", REGRESSION: "no labels"}
         raise InputError(f"{path}: a {task.kind} task needs {wanted[task.kind]}, found {list(task.labels)}")
+    if task.rank_label is not None and task.rank_label not in task.labels:
+        raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {list(task.labels)}")
     known = (*DEFAULT_METRICS[task.kind], "mcc") if task.kind == BINARY else DEFAULT_METRICS[task.kind]
     if not set(task.metrics) <= set(known):
         raise InputError(f"{path}: metrics {list(task.metrics)}: a {task.kind} task knows {', '.join(known)}")

@@ -1,22 +1,47 @@
 """What is told of a training: log lines, one JSON line per epoch, curves."""
 
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dse.files import InputError
+from dse.files import InputError, json_text
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics if any, updates, rate, seconds
 
 
-def format_metrics(metrics: dict[str, float]) -> str:
-    """Metrics on one line, four decimals."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def format_metrics(metrics: dict[str, float | None]) -> str:
+    """Metrics on one line, four decimals; of several thresholds those of the best."""
+    return ", ".join(f"{name} {show_number(value)}" for name, value in at_best_threshold(metrics).items())
+
+
+def show_number(value: float | None) -> str:
+    """Four decimals; "undefined" for NaN, which JSON gives back as None."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def winning_threshold(metrics: dict[str, float]) -> float | None:
+    """The threshold with the best f1, the first of equals; None for metrics without thresholds.
+
+    >>> winning_threshold({"loss": 0.3, "f1_0.4": 0.8, "f1_0.5": 0.9, "f1_0.6": 0.9})
+    0.5
+    """
+    found = [name for name in metrics if name.startswith("f1_")]
+    return float(max(found, key=metrics.__getitem__).removeprefix("f1_")) if found else None
+
+
+def at_best_threshold(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics without those of all thresholds but the winning one.
+
+    >>> at_best_threshold({"loss": 0.3, "accuracy_0.4": 0.7, "f1_0.4": 0.8, "accuracy_0.5": 0.6, "f1_0.5": 0.9})
+    {'loss': 0.3, 'accuracy_0.5': 0.6, 'f1_0.5': 0.9}
+    """
+    best = winning_threshold(metrics)
+    others = {name.removeprefix("f1_") for name in metrics if name.startswith("f1_")} - {str(best)}
+    return {name: value for name, value in metrics.items() if name.rpartition("_")[2] not in others}
 
 
 def format_record(record: Record) -> str:
@@ -30,18 +55,9 @@ def append_json_line(path: Path, record: Record) -> None:
     """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null. Where it cannot be, it warns."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(without_nan(record)) + "\n")
+            file.write(json_text(record) + "\n")
     except OSError as error:
         logger.warning("%s: cannot be written (%s)", path, error.strerror)
-
-
-def without_nan(value: Any) -> Any:
-    """The same for JSON: NaN and infinities become None."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_can_plot(flag: str) -> None:

@@ -17,7 +17,6 @@ A student's checkpoints go when it is done; its best epoch stays, as a folder th
 """
 
 import importlib.util
-import json
 import logging
 import math
 import platform
@@ -34,10 +33,10 @@ import numpy as np
 
 from dse import __version__
 from dse.cli import select_device
-from dse.files import InputError, one_line, read_json, sha256_file, utc_stamp, write_text
+from dse.files import InputError, one_line, read_json, sha256_file, utc_stamp, write_json, write_text
 from dse.pretrained import TRAINING, bert_config, read_training
 from dse.processors import BINARY, REGRESSION, Examples, Task, labelled_test, read_examples
-from dse.reporting import format_record, without_nan
+from dse.reporting import format_record
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +262,7 @@ class Work:
             **result, "settings": self.settings(stage), "versions": versions(stage), "inputs": inputs,
             "files": {str(path.relative_to(self.folder)): sha256_file(path) for path in files},
         }  # fmt: skip
-        write_text(record, json.dumps(without_nan(about), indent=2) + "\n")
+        write_json(record, about)
         spent.unlink(missing_ok=True)
         self.tidy(stage)
 
@@ -348,7 +347,7 @@ class Work:
         from dse.prediction import load_scorer
 
         rows, rates, device = self.sets["dev"], {}, select_device(False, 0)
-        variants = {"teacher": load_scorer(str(self.model_folder("teacher")), self.task, device)}
+        variants = {"teacher": load_scorer(str(self.model_folder("teacher")), self.task, device)[0]}
         variants |= {stage: stored_scorer(self.model_folder(stage), rows, device) for stage in STUDENTS}
         for _ in range(_RATE_REPEATS):
             for stage, score in variants.items():
@@ -370,7 +369,7 @@ class Work:
     def _measure(self, folder: Path) -> dict[str, dict[str, float]]:
         from dse.prediction import load_scorer
 
-        score = load_scorer(str(folder), self.task, select_device(False, 0))
+        score, _ = load_scorer(str(folder), self.task, select_device(False, 0))
         return measure(self.task, {split: score(rows) for split, rows in self.sets.items()}, self.sets)
 
 

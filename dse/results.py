@@ -5,7 +5,6 @@ standard deviations over seeds (n - 1), and there is none of a single seed. Diff
 """
 
 import importlib.util
-import json
 import logging
 import math
 import platform
@@ -15,9 +14,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dse.files import write_text
+from dse.files import without_nan, write_json, write_text
 from dse.processors import Task, get_task
-from dse.reporting import duration, markdown_table, without_nan
+from dse.reporting import duration, markdown_table
 from dse.reproduction import OPTIONAL, STAGES, Work, headline, read_record
 
 logger = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def can_plot() -> bool:
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
     """results.json, results.md, and the plots where matplotlib is installed."""
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     write_text(folder / "results.md", to_markdown(results))
     if results["complete"] and can_plot():
         draw(results, folder)

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from dse import __version__
 from dse.config import DSEConfig
-from dse.encoding import TextSettings
-from dse.files import InputError, check_ours, one_line, read_json, replace_folder, sha256_file, sha256_json
+from dse.encoding import DEFAULT_THRESHOLD, TextSettings
+from dse.files import InputError, check_ours, json_text, one_line, read_json, replace_folder, sha256_file, sha256_json
 from dse.metrics import SCORES
 from dse.pretrained import tokenizer_in, tokenizer_key
-from dse.processors import task_from_dict, task_to_dict
+from dse.processors import BINARY, ranked_label, task_from_dict, task_to_dict
+from dse.reporting import at_best_threshold
 
 FORMAT, VERSION = "dse student", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -58,14 +59,15 @@ class Shareable(ModelHubMixin):
                 "labels": list(settings.task.labels),
                 "score_name": SCORES[settings.task.kind],
                 "max_seq_length": settings.max_seq_length,
+                "threshold": settings.threshold,
                 "do_lower_case": settings.tokenizer.backend_tokenizer.normalizer.lowercase,
                 "weights_sha256": sha256_file(beside / WEIGHTS),
                 "tokenizer_sha256": tokenizer_key(settings.tokenizer),
                 "origin": self.origin,
             }
-            about = json.loads(json.dumps(about))  # as it will be read
+            about = json.loads(json_text(about))  # as it will be read
             about["sha256"] = sha256_json(about)
-            (beside / CONFIG).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (beside / CONFIG).write_text(json_text(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (beside / CARD).write_text(model_card(about), encoding="utf-8")
 
     @classmethod
@@ -103,7 +105,9 @@ class Shareable(ModelHubMixin):
             task = task_from_dict(config["task"])
         except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
-        model.settings = TextSettings(tokenizer, task, config["max_seq_length"])
+        model.settings = TextSettings(
+            tokenizer, task, config["max_seq_length"], config.get("threshold", DEFAULT_THRESHOLD)
+        )
         model.origin = config.get("origin")
         return model.eval()
 
@@ -171,9 +175,9 @@ def model_card(config: dict[str, Any]) -> str:
     """README.md of a student: YAML for the hub, metrics, use, commands."""
     task, architecture, origin = config["task"], config["architecture"], config["origin"] or {}
     labels = f", labels in order: {', '.join(config['labels'])}" if config["labels"] else ""
-    metrics = origin.get("metrics") or {}
+    metrics = at_best_threshold(origin.get("metrics") or {})
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    commands = [command_line(*each) for each in origin.get("commands", [])]
+    commands = [command_line(script, _without_places(flags)) for script, flags in origin.get("commands", [])]
     use = "\n".join([
         "from dse.models import DSESiameseClassifier", "",
         'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")',
@@ -191,7 +195,7 @@ def model_card(config: dict[str, Any]) -> str:
         f"{architecture['bert']['hidden_size']}, {'uncased' if config['do_lower_case'] else 'cased'}; "
         f"at most {config['max_seq_length']} tokens per sentence\n"
         f"- pooler {architecture['pooler_type']} over {architecture['pooler_num_top_hidden_layers']} layers; head "
-        f"{architecture['siamese_head_type']}, layers {architecture['fc_dims']}",
+        f"{architecture['siamese_head_type']}, layers {architecture['fc_dims']}" + _meaning(config),
         f"## Use\n\n```python\n{use}\n```",
     ]
     if table:
@@ -202,6 +206,31 @@ def model_card(config: dict[str, Any]) -> str:
         lines = "\n".join(commands)
         parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin['logits_sha256']}")
     return "\n\n".join(parts) + "\n"
+
+
+def _meaning(config: dict[str, Any]) -> str:
+    """What scores, probabilities and labels mean, a line each."""
+    task, labels = task_from_dict(config["task"]), config["labels"]
+    try:
+        ranked = ranked_label(task)
+    except InputError:  # nothing says which: a search has to
+        ranked = "the label that `rank_label` names"
+    lines = [f"candidates rank by {'the score' if ranked is None else f'the probability of `{ranked}`'}"]
+    if task.kind == BINARY:
+        lines += [
+            f"`score` gives the logit of `{labels[1]}`; `predict(probabilities=True)` gives the probability of "
+            f'`{ranked}`, and `probabilities="all"` both columns',
+            f"`predict` says `{labels[1]}` where its probability is above {config['threshold']}",
+        ]
+    return "".join(f"\n- {line}" for line in lines)
+
+
+def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags whose absolute paths are cut to their last part: where a user keeps files is nobody else's business."""
+    return {
+        flag: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for flag, value in flags.items()
+    }
 
 
 def command_line(script: str, flags: dict[str, Any]) -> str:

@@ -102,12 +102,12 @@ def test_predict_by_hand(student, monkeypatch):
     [
         (lambda model: model.encode(["a", None]), "number 1 is a NoneType"),
         (lambda model: model.encode([b"a"]), "number 0 is a bytes"),
-        (lambda model: model.encode(["a", "\ud800"]), "number 1 is no text"),
+        (lambda model: model.encode(["a", "\ud800"]), "number 1 is text that UTF-8 cannot hold"),
         (lambda model: model.encode("a", batch_size=0), "batch_size: 0"),
         (lambda model: model.score([("a", "b")], batch_size=0), "batch_size: 0"),
         (lambda model: model.encode("a", convert_to="jax"), "convert_to: 'jax'"),
-        (lambda model: model.score([("a", "b"), "ab"]), "number 1 is no pair"),
-        (lambda model: model.score([("a", "b", "c")]), "number 0 is no pair"),
+        (lambda model: model.score([("a", "b"), "ab"]), "number 1 is not a pair"),
+        (lambda model: model.score([("a", "b", "c")]), "number 0 is not a pair"),
         (lambda model: model.score([("a", 3)]), "second texts: number 0 is a int"),
     ],
 )

@@ -166,7 +166,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("index", None, {"half": True, "append": True}, "--half: is decided when an index is made"),
     ("index", None, {"candidates": "/no/such"}, "--candidates: there is no file /no/such"),
     ("score", None, {"top_k": 0}, "--top_k: 0 is below 1"),
-    ("score", None, {"rank_label": "entailment"}, "--rank_label: mrpc (binary) has one output"),
+    ("score", None, {"rank_label": "entailment"}, "--rank_label: 'entailment' is not a label of mrpc"),
     ("score", None, {"queries": "-", "candidates": "-"}, "standard input can be read once"),
     ("benchmark training", None, {"steps": 0}, "--steps: 0 is below 2"),
     # files

@@ -291,7 +291,7 @@ def test_best_and_newest_are_kept_and_reported(student_flags, checkpoints, monke
     dse_train_runner.main(student_flags(epochs=3))
     names = [re.search(r"f1_0\.\d+_epoch_\d", path.name).group() for path in checkpoints()]
     assert names == ["f1_0.900_epoch_1", "f1_0.500_epoch_2"]
-    assert load_checkpoint(checkpoints()[-1])["best"] == {"epoch": 1, "file": checkpoints()[0].name}
+    assert load_checkpoint(checkpoints()[-1])["best"] == {"epoch": 1, "file": checkpoints()[0].name, "threshold": None}
     assert "best f1 0.9000 at epoch 1" in caplog.text
     dse_train_runner.main(student_flags(epochs=4, trainer_checkpoint=checkpoints()[-1]))
     assert [path.name[-10:] for path in checkpoints()] == ["epoch_1.pt", "epoch_3.pt"]  # the first of equals
@@ -351,7 +351,7 @@ def test_logs_plots_and_evaluation_before_training(student_flags, tmp_path, capl
     records = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1]
     plots = {path.name for path in (tmp_path / "plots" / log.stem).iterdir()}
-    assert plots == {f"mine_{name}.png" for name in records[0]["validation"]}
+    assert plots == {f"mine_{name}.png" for name in records[0]["train"]}
 
 
 def test_a_bare_tensor_of_logits_is_taken_with_a_warning(student_flags, copied, logits, caplog):

@@ -300,7 +300,7 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused):
     assert "another model" in line(score, candidates=tmp_path / "foreign")
     assert "can be read once" in line(score, queries="-", candidates="-")
     assert "no student" in line(score, model=tmp_path)
-    assert "nothing to choose" in line(score, rank_label="entailment")
+    assert "is not a label of mrpc: give one of 0, 1" in line(score, rank_label="entailment")
     assert "is a folder" in line(score, output=tmp_path)
     assert "0 is below 1" in line(score, top_k=0)
     index = ["index", "--model", saved, "--candidates", queries, "--output", tmp_path / "index"]

@@ -6,14 +6,13 @@ Prints a table; `--output FILE` writes JSON.
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
 from dse.config import check_fits_bert
-from dse.files import check_writable, write_text
+from dse.files import check_writable, write_json
 from dse.pretrained import bert_config, find_bert, load_tokenizer
 from dse.processors import check_sentence_pairs, get_task
 from dse.reporting import check_can_plot
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     numbers = measures[args.what](args, benchmarks.Given(task, folder, bert, tokenizer))
     if args.output:
         settings = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}
-        write_text(args.output, json.dumps({**numbers, "settings": settings}, indent=2) + "\n")
+        write_json(args.output, {**numbers, "settings": settings})
         logger.info("written to %s", args.output)
 
 

@@ -33,7 +33,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     add("--data_dir", required=True, help="folder of the task's files")
     add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
-    add("--threshold", type=cli.threshold, help="binary: positive above this probability; not given: 0.5")
+    add(
+        "--threshold",
+        type=cli.threshold,
+        help="binary: the second label above this probability; not given: the model's own",
+    )
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -53,13 +57,21 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--output_dir: {path} is a folder; name another place")
     # Every row must be answered: one that is skipped would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
+    import numpy as np
+
+    from dse.evaluation import tell_agreement
     from dse.prediction import answers, load_scorer, write_answers
 
     # 2. Predict.
     device = cli.select_device(args.disable_gpu, args.gpu_id)
-    score = load_scorer(args.model, task, device, args.batch_size)
-    logger.info("%d rows of %s on %s", len(rows), task.name, cli.describe_device(device))
-    predictions = answers(task, score(rows), 0.5 if args.threshold is None else args.threshold)
+    score, threshold = load_scorer(args.model, task, device, args.batch_size)
+    threshold = threshold if args.threshold is None else args.threshold
+    above = f", {task.labels[1]!r} above a probability of {threshold}" if task.kind == BINARY else ""
+    logger.info("%d rows of %s on %s%s", len(rows), task.name, cli.describe_device(device), above)
+    outputs = score(rows)
+    predictions = answers(task, outputs, threshold)
+    if rows.labels is not None:
+        tell_agreement(task, outputs, np.array(rows.labels), "the model", "the file's labels", threshold)
 
     # 3. Write.
     write_answers(path, predictions)

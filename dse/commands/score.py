@@ -3,14 +3,14 @@
     python -m dse score --model FOLDER --queries FILE --candidates FILE_OR_INDEX --top_k 10 --output FILE
 
 A query or candidate is a line of a UTF-8 file, an empty line too. The output has a row per query and hit, best first:
-query_row and row count lines from 0, rank counts from 1, score is the head's output (a logit; for NLI that of
---rank_label). TSV, in which a tab or line end in a text becomes a space, or JSON lines, which keep texts as they are.
+query_row and row count lines from 0, rank counts from 1, score is the log-odds of the rank label, whose probability is
+sigmoid(score), or the score of a regression. TSV, in which a tab or line end in a text becomes a space, or JSON lines,
+which keep texts as they are.
 """
 
 import argparse
 import contextlib
 import io
-import json
 import logging
 import re
 import sys
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dse import cli
-from dse.files import InputError, check_writable, write_whole
+from dse.files import InputError, check_writable, json_text, write_whole
+from dse.processors import ranked_label
 
 PROG = "python -m dse score"
 COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
@@ -34,7 +35,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--queries", required=True, help="file with a query per line; - for standard input")
     add("--candidates", required=True, help="file with a candidate per line (- for standard input), or an index")
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
-    add("--rank_label", help="NLI and its like: the label whose logit ranks (not given: entailment)")
+    add(
+        "--rank_label",
+        help="label whose probability ranks (not given: the task's own, entailment, or a binary task's second)",
+    )
     add("--output", default="-", help="file; - for standard output")
     add("--format", choices=("tsv", "jsonl"), help="not given: jsonl for such a name, else tsv")
     cli.add_inference_flags(parser)
@@ -62,7 +66,7 @@ def write_hits(file: TextIO, queries: list[str], found: list[list[Any]], as_json
         for rank, hit in enumerate(hits, 1):
             values = (query_row, query, rank, hit.row, hit.score, hit.text)
             if as_json:
-                line = json.dumps(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False)
+                line = json_text(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False)
             else:
                 line = "\t".join(re.sub(r"[\t\r\n]", " ", str(value)) for value in values)
             file.write(line + "\n")
@@ -82,10 +86,11 @@ def run(args: argparse.Namespace) -> None:
         if Path(args.output).is_dir():
             raise InputError(f"--output: {args.output} is a folder; name a file")
     cli.set_up_logging()
-    from dse.index import CandidateIndex, ranked_output
+    from dse.index import CandidateIndex
 
     model = cli.load_student(args)
-    ranked_output(model, args.rank_label)
+    label = ranked_label(model.settings.task, args.rank_label)
+    logger.info("ranked by %s", "score" if label is None else f"the probability of {label!r}")
 
     # 2. Queries, candidates, and the best of them.
     queries = list(cli.texts_of(args.queries, "--queries"))

@@ -7,7 +7,6 @@ and dev files lie in --data_dir counts (test sets too, where their labels are at
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dse import cli
-from dse.files import InputError, check_writable, write_text
+from dse.files import InputError, check_writable, write_json
 from dse.pretrained import find_bert
 from dse.processors import TASKS, labelled_test, read_examples
-from dse.reporting import without_nan
 
 if TYPE_CHECKING:
     from dse.models import DSESiameseClassifier
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n" + transfer.to_markdown(found))
     if args.output:
         about = {"model": args.model, "task": student.settings.task.name, "max_rows": args.max_rows}
-        write_text(args.output, json.dumps(without_nan({**about, "results": found}), indent=2) + "\n")
+        write_json(args.output, {**about, "results": found})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
