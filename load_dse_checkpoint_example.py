@@ -89,6 +89,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"Sentence: {sentence}")
         print(f"Embedding: {embedding}")
     print(f"Score: {scores[0]}")
+    if task.labels:  # the score of a binary task is a logit of its second label
+        probabilities = model.predict([SENTENCES], probabilities="all")[0]
+        print(
+            "Probabilities: " + ", ".join(f"{name} {p:.4f}" for name, p in zip(task.labels, probabilities, strict=True))
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

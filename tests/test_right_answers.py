@@ -12,6 +12,7 @@ from conftest import as_flags
 
 import dse_train_runner
 import finetune_bert
+import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import __main__ as entry
 from dse.checkpoint import load_checkpoint
@@ -427,3 +428,11 @@ def test_scores_that_are_nan_are_refused(student):
         model.siamese_head.fc_layers[-1].bias.fill_(float("nan"))
     with pytest.raises(InputError, match="scores are NaN or infinite"):
         index.search("soon")
+
+
+def test_the_example_says_whose_the_probability_is(student_flags, checkpoints, capsys):
+    dse_train_runner.main(student_flags("rte", epochs=1))
+    load_dse_checkpoint_example.main(["--task_name", "rte", "--trainer_checkpoint", str(checkpoints()[-1])])
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    second = 1 / (1 + np.exp(-float(lines["Score"])))
+    assert lines["Probabilities"] == f"entailment {1 - second:.4f}, not_entailment {second:.4f}"
