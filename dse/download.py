@@ -150,7 +150,7 @@ def _progress(url: str, part: Path, recorded: bool) -> tuple[int, str]:
     try:
         note = json.loads(_note_of(part).read_text(encoding="utf-8"))
         same, state = note["from"] == shown(url), str(note["state"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0, ""
     return (_bytes_of(part), state) if same and (state or recorded) else (0, "")
 

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -233,13 +233,13 @@ def _is_sound(path: Path) -> bool:
     return digest.hexdigest().encode() == seal.group(1)
 
 
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; `what` names the file's role in the error message."""
+def read_json(path: str | Path, what: str, parse_float: Callable[[str], Any] = float) -> dict[str, Any]:
+    """Read a JSON object, with a byte-order mark or without; `what` names the file's role in the error message."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_float=parse_float)
     except OSError as error:
         raise InputError(f"{path}: cannot read {what} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {what} is no valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} must be a JSON object, found a {type(value).__name__}")
