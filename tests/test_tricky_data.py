@@ -10,8 +10,11 @@ import logging
 import pytest
 from test_processors import REAL
 
+from dse.features import Ragged, cached_features
 from dse.files import InputError, read_json
-from dse.processors import get_task, read_examples
+from dse.prediction import student_scorer
+from dse.pretrained import load_tokenizer
+from dse.processors import Examples, get_task, read_examples
 
 # Tasks of the tables: GLUE's by name, own ones by their JSON
 NAMED = {"kind": "binary", "labels": ["no", "yes"], "text_a": "q", "text_b": "a", "label": "good"}
@@ -220,3 +223,81 @@ def test_sound_files_are_read_without_a_word(name, caplog):
     for split, rows in zip(("train", "dev", "test"), REAL_FILES[name], strict=True):
         if rows is not None:
             assert outcome(lambda split=split: len(read_examples(task, REAL / task.folder, split)), caplog) == rows
+
+
+# What is cut and what is unknown. The words of the tiny vocabulary are a piece each, any other one is [UNK].
+
+# (name, form, max_seq_length, text a, text b, cut, share of [UNK] in %)
+TEXTS = [
+    ("joint, to the last piece", "joint", 6, ["a car", "a"], ["town", "ship car"], "0 of 2 rows", 0.0),
+    ("joint, one piece too many", "joint", 6, ["a car", "a"], ["town", "ship car a"], "1 of 2 rows", 0.0),
+    ("joint, without a second text", "joint", 6, ["a car a car", "a car a car a"], ["", ""], "1 of 2 rows", 0.0),
+    ("separate", "separate", 4, ["a car", "a car a"], ["a car", "a town ship"], "2 of 3 distinct texts", 0.0),
+    ("5 % exactly", "separate", 12, ["a car " * 5], ["zzz " + "a " * 9], "0 of 2 distinct texts", 5.0),
+    ("more", "joint", 64, ["a car " * 5], ["zzz " + "a " * 8], "0 of 1 rows", 100 / 19),
+    ("unknown beyond the cut", "separate", 4, ["a car zzz"], ["a ship zzz"], "2 of 2 distinct texts", 0.0),
+    ("no pieces at all", "joint", 8, [""], [""], "0 of 1 rows", 0.0),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bert):
+    return load_tokenizer(bert, True, "--bert_model")
+
+
+@pytest.fixture
+def told(caplog):
+    """A function that does some work and gives the lines that were logged of dev.tsv, with their levels."""
+
+    def lines(work) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "dse"):
+            work()
+        records = [(record.levelname, record.getMessage()) for record in caplog.records]
+        return [f"{level} {line}" for level, line in records if line.startswith("dev.tsv: ")]
+
+    return lines
+
+
+@pytest.mark.parametrize(("name", "form", "length", "first", "second", "cut", "share"), TEXTS, ids=ids_of(TEXTS))
+def test_what_is_cut_or_unknown_is_told(
+    name, form, length, first, second, cut, share, tokenizer, tmp_path, told, monkeypatch
+):
+    """Of features as they are made, from the cache, and from a cache of before it held the count."""
+    examples = Examples(first, second, [0] * len(first), [{"file": "dev.tsv", "sha256": "1" * 64}])
+    expected = [f"INFO dev.tsv: {cut} are cut at --max_seq_length {length}; {share:.1f} % of the pieces are [UNK]"]
+    if share > 5:
+        expected += [f"WARNING dev.tsv: {share:.0f} % of the pieces are [UNK], all alike to the model: "
+                     "its tokenizer does not fit these texts"]  # fmt: skip
+
+    def make(path):
+        return cached_features(form, get_task("mrpc"), examples, tokenizer, length, tmp_path / path, False)
+
+    assert told(lambda: make("cache")) == expected
+    assert told(lambda: make("cache")) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(Ragged, "arrays", lambda rows: {"ids": rows.ids, "offsets": rows.offsets})
+        make("older")
+    older = told(lambda: make("older"))
+    at_most = int(older[0].split()[4])
+    assert older == [expected[0].replace(f" {cut[0]} ", f" at most {at_most} ", 1), *expected[1:]]
+    assert at_most >= int(cut[0])
+
+
+def test_predict_tells_of_the_texts(student, told):
+    rows = Examples(["a car " * 20, "zzz"], ["town", "ship"], None, [{"file": "dev.tsv", "sha256": "1" * 64}])
+    score = student_scorer(student("mrpc"), get_task("mrpc"))
+    # 30 pieces are left of the first text
+    assert told(lambda: score(rows)) == [
+        "INFO dev.tsv: 1 of 4 distinct texts are cut at --max_seq_length 32; 3.0 % of the pieces are [UNK]"
+    ]
+
+
+def test_texts_from_python_are_warned_of_once(student, caplog):
+    model = student("mrpc")
+    with caplog.at_level(logging.WARNING, "dse"):
+        model.encode(["a car in the town"] * 9)
+        assert caplog.text == ""
+        for _ in range(2):
+            model.encode(["zzz", "a car"])
+    assert caplog.text.count("texts: 33 % of the pieces are [UNK]") == 1
