@@ -7,9 +7,17 @@ refusal (a string), or what is read (a list); with a warning, the pair of what i
 import json
 import logging
 
+import numpy as np
 import pytest
+from conftest import as_flags
+from safetensors.numpy import save_file
 from test_processors import REAL
 
+import download_glue_data
+import finetune_bert
+from dse import __main__ as commands
+from dse import cli, download
+from dse.cache import check_cache_path
 from dse.features import Ragged, cached_features
 from dse.files import InputError, read_json
 from dse.prediction import student_scorer
@@ -204,9 +212,16 @@ def test_json(name, line, expected, tmp_path, caplog):
 
 
 def test_deep_json_anywhere(tmp_path):
-    (tmp_path / "deep.json").write_text(DEEP)
+    """In what `read_json` reads, a cache's header, and the note beside a download."""
+    deep = tmp_path / "deep.json"
+    deep.write_text(DEEP)
     with pytest.raises(InputError, match=r"deep\.json: what it is is no valid JSON"):
-        read_json(tmp_path / "deep.json", "what it is")
+        read_json(deep, "what it is")
+    save_file({"ids": np.zeros(1, np.int32)}, tmp_path / "cache", metadata={"dse_features": DEEP})
+    with pytest.raises(InputError, match="cache: no feature cache of this project"):
+        check_cache_path(tmp_path / "cache", "joint")
+    (tmp_path / "deep.part").write_bytes(b"x")
+    assert download._progress("http://host/deep", tmp_path / "deep.part", recorded=True) == (0, "")
 
 
 # Rows of each file of the real data at hand: none gives a warning or refusal
@@ -301,3 +316,44 @@ def test_texts_from_python_are_warned_of_once(student, caplog):
         for _ in range(2):
             model.encode(["zzz", "a car"])
     assert caplog.text.count("texts: 33 % of the pieces are [UNK]") == 1
+
+
+# What reaches the terminal
+
+# (name, script, flags, header of train.tsv, part of the line); MINE is the own task above, DATA its folder
+MINE, DATA = "mine.json", "."
+LINES = [
+    (
+        "a header",
+        finetune_bert,
+        ["--task_name", MINE],
+        "q\x1b[2J\ta",
+        r"no column 'q' in the header, which has q\x1b[2J, a",
+    ),
+    ("a column of the JSON", finetune_bert, ["--task_name", MINE], "\x9b1m\tq", r"which has \x9b1m, q"),
+    ("a path", finetune_bert, ["--task_name", "no\x07\u202e.json"], "", r"no\x07\u202e.json: cannot read the task"),
+    ("an unknown flag", finetune_bert, ["--\x1b]0;x\x07"], "", r"unrecognized arguments: --\x1b]0;x\x07"),
+    ("NUL in a path", finetune_bert, ["--data_dir", "a\0b"], "", r"'a\x00b' has a NUL character"),
+    ("NUL in a task", finetune_bert, ["--task_name=a\0b.json"], "", r"'--task_name=a\x00b.json' has a NUL character"),
+    ("NUL in a folder", download_glue_data, ["--path_to_mrpc", "a\0b"], "", "has a NUL character"),
+    ("NUL of a command", commands, ["index", "--model", "a\0b"], "", r"'a\x00b' has a NUL character"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "script", "flags", "header", "expected"), LINES, ids=ids_of(LINES))
+def test_lines_for_the_terminal(name, script, flags, header, expected, refused, tmp_path, monkeypatch, bert):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / MINE).write_text(json.dumps(NAMED))
+    (tmp_path / "train.tsv").write_text(f"{header}\nx\ty\n")
+    if script is finetune_bert:
+        common = {"task_name": MINE, "data_dir": DATA, "bert_model": bert, "do_train": True, "output_dir": "out"}
+        flags = [*as_flags(common), *flags]
+    line = refused(script.main, flags)
+    assert expected in line
+    assert line.isprintable()
+
+
+def test_the_log_on_the_terminal(capsys):
+    cli.set_up_logging()
+    logging.getLogger("dse.test").warning("caf\u00e9 %s", "\x1b[2J\r\nforged")
+    assert capsys.readouterr().err.endswith(" WARNING caf\u00e9 \\x1b[2J\\r\\nforged\n")
