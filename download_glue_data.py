@@ -206,7 +206,7 @@ def convert_snli(path: Path) -> Iterator[str]:
     needed = 1 + max(names.index(name) for name in (*kept, "gold_label") if name in names)
     kept += [name for name in _LABELS.split() if name in names]
     yield "\t".join(["index", *kept])
-    index = 0
+    index, more = 0, 0
     for number, line in enumerate(lines, 2):
         cells = line.split("\t")
         if not line:
@@ -217,6 +217,14 @@ def convert_snli(path: Path) -> Iterator[str]:
         if row["gold_label"] != "-":
             yield "\t".join([str(index), *(row.get(name, "") for name in kept)])
             index += 1
+            more += len(cells) > len(names)
+    if more:
+        logger.warning(
+            "%s: %d rows have more cells than the header, which has %d; the last ones are dropped",
+            path.name,
+            more,
+            len(names),
+        )
 
 
 def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict[str, Path], list[dict[str, Any]]]:

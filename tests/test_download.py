@@ -1061,6 +1061,14 @@ def test_snli_by_hand(server, get, glue, caplog):
     assert made == {f"SNLI/{split}.tsv": expected.encode() for split in ("train", "dev", "test")}
 
 
+def test_snli_with_rows_of_more_cells_than_its_header(server, get, caplog):
+    raw = SNLI_RAW + "neutral\t( a )\tA\tB.\tC.\tc1\tp1\tneutral\tneutral\n"
+    files = {f"snli_1.0/snli_1.0_{split}.txt": raw.encode() for split in ("train", "dev", "test")}
+    server.files["/snli.zip"] = zip_of(files)
+    assert get("--snli_url", server.url.replace("/glue/data/", "/snli.zip"), tasks="SNLI")[0] == 0
+    assert "snli_1.0_dev.txt: 1 rows have more cells than the header, which has 8; the last" in caplog.text
+
+
 def test_snli_with_a_short_row_or_without_a_column(server, get):
     url = server.url.replace("/glue/data/", "/snli.zip")
     for raw, why in (
