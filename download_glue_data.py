@@ -219,12 +219,7 @@ def convert_snli(path: Path) -> Iterator[str]:
             index += 1
             more += len(cells) > len(names)
     if more:
-        logger.warning(
-            "%s: %d rows have more cells than the header, which has %d; the last ones are dropped",
-            path.name,
-            more,
-            len(names),
-        )
+        logger.warning("%s: %d rows have more than the header's %d cells: the rest is cut", path.name, more, len(names))
 
 
 def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict[str, Path], list[dict[str, Any]]]:
