@@ -182,6 +182,9 @@ def split_mrpc(raw: dict[str, Path], folder: Path) -> None:
     splits["test.tsv"] = [_MRPC_TEST]
     for i, cells in enumerate(rows_of(MRPC_RAW[1], 5, start=1)):
         splits["test.tsv"].append("\t".join([str(i), *cells[1:]]))
+    for name in MRPC_RAW:
+        if (first := next(read_lines(raw[name], "MRPC's raw file"), "")) != _MRPC:
+            raise InputError(f"{name}, line 1: has the header {line_start([first])}, expected {line_start([_MRPC])}")
     for name, lines in splits.items():
         write_lines(folder / name, lines)
 
@@ -202,7 +205,7 @@ def convert_snli(path: Path) -> Iterator[str]:
     needed = 1 + max(names.index(name) for name in (*kept, "gold_label") if name in names)
     kept += [name for name in _LABELS.split() if name in names]
     yield "\t".join(["index", *kept])
-    index = 0
+    index, more = 0, 0
     for number, line in enumerate(lines, 2):
         cells = line.split("\t")
         if not line:
@@ -213,6 +216,9 @@ def convert_snli(path: Path) -> Iterator[str]:
         if row["gold_label"] != "-":
             yield "\t".join([str(index), *(row.get(name, "") for name in kept)])
             index += 1
+            more += len(cells) > len(names)
+    if more:
+        logger.warning("%s: %d rows have more than the header's %d cells: the rest is cut", path.name, more, len(names))
 
 
 def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict[str, Path], list[dict[str, Any]]]:
@@ -227,12 +233,12 @@ def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict
                 logger.warning("%s: SHA-256 %s, but recorded is %s; used as it is", own, sha256, source.sha256)
         else:
             url = args.snli_url if task == "SNLI" else urljoin(args.base_url, source.place)
-            path, place = area / source.name, shown(url)
-            logger.info("%s: from %s", source.name, place)
+            path = area / source.name
+            logger.info("%s: from %s", source.name, shown(url))
             if args.no_verify or source.size is None:
-                sha256 = fetch(url, path, source.most)  # a mirror may have repacked it without compression
+                sha256, place = fetch(url, path, source.most)  # a mirror may have repacked it without compression
             else:
-                sha256 = fetch(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
+                sha256, place = fetch(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
             if source.sha256 is None:
                 logger.warning("%s: SNLI has no recorded checksum; SHA-256 obtained %s", source.name, sha256)
             else:
@@ -247,13 +253,14 @@ def fetch_sources(task: str, area: Path, args: argparse.Namespace) -> tuple[dict
     return raw, origins
 
 
-def build_or_keep_aside(task: str, raw: dict[str, Path], made: Path, area: Path) -> None:
-    """`build`; downloads that turn out to be useless are kept aside, so that the next run fetches them anew."""
+def build_or_keep_aside(task: str, raw: dict[str, Path], made: Path, area: Path) -> str:
+    """`build` and `compare`; useless downloads are kept aside, so that the next run fetches them anew."""
     try:
         build(task, raw, made)
         lacking = [f"{split}.tsv" for split in FILES[task] if not (made / f"{split}.tsv").is_file()]
         if lacking:
             raise DownloadError(f"{', '.join(path.name for path in raw.values())}: no {', '.join(lacking)} in it")
+        return compare(task, made, made_here=True)
     except (DownloadError, InputError) as error:
         recorded = {source.sha256 for source in SOURCES[task]}
         suspects = [path for path in raw.values() if path.parent == area and sha256_file(path) not in recorded]
@@ -279,9 +286,12 @@ def build(task: str, raw: dict[str, Path], made: Path) -> None:
         split_mrpc(raw, made)
 
 
-def differences(task: str, folder: Path) -> list[str]:
-    """How headers and row counts of the task's files differ from the expected ones, each with both."""
-    found = []
+def differences(task: str, folder: Path) -> tuple[list[str], list[str]]:
+    """How headers and row counts of the task's files differ from the expected ones, each with both.
+
+    The first list has what no script can use: a foreign header (SNLI's is written here), or no rows.
+    """
+    useless, found = [], []
     for split, (rows, header) in FILES[task].items():
         path = folder / f"{split}.tsv"
         if not path.is_file():
@@ -290,21 +300,28 @@ def differences(task: str, folder: Path) -> list[str]:
         names = header.split("\t") if "\t" in header else header.split()
         lines = (line.split("\t") for line in read_lines(path, f"a file of {task}"))
         try:
-            first = next(lines, []) if names else [""]
+            first = next(lines, []) if names else [""] * 4  # CoLA
             count = sum(len(cells) >= len(first) and cells != [""] for cells in lines)
         except InputError as error:  # no UTF-8
             found.append(str(error).removeprefix(f"{folder}/"))
             continue
         if names and first != names:
-            found.append(f"{path.name} has the header {' | '.join(first)[:200]!r}, expected {' | '.join(names)!r}")
+            why = f"{path.name} has the header {' | '.join(first)[:200]!r}, expected {' | '.join(names)!r}"
+            (found if task == "SNLI" else useless).append(why)
         if count != rows:
-            found.append(f"{path.name} has {count:,} rows, expected {rows:,}")
-    return found
+            (found if count else useless).append(f"{path.name} has {count:,} rows, expected {rows:,}")
+    return useless, found
 
 
-def compare(task: str, folder: Path) -> str:
-    """`differences`, each a warning; what to say of them in the closing table."""
-    unlike = differences(task, folder)
+def compare(task: str, folder: Path, made_here: bool = False) -> str:
+    """`differences`, each a warning; what to say of them in the closing table.
+
+    Raises DownloadError for a folder made here that no script can use; one of the user's is theirs.
+    """
+    useless, found = differences(task, folder)
+    if useless and made_here:
+        raise DownloadError("; ".join(useless))
+    unlike = useless + found
     for difference in unlike:
         logger.warning("%s: %s", FOLDERS[task], difference)
     return "; ".join(unlike) or "headers and rows as expected"
@@ -383,18 +400,15 @@ def get_task(task: str, args: argparse.Namespace) -> tuple[str, str]:
         # 2. Fetch and verify; nothing is unpacked before all files are there.
         raw, origins = fetch_sources(task, area, args)
 
-        # 3. Unpack or convert, beside.
+        # 3. Unpack or convert, beside; compare with what the task has, and record where it came from.
         clean_up(task, area, downloads=False)
         made = area / f"{task}.making" / FOLDERS[task]
         made.mkdir(parents=True)
         try:
-            build_or_keep_aside(task, raw, made, area)
-
-            # 4. Compare with what the task has, and record where it came from.
-            found = compare(task, made)
+            found = build_or_keep_aside(task, raw, made, area)
             write_record(task, origins, made)
 
-            # 5. It appears, whole.
+            # 4. It appears, whole.
             put_in_place(made, folder)
         finally:
             clean_up(task, area, downloads=False)
@@ -444,7 +458,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 3. What became of each.
     for task, (outcome, detail) in outcomes.items():
-        print(f"{task:<10}  {outcome:<13}  {detail}")
+        print(cli.printable(f"{task:<10}  {outcome:<13}  {detail}"))
     words = {outcome for outcome, _ in outcomes.values()}
     if "interrupted" in words:
         raise SystemExit(stopped)

@@ -52,7 +52,7 @@ def _read_header(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="numpy") as file:
             return json.loads((file.metadata() or {})[_HEADER])
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return None
 
 

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 
 
@@ -40,10 +41,22 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """argparse's own, after refusing NUL, which no name of a file or model can have."""
+        for text in sys.argv[1:] if args is None else args:
+            if "\0" in text:
+                self.error(f"{text!r} has a NUL character, which no flag takes: leave it out")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong on one line and leave with exit code 2."""
-        message = re.sub(r"//[^/\s@]*@", "//", message)  # a password in an address
+        message = printable(re.sub(r"//[^/\s]*@", "//", message))  # a password in an address
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def printable(text: str) -> str:
+    """A line as the terminal may have it: what would steer it, as file names and servers can, becomes escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextlib.contextmanager
@@ -70,7 +83,7 @@ def clear_errors(prog: str) -> Iterator[None]:
 
 def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
     who = f"{prog}, process {parallel.rank()}" if parallel.launched() else prog
-    print(f"{who}: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(printable(f"{who}: {' '.join(message.splitlines())}"), file=sys.stderr)
     raise SystemExit(code) from why
 
 
@@ -299,7 +312,7 @@ class _ConsoleHandler(logging.Handler):
     """Writes above a progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 class _LogFile(logging.FileHandler):

@@ -21,13 +21,14 @@ import time
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path, PureWindowsPath
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3.exceptions
 from tqdm import tqdm
 
-from dse.files import one_line, sha256_file, write_text
+from dse.files import InputError, one_line, read_json, sha256_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def fetch(url: str, path: Path, most: int, size: int | None = None, sha256: str | None = None) -> str:
+def fetch(url: str, path: Path, most: int, size: int | None = None, sha256: str | None = None) -> tuple[str, str]:
     """Download a file, going on with what an earlier try left beside `path`.
 
     Args:
@@ -66,8 +67,9 @@ def fetch(url: str, path: Path, most: int, size: int | None = None, sha256: str 
         size: recorded bytes; None: no record.
         sha256: recorded hash; None: no record.
 
-    Returns the SHA-256 obtained. Raises DownloadError when the file cannot be had, is longer than `most`, or is not
-    the recorded one; OSError when it cannot be written or finds no room.
+    Returns the SHA-256 obtained, and the address that the bytes came from, after redirects. Raises DownloadError when
+    the file cannot be had, is longer than `most`, or is not the recorded one, and for a redirect from https to http;
+    OSError when it cannot be written or finds no room.
     """
     part = path.with_name(path.name + ".part")
     if path.exists():  # whole, but the run that fetched it ended before it was used
@@ -87,7 +89,7 @@ def fetch(url: str, path: Path, most: int, size: int | None = None, sha256: str 
             f"{sha256}; kept as {keep_aside(part, path.name)}; a mirror that repacks needs --no_verify"
         )
     part.replace(path)
-    return found
+    return found, _note(part).get("at", shown(url))
 
 
 def _receive_patiently(url: str, part: Path, most: int, size: int | None) -> bool:
@@ -147,12 +149,17 @@ def _progress(url: str, part: Path, recorded: bool) -> tuple[int, str]:
 
     Without that word, only a recorded hash would notice that the file at `url` changed in between.
     """
+    note = _note(part)
+    state = str(note.get("state", ""))
+    return (_bytes_of(part), state) if note.get("from") == shown(url) and (state or recorded) else (0, "")
+
+
+def _note(part: Path) -> dict[str, str]:
+    """What is noted of the bytes of `part`; nothing where that cannot be read."""
     try:
-        note = json.loads(_note_of(part).read_text(encoding="utf-8"))
-        same, state = note["from"] == shown(url), str(note["state"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, ""
-    return (_bytes_of(part), state) if same and (state or recorded) else (0, "")
+        return read_json(_note_of(part), "a note")
+    except InputError:
+        return {}
 
 
 @contextlib.contextmanager
@@ -194,7 +201,8 @@ def _receive(url: str, part: Path, most: int, size: int | None) -> None:
     headers = {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
     if have:
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": state} if state else {})
-    with _network_errors(url), requests.get(url, headers=headers, stream=True, timeout=TIME_OUT) as response:
+    options = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
+    with _network_errors(url), requests.get(url, headers=headers, **options) as response:
         if response.status_code == 416 and have:
             if response.headers.get("Content-Range", "").strip() == f"bytes */{have}":
                 return  # nothing is left to send
@@ -210,6 +218,13 @@ def _receive(url: str, part: Path, most: int, size: int | None) -> None:
             raise _Broken("the server does not go on with the same file: from the start")
         _append(url, response, part, have, most)
         _check_end(url, response, part, size)
+
+
+def _stay_encrypted(response: requests.Response, **_: Any) -> None:
+    """Refuse a redirect from https to http before it is followed."""
+    target = urljoin(response.url, response.headers.get("Location", ""))
+    if response.is_redirect and response.url.startswith("https:") and urlsplit(target).scheme != "https":
+        raise DownloadError(f"{shown(response.url)}: redirected to {shown(target)}, which is not https: not followed")
 
 
 def _check_before_the_start(response: requests.Response, have: int, size: int | None) -> None:
@@ -277,10 +292,8 @@ def _append(url: str, response: requests.Response, part: Path, have: int, most: 
 
 def _write_note(url: str, response: requests.Response, part: Path, encoded: bool) -> None:
     """Say what the bytes of `part` come from; a body that was decoded on the way cannot be gone on with."""
-    if encoded:
-        _note_of(part).unlink(missing_ok=True)
-        return
-    write_text(_note_of(part), json.dumps({"from": shown(url), "state": _state_of(response)}))
+    note = {"from": None if encoded else shown(url), "state": _state_of(response), "at": shown(response.url)}
+    write_text(_note_of(part), json.dumps(note))
 
 
 def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[str] = ()) -> None:

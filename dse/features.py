@@ -12,6 +12,7 @@ Both are cached (cache.py), each form in a file of its own.
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 _TOKENIZE_AT_ONCE = 4096
 _CHARACTERS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 65536
+_MOST_UNKNOWN = 0.05  # of the pieces
+_MISFIT = "%s: %.0f %% of the pieces are [UNK], all alike to the model: its tokenizer does not fit these texts"
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # tokenizers
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Ragged:
 
     ids: np.ndarray  # int32, (total,)
     offsets: np.ndarray  # int64, (rows + 1,)
+    cut: int | None = None  # how many of the rows were cut at max_seq_length; None: not known
 
     @property
     def lengths(self) -> np.ndarray:
@@ -56,6 +61,15 @@ class Ragged:
         places = np.where(mask, self.offsets[rows][:, None] + columns, 0)
         ids = np.where(mask, self.ids[places], pad_id).astype(np.int64)
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        return {"ids": self.ids, "offsets": self.offsets} | ({} if self.cut is None else {"cut": np.array([self.cut])})
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Ragged":
+        """The rows that `arrays` took apart; older caches do not tell how many were cut."""
+        return cls(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
 
 
 @dataclass
@@ -87,12 +101,12 @@ class JointFeatures:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
-        return {"ids": self.tokens.ids, "offsets": self.tokens.offsets, "first_lengths": self.first_lengths}
+        return {**self.tokens.arrays(), "first_lengths": self.first_lengths}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "JointFeatures":
         """The features that `arrays` took apart."""
-        return cls(Ragged(arrays["ids"], arrays["offsets"]), arrays["first_lengths"], labels, pad_id)
+        return cls(Ragged.from_arrays(arrays), arrays["first_lengths"], labels, pad_id)
 
 
 @dataclass
@@ -129,12 +143,12 @@ class SeparateFeatures:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
-        return {"ids": self.texts.ids, "offsets": self.texts.offsets, "first": self.first, "second": self.second}
+        return {**self.texts.arrays(), "first": self.first, "second": self.second}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "SeparateFeatures":
         """The features that `arrays` took apart."""
-        return cls(Ragged(arrays["ids"], arrays["offsets"]), arrays["first"], arrays["second"], labels, pad_id)
+        return cls(Ragged.from_arrays(arrays), arrays["first"], arrays["second"], labels, pad_id)
 
 
 Features = JointFeatures | SeparateFeatures
@@ -166,6 +180,7 @@ def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_lengt
     keep_a, keep_b = kept_lengths(pieces.lengths[first], pieces.lengths[second], is_pair, max_seq_length)
     first_lengths = keep_a + 2
     tokens = _empty_rows(first_lengths + keep_b + (keep_b > 0))
+    tokens.cut = np.count_nonzero(pieces.lengths[first] + pieces.lengths[second] > keep_a + keep_b)
     for some in _slices(count):
         starts = tokens.offsets[:-1][some]
         tokens.ids[starts] = tokenizer.cls_token_id
@@ -173,30 +188,69 @@ def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_lengt
         tokens.ids[starts + 1 + keep_a[some]] = tokenizer.sep_token_id
         _copy(pieces, second[some], keep_b[some], tokens, starts + first_lengths[some])
         tokens.ids[tokens.offsets[1:][some] - 1] = tokenizer.sep_token_id
-    return JointFeatures(tokens, first_lengths.astype(np.int32), label_array(task, examples), tokenizer.pad_token_id)
+    labels = label_array(task, examples)
+    features = JointFeatures(tokens, first_lengths.astype(np.int32), labels, tokenizer.pad_token_id)
+    _tell(features, examples, tokenizer, max_seq_length)
+    return features
 
 
 def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
     """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
-    texts, places = encode_texts([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
+    texts, places = _encode([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
     first, second = places[: len(examples)], places[len(examples) :]
-    return SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
+    features = SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
+    _tell(features, examples, tokenizer, max_seq_length)
+    return features
 
 
 FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures, separate_features)}
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
-    """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32."""
+    """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32.
+
+    Where the tokenizer does not fit the texts, that is warned of, once for a tokenizer.
+    """
+    tokens, places = _encode(texts, tokenizer, max_seq_length)
+    if tokenizer not in _warned and (share := _unknown_share(tokens, tokenizer)) > _MOST_UNKNOWN:
+        _warned.add(tokenizer)
+        logger.warning(_MISFIT, "texts", 100 * share)
+    return tokens, places
+
+
+def _encode(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
     pieces, places = _distinct_pieces(texts, len(texts), tokenizer)
     keep = np.minimum(pieces.lengths, max_seq_length - 2)
     tokens = _empty_rows(keep + 2)
+    tokens.cut = np.count_nonzero(pieces.lengths > keep)
     for some in _slices(len(keep)):
         starts = tokens.offsets[:-1][some]
         tokens.ids[starts] = tokenizer.cls_token_id
         _copy(pieces, np.arange(len(keep))[some], keep[some], tokens, starts + 1)
         tokens.ids[starts + 1 + keep[some]] = tokenizer.sep_token_id
     return tokens, places
+
+
+def _tell(features: Features, examples: Examples, tokenizer: Any, max_seq_length: int) -> None:
+    """Log what of a split's files was cut and is unknown; warn above 5 % unknown. Pairs of no file are not told of."""
+    if not examples.files:
+        return
+    tokens, what = (features.tokens, "rows") if hasattr(features, "tokens") else (features.texts, "distinct texts")
+    cut, name = tokens.cut, ", ".join(entry["file"] for entry in examples.files)
+    if cut is None:  # in an older cache; rows of that length may have been, and joint ones lack a [SEP] at times
+        cut = f"at most {np.count_nonzero(tokens.lengths >= max_seq_length - 1)}"
+    share = _unknown_share(tokens, tokenizer)
+    logger.info("%s: %s of %d %s are cut at --max_seq_length %d; %.1f %% of the pieces are [UNK]",
+                name, cut, len(tokens.lengths), what, max_seq_length, 100 * share)  # fmt: skip
+    if share > _MOST_UNKNOWN:
+        logger.warning(_MISFIT, name, 100 * share)
+
+
+def _unknown_share(tokens: Ragged, tokenizer: Any) -> float:
+    """How many of the pieces, [CLS] and [SEP] aside, are [UNK]."""
+    unknown, *around = (np.count_nonzero(tokens.ids == getattr(tokenizer, f"{name}_token_id"))
+                        for name in ("unk", "cls", "sep"))  # fmt: skip
+    return unknown / max(1, len(tokens.ids) - sum(around))
 
 
 def kept_lengths(
@@ -313,6 +367,7 @@ def cached_features(
         if arrays is not None:
             logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
             features = features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
+            _tell(features, examples, tokenizer, max_seq_length)
         else:
             features = make(task, examples, tokenizer, max_seq_length)
             if parallel.is_first():

@@ -254,12 +254,12 @@ def _is_sound(path: Path) -> bool:
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; `what` names the file's role in the error message."""
+    """Read a JSON object, with a byte-order mark or without; `what` names the file's role in the error message."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot read {what} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {what} is no valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} must be a JSON object, found a {type(value).__name__}")

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dse.files import InputError, read_json, sha256_file
 logger = logging.getLogger(__name__)
 
 BINARY, MULTICLASS, REGRESSION = KINDS = ("binary", "multiclass", "regression")
+_HEADER_HINT = 'put the names of the columns there (in a task of your own, or give "header": false)'
 NLI_LABELS = ("contradiction", "entailment", "neutral")
 ENTAILMENT = "entailment"
 DEFAULT_METRICS = {
@@ -201,14 +203,15 @@ def _task_from_json(path: Path) -> Task:
         if not isinstance(value, _JSON_TYPES[key]) or (isinstance(value, bool) and bool not in _JSON_TYPES[key]):
             expected = " or ".join("null" if t is type(None) else t.__name__ for t in _JSON_TYPES[key])
             raise InputError(f"{path}: {key!r} must be {expected}, found {value!r}")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise InputError(f"{path}: {key!r} has a character that no file can have: {value!r}")
     missing = [key for key in ("kind", "text_a", "label") if key not in line]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing; a task needs kind, text_a, label and text_b for pairs")
-    for key in ("labels", "metrics"):
-        if not all(isinstance(entry, str) for entry in line.get(key, ())):
-            raise InputError(f"{path}: {key!r} must be a list of strings, found {line[key]!r}")
-    line["labels"] = tuple(line.get("labels", ()))
-    line["metrics"] = tuple(line.get("metrics", ()))
+    for key, types, what in (("labels", (str, int), "strings or whole numbers"), ("metrics", (str,), "strings")):
+        if not all(isinstance(entry, types) and not isinstance(entry, bool) for entry in line.get(key, ())):
+            raise InputError(f"{path}: {key!r} must be a list of {what}, found {line[key]!r}")
+        line[key] = tuple(map(str, line.get(key, ())))
     task = Task(**line)
     _check_own_task(path, task)
     return task if task.metrics else replace(task, metrics=DEFAULT_METRICS[task.kind])
@@ -243,8 +246,12 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
         data_dir: the folder of the task's files; for allnli the parent of SNLI and MNLI.
         split: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
-    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns, a label
-    that is none of the task's, a score that is no number, and bytes that are no UTF-8.
+    A blank line at the end is not a row. The rows of an own task have as many cells as its header (without a header:
+    as the first row); those of GLUE's files need not, which is warned of.
+
+    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (an own task's:
+    with more, too), a label that is none of the task's, a score that is no number, bytes that are no UTF-8, and a
+    header that is a row of data.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -259,9 +266,14 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
             own if test is None else test
             for test, own in ((task.test_text_a, task.text_a), (task.test_text_b, task.text_b))
         )
+        columns = text_a, text_b, task.test_label
         header = task.header or task.name in TASKS  # GLUE's test sets have one, CoLA's too
-        return _read_tsv(data_dir / name, task, text_a, text_b, task.test_label, header)
-    return _read_tsv(data_dir / name, task, task.text_a, task.text_b, task.label, task.header)
+    else:
+        columns, header = (task.text_a, task.text_b, task.label), task.header
+    rows = _read_tsv(data_dir / name, task, columns, header)
+    if header and task.name not in TASKS and split != "train":
+        _compare_headers(task, data_dir / task.train, data_dir / name, columns)
+    return rows
 
 
 def labelled_test(task: Task, data_dir: Path) -> Examples | None:
@@ -287,44 +299,111 @@ def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
     return whole
 
 
-def _read_tsv(
-    path: Path, task: Task, text_a: int | str, text_b: int | str | None, label: int | str | None, header: bool
-) -> Examples:
-    start = 1 if header else 0
-    lines = read_lines(path, f"the data of {task.name}")
-    names = next(lines, None) if header else ""
-    if names is None:
+def _read_tsv(path: Path, task: Task, columns: tuple[int | str | None, ...], header: bool) -> Examples:
+    """The rows of a file, of which `columns` holds the places or names of text a, text b and the label."""
+    own = task.name not in TASKS
+    lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
+    first = next(lines, None)
+    if first is None:
         raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
-    places = _find_columns(path, names, (text_a, text_b, label))
-    place_a, place_b, place_label = places
+    names = first.split("\t")
+    place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
+    if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
+        _check_header_label(task, path, names, place_label)
     used = [place for place in places if place is not None]
-    needed = max(used) + (2 if -1 in used else 1)  # the last column must be one of its own
-    rows = Examples(second=None if text_b is None else [], labels=None if label is None else [])
-    skipped, number, first = 0, start, ""
-    for number, line in enumerate(lines, start + 1):
+    # in GLUE's files, a last column must be one of its own
+    needed = len(names) if own else max(used) + (2 if -1 in used else 1)
+    rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
+    skipped, uneven, text = 0, 0, ""
+    for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
         cells = line.split("\t")
-        if len(cells) < needed:
-            if not task.skip_short_rows:
-                raise InputError(
-                    f"{path}, line {number}: at least {needed} columns expected, found {len(cells)}: {line[:80]!r}"
-                )
-            skipped += 1
-            continue
-        if cells[place_a] != first:  # NLI repeats its premises: one string serves all
-            first = cells[place_a]
-        rows.first.append(first)
+        if len(cells) != len(names) or len(cells) < needed:
+            if len(cells) < needed and task.skip_short_rows:
+                skipped += 1
+                continue
+            if own or len(cells) < needed:
+                raise _wrong_count(path, number, line, needed, exact=own)
+            uneven += 1
+        if cells[place_a] != text:  # NLI repeats its premises: one string serves all
+            text = cells[place_a]
+        rows.first.append(text)
         if place_b is not None:
             rows.second.append(cells[place_b])
         if place_label is not None:
             rows.labels.append(_parse_label(task, cells[place_label], path, number))
-    if number == start:
+    if not len(rows) and not skipped:
         raise InputError(f"{path}: no rows of data in it; expected one pair per line")
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
     if not len(rows):
         raise InputError(f"{path}: no row has the {needed} columns that {task.name} needs")
+    if uneven:
+        logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
+                       "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
+    _check_texts(path, rows, [names[place] for place in places[:2] if place is not None] if header and own else [])
     rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
     return rows
+
+
+def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
+    """The lines but for blank ones at the end."""
+    blank = 0
+    for line in lines:
+        if line:
+            yield from repeat("", blank)
+            yield line
+            blank = 0
+        else:
+            blank += 1
+
+
+def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -> InputError:
+    found = line.count("\t") + 1
+    expected = f"{needed} cells expected, as in line 1," if exact else f"at least {needed} columns expected,"
+    hint = " (is a tab within a text, or does the header lack a name for row names?)" if found > needed else ""
+    return InputError(f"{path}, line {number}: {expected} found {found}{hint}: {line[:80]!r}")
+
+
+def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
+    """Refuse a header that is a row of data by its label; of GLUE's files, warn of it."""
+    name = names[place] if place < len(names) else ""
+    if name in task.labels or (task.kind == REGRESSION and math.isfinite(_number(name))):
+        what = "a number" if task.kind == REGRESSION else f"a label of {task.name}"
+        why = f"{path}, line 1: a header is expected, but its label cell {name!r} is {what}; {_HEADER_HINT}"
+        if task.name not in TASKS:
+            raise InputError(why)
+        logger.warning("%s", why)
+
+
+def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
+    """Warn of quoting; raise InputError where `names`, the texts' cells of a header, are texts of rows too."""
+    columns = [rows.first] if rows.second is None else [rows.first, rows.second]
+    for name, texts in zip(names, columns, strict=False):
+        if name and name in texts:
+            raise InputError(
+                f"{path}, line 1: a header is expected, but its cell {name!r} is a text of a row too; {_HEADER_HINT}"
+            )
+    texts = chain.from_iterable(columns)
+    quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts)
+    if quoted > 0.9 * len(columns) * len(rows):
+        logger.warning("%s: nearly all texts begin and end with a quotation mark, which counts as part of the text; "
+                       "if the file was written with CSV quoting, write it again without", path)  # fmt: skip
+
+
+def _compare_headers(task: Task, train: Path, other: Path, columns: tuple[int | str | None, ...]) -> None:
+    """Warn where the columns that are read have other names in `other` than in the train file."""
+    try:
+        ours, theirs = (next(read_lines(path, "the header"), "").split("\t") for path in (other, train))
+    except InputError:  # no train file, say
+        return
+
+    def name(names: list[str], column: int | str) -> str | None:
+        return column if isinstance(column, str) else names[column] if column < len(names) else None
+
+    both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
+    if any(own is not None and name(ours, own) != name(theirs, trained) for own, trained in both):
+        logger.warning("%s, line 1: the header %r, and %s has %r: does each file have a header, and are the columns "
+                       "the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
 
 
 def read_lines(path: Path, what: str, keep_mark: bool = False, flag: str = "--data_dir") -> Iterator[str]:
@@ -366,15 +445,21 @@ def _no_utf8(path: Path, read: int) -> InputError:
     return InputError(f"{path}: no valid UTF-8; save the file as UTF-8")
 
 
-def _find_columns(path: Path, header: str, columns: tuple[int | str | None, ...]) -> list[int | None]:
-    """Numbers of the columns; names are looked up in the header line."""
-    names = header.split("\t")
+def _find_columns(path: Path, names: list[str], columns: tuple[int | str | None, ...], own: bool) -> list[int | None]:
+    """Numbers of the columns; names are looked up in the header. Those of an own task are checked, and -1 replaced."""
     places: list[int | None] = []
     for column in columns:
         if isinstance(column, str):
-            if column not in names:
-                raise InputError(f"{path}, line 1: no column {column!r} in the header, which has {', '.join(names)}")
+            if names.count(column) != 1:
+                often = f"{names.count(column)} columns" if column in names else "no column"
+                raise InputError(f"{path}, line 1: {often} {column!r} in the header, which has {', '.join(names)}")
             column = names.index(column)
+        elif own and column is not None:
+            if column >= len(names):
+                raise InputError(f"{path}, line 1: column {column} (from 0) is needed, but only {len(names)} are there")
+            column = column % len(names)  # -1 is the last
+        if own and column is not None and column in places:
+            raise InputError(f"{path}, line 1: column {column} (from 0) serves twice; text_a, text_b and label differ")
         places.append(column)
     return places
 
@@ -386,10 +471,14 @@ def _parse_label(task: Task, text: str, path: Path, number: int) -> int | float:
                 f"{path}, line {number}: label {text!r} is none of {task.name}'s: {', '.join(task.labels)}"
             )
         return task.labels.index(text)
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
+    score = _number(text)
     if not math.isfinite(score):
         raise InputError(f"{path}, line {number}: score {text!r} is no number")
     return score
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

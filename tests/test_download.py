@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import requests
 
 import download_glue_data
 import finetune_bert
@@ -36,7 +37,8 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves `files` (path to bytes) with ranges and ETags; `faults[path]` are used up, one per request.
 
     A fault is a status, ("cut", n) or ("stall", n) after n bytes, ("headers", {...}) to send besides, or
-    ("redirect", address), ("short", n): a partial answer of n bytes that says so, ("page", text, headers).
+    ("redirect", address), ("short", n): a partial answer of n bytes that says so, ("page", text, headers),
+    ("reason", status, words).
     """
 
     daemon_threads = True
@@ -71,6 +73,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault and fault[0] == "redirect":
             self.send_response(302)
             self.send_header("Location", fault[1])
+            self.end_headers()
+            return
+        if fault and fault[0] == "reason":
+            self.send_response(*fault[1:])
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
         if fault and fault[0] == "page":
@@ -413,6 +420,50 @@ def test_tries_end(server, recorded, get, glue):
     server.faults.clear()
     assert get() == DONE
     assert server.ranges_asked("/glue/data/WNLI.zip")[-1] == "bytes=15000-"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_address_after_redirects_is_recorded(cut, server, recorded, get, glue):
+    content = recorded()
+    to = f"{server.url.replace('//', '//user:geheim@').removesuffix('glue/data/')}elsewhere/WNLI.zip?token=geheim"
+    server.files["/elsewhere/WNLI.zip?token=geheim"] = content
+    server.faults["/elsewhere/WNLI.zip?token=geheim"] = [("cut", 10_000)] * cut
+    server.faults["/glue/data/WNLI.zip"] = [("redirect", to)] * 2
+    assert get() == DONE
+    record = (glue / "WNLI" / "download.json").read_text()
+    assert json.loads(record)["sources"][0]["from"] == server.url.replace("glue/data/", "elsewhere/WNLI.zip")
+    assert "geheim" not in record
+    assert server.ranges_asked("/elsewhere/WNLI.zip?token=geheim") == [None, "bytes=10000-"][: 1 + cut]
+
+
+@pytest.mark.parametrize("target", ["http://other.invalid/x", "HTTP://other.invalid/x", "http:x"])
+def test_a_redirect_from_https_to_http_is_not_followed(target, get, monkeypatch):
+    asked = []
+
+    def answer(adapter, request, **_):
+        asked.append(request.url)
+        response = requests.Response()
+        response.status_code, response.url, response.request = 302, request.url, request
+        response.headers["Location"] = target
+        response.raw = io.BytesIO()
+        return response
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", answer)
+    code, table = get(base_url="https://glue.invalid/")
+    assert (code, asked) == (1, ["https://glue.invalid/WNLI.zip"])
+    assert table["WNLI"][1].startswith("https://glue.invalid/WNLI.zip: redirected to http:")
+    assert table["WNLI"][1].endswith("which is not https: not followed")
+
+
+def test_control_characters_of_a_server_do_not_reach_the_terminal(server, recorded, get):
+    recorded()
+    words = "Not\x1b[2J\x9b1mFound\x08"
+    server.faults["/glue/data/WNLI.zip"] = [("reason", 503, words), ("reason", 404, words)]
+    code, table = get()
+    assert (code, table["WNLI"][0]) == (1, "failed")
+    assert table["WNLI"][1].endswith(r"the server answers 404 Not\x1b[2J\x9b1mFound\x08")
+    assert r"the server answers 503 Not\x1b[2J\x9b1mFound\x08; try 2" in get.said
+    assert not set("\x1b\x9b\x08") & set(get.said)
 
 
 def test_nobody_answers(server, get):
@@ -834,18 +885,53 @@ def test_a_record_that_is_none(recorded, get, glue):
         assert "download.json" in table["WNLI"][1]
 
 
-def test_headers_and_rows_that_differ_are_warned_of(server, get, glue, caplog):
-    files = wnli()
-    files["WNLI/dev.tsv"] = files["WNLI/dev.tsv"].replace(b"sentence1\tsentence2", b"a\tb")
+def test_rows_that_differ_are_warned_of(server, get, glue, caplog):
+    files = wnli(rows_of_train=9)
     files["WNLI/test.tsv"] += b"146\tone column too few\n"
-    files["WNLI/train.tsv"] = files["WNLI/train.tsv"][:-2] + b"\xff\n"
+    files["WNLI/dev.tsv"] = files["WNLI/dev.tsv"][:-2] + b"\xff\n"
     server.files["/glue/data/WNLI.zip"] = zip_of(files)
     code, table = get("--no_verify")
-    train = "train.tsv, line 636: byte 0xff is no valid UTF-8; save the file as UTF-8"
-    header = "dev.tsv has the header 'index | a | b | label', expected 'index | sentence1 | sentence2 | label'"
-    assert (code, table["WNLI"]) == (0, ["done", f"{train}; {header}"])  # the short row is no row
+    dev = "dev.tsv, line 72: byte 0xff is no valid UTF-8; save the file as UTF-8"
+    train = "train.tsv has 9 rows, expected 635"
+    assert (code, table["WNLI"]) == (0, ["done", f"{train}; {dev}"])  # the short row is no row
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert f"WNLI: {header}" in warnings
+    assert f"WNLI: {train}" in warnings
+
+
+PAGE = b"<!DOCTYPE html><html><body>Sign in to this network</body></html>\n"
+FOREIGN = "dev.tsv has the header 'index | a | b | label', expected 'index | sentence1 | sentence2 | label'"
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "why"),
+    [
+        ("WNLI", "dev.tsv", wnli()["WNLI/dev.tsv"].replace(b"sentence1\tsentence2", b"a\tb"), FOREIGN),
+        ("WNLI", "test.tsv", b"index\tsentence1\tsentence2\n\n", "test.tsv has 0 rows, expected 146"),
+        ("WNLI", "train.tsv", b"", "train.tsv has the header '', expected 'index | sentence1 |"),
+        ("WNLI", "train.tsv", PAGE, "train.tsv has the header '<!DOCTYPE html><html><body>Sign in to"),
+        ("CoLA", "train.tsv", PAGE * 9, "train.tsv has 0 rows, expected 8,551"),
+    ],
+    ids=["names", "header alone", "empty", "page", "page for a file without header"],
+)
+def test_a_foreign_header_or_no_rows_is_a_failure(task, file, content, why, server, get, glue):
+    sound = wnli() if task == "WNLI" else {
+        "CoLA/train.tsv": b"gj04\t1\t\tA.\n", "CoLA/dev.tsv": b"gj04\t0\t*\tB.\n",
+        "CoLA/test.tsv": b"index\tsentence\n0\tC.\n",
+    }  # fmt: skip
+    bad = server.files[f"/glue/data/{task}.zip"] = zip_of({**sound, f"{task}/{file}": content})
+    code, table = get("--no_verify", tasks=task)
+    assert (code, table[task][0]) == (1, "failed")
+    assert why in table[task][1]
+    assert list(files_below(glue).values()) == [bad]  # kept aside
+    server.files[f"/glue/data/{task}.zip"] = zip_of(sound)
+    assert get("--no_verify", tasks=task)[0] == 0
+
+
+def test_a_foreign_header_in_a_folder_of_the_user_is_warned_of(recorded, get, glue):
+    (glue / "WNLI").mkdir(parents=True)
+    for name, content in wnli().items():
+        (glue / name).write_bytes(content.replace(b"sentence1\tsentence2", b"a\tb") if "dev" in name else content)
+    assert get() == (0, {"WNLI": ["already there", f"not made by this script; {FOREIGN}"]})
 
 
 # MRPC and SNLI
@@ -890,6 +976,25 @@ def test_a_page_in_place_of_mrpc(server, get, glue):
     assert "msr_paraphrase_test.txt, line 2: 5 columns expected: '<p>Sign in" in table["MRPC"][1]
     serve_small_tasks(server)
     assert get("--no_verify", tasks="MRPC")[0] == 0
+
+
+@pytest.mark.parametrize("name", download_glue_data.MRPC_RAW)
+@pytest.mark.parametrize(("content", "why"), [
+    (PAGE, "{}, line 1: has the header '<!DOCTYPE html><html><body>Sign in to"),
+    (b"", "{}, line 1: has the header '', expected 'Quality"),
+    (HEADER.encode(), ".tsv has 0 rows, expected "),
+    ((HEADER + "\n").encode(), ".tsv has 0 rows, expected "),
+    (b"1\t10\t20\ta b\tc\n0\t20\t10\td\te\n", "{}, line 1: has the header '1\\t10"),
+], ids=["page", "empty", "header alone", "header and a blank line", "no header"])  # fmt: skip
+def test_raw_files_of_mrpc_that_are_none(name, content, why, server, get, glue, tmp_path):
+    serve_small_tasks(server)
+    for raw in download_glue_data.MRPC_RAW:
+        (tmp_path / raw).write_bytes(content if raw == name else server.files[f"/senteval/senteval_data/{raw}"])
+    code, table = get("--path_to_mrpc", tmp_path, "--no_verify", tasks="MRPC")
+    assert (code, table["MRPC"][0]) == (1, "failed")
+    assert why.format(name) in table["MRPC"][1]
+    assert not (glue / "MRPC").exists()
+    assert (tmp_path / name).read_bytes() == content  # the user's
 
 
 def test_a_spoiled_raw_file_of_the_user_costs_no_verified_download(server, get, glue, tmp_path, monkeypatch):
@@ -954,6 +1059,14 @@ def test_snli_by_hand(server, get, glue, caplog):
     made = files_below(glue)
     del made["SNLI/download.json"]
     assert made == {f"SNLI/{split}.tsv": expected.encode() for split in ("train", "dev", "test")}
+
+
+def test_snli_with_rows_of_more_cells_than_its_header(server, get, caplog):
+    raw = SNLI_RAW + "neutral\t( a )\tA\tB.\tC.\tc1\tp1\tneutral\tneutral\n"
+    files = {f"snli_1.0/snli_1.0_{split}.txt": raw.encode() for split in ("train", "dev", "test")}
+    server.files["/snli.zip"] = zip_of(files)
+    assert get("--snli_url", server.url.replace("/glue/data/", "/snli.zip"), tasks="SNLI")[0] == 0
+    assert "snli_1.0_dev.txt: 1 rows have more than the header's 8 cells: the rest is cut" in caplog.text
 
 
 def test_snli_with_a_short_row_or_without_a_column(server, get):

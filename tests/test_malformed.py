@@ -127,7 +127,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("finetune", rows(GOOD, "maybe\t1\t2\ta\tb\n"), NEW, "train.tsv, line 3: label 'maybe' is none of mrpc's: 0, 1"),
     ("finetune", rows(GOOD, "1\t1\t2\t\udcff\tb\n"), NEW, "train.tsv, line 3: byte 0xff is no valid UTF-8"),
     ("finetune", rows(), NEW, "train.tsv: no rows of data in it"),
-    ("finetune", rows(GOOD, "\n"), NEW, "train.tsv, line 3: at least 5 columns expected"),
+    ("finetune", rows(GOOD, "\n", GOOD), NEW, "train.tsv, line 3: at least 5 columns expected"),
     ("logits", rows("1\t1\t2\ta\n"), {}, "line 2: at least 5 columns expected, found 4"),
     ("logits", without("data/train.tsv"), {}, "cannot read the data of mrpc (No such file or directory)"),
     ("train", rows("2\t1\t2\ta\tb\n", file="dev.tsv"), {}, "dev.tsv, line 2: label '2' is none of mrpc's"),
