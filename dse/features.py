@@ -36,6 +36,7 @@ _TOKENIZE_AT_ONCE = 4096
 _CHARACTERS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 65536
 _MOST_UNKNOWN = 0.05  # of the pieces
+_ENOUGH = 50  # of them, for the share to tell something of the tokenizer
 _MISFIT = "%s: %.0f %% of the pieces are [UNK], all alike to the model: its tokenizer does not fit these texts"
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()  # tokenizers
 
@@ -212,7 +213,8 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> t
     Where the tokenizer does not fit the texts, that is warned of, once for a tokenizer.
     """
     tokens, places = _encode(texts, tokenizer, max_seq_length)
-    if tokenizer not in _warned and (share := _unknown_share(tokens, tokenizer)) > _MOST_UNKNOWN:
+    enough = len(tokens.ids) >= _ENOUGH and tokenizer not in _warned
+    if enough and (share := _unknown_share(tokens, tokenizer)) > _MOST_UNKNOWN:
         _warned.add(tokenizer)
         logger.warning(_MISFIT, "texts", 100 * share)
     return tokens, places
