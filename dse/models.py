@@ -10,6 +10,7 @@ The teacher is transformers' BertForSequenceClassification, as it is.
 """
 
 import logging
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,9 @@ from dse.processors import Task
 from dse.sharing import Shareable
 
 logger = logging.getLogger(__name__)
+
+# Weights that may be left over: heads, and what older versions of transformers stored.
+_HEADS = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
 
 
 class SentenceEncoder(nn.Module):
@@ -172,7 +176,10 @@ def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]]:
-    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are."""
+    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
+
+    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
+    """
     transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
     transformers_logging.disable_progress_bar()
     try:
@@ -187,6 +194,12 @@ def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]
         raise InputError(
             f"{folder}: no whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
         )
+    unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
+    if unused:
+        logger.warning(
+            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
+            folder, len(unused), unused[0],
+        )  # fmt: skip
     return model, new
 
 
@@ -211,6 +224,9 @@ def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceC
             N(0, initializer_range), bias 0, even where the folder has one.
     """
     labels = list(task.labels) or ["score"]
+    types = bert_config(folder, "the teacher").get("type_vocab_size", 2)
+    if types < 2 and task.text_b is not None:
+        raise InputError(f"{folder}: type_vocab_size is {types}, and a teacher of pairs needs 2: take another BERT")
     if fine_tuned:
         _check_teacher_task(folder, task, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
