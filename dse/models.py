@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from dse.config import DSEConfig
 from dse.encoding import TextInterface
 from dse.files import InputError, one_line
-from dse.packing import PackedBatch, by_group, first_states, hidden_states, padded
+from dse.packing import PackedBatch, by_group, first_states, hidden_states, is_plain, padded, padded_inputs
 from dse.poolers import pool
 from dse.pretrained import bert_config
 from dse.processors import Task
@@ -57,7 +57,12 @@ class SentenceEncoder(nn.Module):
         packed: PackedBatch | None = None,
     ) -> Tensor:
         """(batch, length) ids and mask, int64, or the same sentences packed, to (batch, embedding_size), float32."""
-        pooled = self._pool(input_ids, attention_mask) if packed is None else self._pool_packed(packed)
+        if packed is None:
+            pooled = self._pool(input_ids, attention_mask)
+        elif is_plain(self.bert):
+            pooled = self._pool_packed(packed)
+        else:
+            pooled = torch.cat([self._pool(**inputs) for inputs in padded_inputs(packed)]).index_select(0, packed.order)
         pooled = self.dropout(pooled)
         return pooled if self.classifier is None else self.classifier(pooled)
 
@@ -105,7 +110,10 @@ class SiameseHead(nn.Module):
         self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """(batch, embedding_size) twice to (batch, fc_dims[-1])."""
+        """(batch, embedding_size) twice to (batch, fc_dims[-1]), computed in the dtype of its weights."""
+        if not torch.is_autocast_enabled(u.device.type):
+            kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), torch.float32)
+            u, v = u.to(kind), v.to(kind)
         if self.head_type == "concat":
             x = torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
         else:
@@ -171,7 +179,10 @@ def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Logits (batch, labels) of a BertForSequenceClassification, from padded or packed inputs."""
     if "packed" not in inputs:
         return model(**inputs).logits
-    pooled = model.bert.pooler(first_states(model.bert, inputs["packed"]).unsqueeze(1))
+    batch = inputs["packed"]
+    if not is_plain(model):
+        return torch.cat([model(**some).logits for some in padded_inputs(batch)]).index_select(0, batch.order)
+    pooled = model.bert.pooler(first_states(model.bert, batch).unsqueeze(1))
     return model.classifier(model.dropout(pooled))
 
 

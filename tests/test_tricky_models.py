@@ -21,6 +21,8 @@ import finetune_bert
 from dse.cli import dropout_rate
 from dse.config import DSEConfig
 from dse.features import SeparateFeatures, _word_pieces, cached_features, encode_texts, joint_features
+from dse.files import InputError
+from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier, load_teacher, new_student, teacher_logits
 from dse.pretrained import (
     bert_config,
@@ -288,6 +290,148 @@ def test_dropout_rates_that_leave_nothing(refused, student_flags):
     for rate in ("1", "0.999993"):
         assert "--dropout: " in refused(dse_train_runner.main, student_flags(dropout=rate))
     assert dropout_rate("0.9999") == 0.9999
+
+
+# Students that were changed in memory
+
+
+class Lora(torch.nn.Module):
+    """A linear layer with a low-rank addition; as PEFT's, it shows the original's weights as its own."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, (outputs, inputs) = base, base.weight.shape
+        self.down, self.up = torch.nn.Linear(inputs, 2, bias=False), torch.nn.Linear(2, outputs, bias=False)
+        torch.nn.init.normal_(self.up.weight)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+    out_features = property(lambda self: self.base.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def layer_of(model) -> torch.nn.Module:
+    return model.dse_model.bert.bert.encoder.layer[1]
+
+
+def lora_in_the_encoder(model):
+    layer_of(model).attention.self.query = Lora(layer_of(model).attention.self.query)
+    layer_of(model).output.dense = Lora(layer_of(model).output.dense)
+
+
+def lora_in_the_head(model):
+    model.siamese_head.fc_layers[0] = Lora(model.siamese_head.fc_layers[0])
+
+
+def hook_on_a_linear_layer(model):
+    layer_of(model).intermediate.dense.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def hook_on_what_holds_it(model):
+    layer_of(model).attention.register_forward_hook(lambda module, inputs, output: (2 * output[0], output[1]))
+
+
+def hook_before_the_head(model):
+    model.siamese_head.fc_layers[-1].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def own_forward(model):
+    dense, linear = layer_of(model).output.dense, torch.nn.functional.linear
+    dense.forward = lambda x: linear(x, 2 * dense.weight, dense.bias)
+
+
+def without_bias(model):
+    layer_of(model).attention.self.value.bias = None
+
+
+def steps_in_place_of_a_layer(model):
+    output = layer_of(model).attention.output
+    output.dense = torch.nn.Sequential(output.dense, torch.nn.ReLU())
+
+
+IN_MEMORY = {
+    # what is changed, and by how much of the largest number the ways of computing may differ
+    torch.nn.Module.half: 4e-3,
+    torch.nn.Module.bfloat16: 4e-2,
+    torch.nn.Module.double: 2e-6,
+    lora_in_the_encoder: 1e-5,
+    lora_in_the_head: 1e-5,
+    hook_on_a_linear_layer: 1e-5,
+    hook_on_what_holds_it: 1e-5,
+    hook_before_the_head: 1e-5,
+    own_forward: 1e-5,
+    without_bias: 1e-5,
+    steps_in_place_of_a_layer: 1e-5,
+}
+
+
+@pytest.mark.parametrize("head", ["concat", "dot"])
+@pytest.mark.parametrize(("altered", "tolerance"), IN_MEMORY.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_all_ways_to_a_score_agree(altered, tolerance, head, student):
+    """Against the modules themselves, called with one text at a time and no padding."""
+    model = student(siamese_head_type=head)
+    texts = ["the doctor bought a car", "lamp", "the thief hid a lamp in the forest yesterday", "a car"]
+    pairs = [(texts[0], text) for text in texts]
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():  # biases are all 0
+        if name.endswith("bias") and "LayerNorm" not in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    before = model.score(pairs)
+    altered(model)
+    with torch.inference_mode():
+        ids = [model.settings.tokenizer(text, return_tensors="pt") for text in texts]
+        embeddings = torch.cat([model.embed(one["input_ids"], one["attention_mask"]) for one in ids])
+        scores = model.siamese_head(embeddings[:1].expand_as(embeddings), embeddings)[:, 0].float().numpy()
+    embeddings, index = embeddings.float().numpy(), CandidateIndex.build(model, texts)
+    found = {hit.row: hit.score for hit in index.search(texts[0])}
+    assert model.encode(texts).dtype == np.float32 and model.encode(texts, half=True).dtype == np.float16
+    np.testing.assert_allclose(model.encode(texts), embeddings, rtol=0, atol=tolerance * np.abs(embeddings).max())
+    for computed in (model.score(pairs), index.score(texts[0]), [found[row] for row in range(4)]):  # u . v is larger
+        np.testing.assert_allclose(computed, scores, rtol=0, atol=4 * tolerance * np.abs(scores).max())
+    if altered.__module__ == __name__:
+        assert np.abs(scores - before).max() > 1e-3 * np.abs(before).max(), "the change shows"
+    rough = 3e-2 * np.abs(embeddings).max()
+    np.testing.assert_allclose(model.encode(texts, half=True).astype(np.float32), embeddings, rtol=0, atol=rough)
+
+
+def test_a_teacher_with_a_wrapped_layer(bert):
+    teacher = load_teacher(bert, get_task("mrpc"), fine_tuned=False).eval()
+    tokenizer = load_tokenizer(bert, True, "x")
+    pairs = joint_features(get_task("mrpc"), Examples(TEXTS, TEXTS[::-1]), tokenizer, 24)
+    before = teacher_logits(teacher, {**pairs.batch(np.arange(len(TEXTS)))})
+    torch.manual_seed(0)
+    dense = teacher.bert.encoder.layer[0].attention.output
+    dense.dense = Lora(dense.dense)
+    expected = teacher_logits(teacher, pairs.batch(np.arange(len(TEXTS))))
+    pairs.padding = "packed"
+    torch.testing.assert_close(teacher_logits(teacher, pairs.batch(np.arange(len(TEXTS)))), expected)
+    assert (expected - before).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")  # torch would have another library do it
+def test_a_quantized_student_scores_and_is_not_indexed(student):
+    model = student()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    texts = ["the doctor bought a car", "lamp", "the thief hid a lamp in the forest yesterday"]
+    pairs = [(texts[0], text) for text in texts]
+    with torch.inference_mode():
+        ids = [model.settings.tokenizer(text, return_tensors="pt") for text in texts]
+        embeddings = torch.cat([quantized.embed(one["input_ids"], one["attention_mask"]) for one in ids]).numpy()
+    np.testing.assert_allclose(quantized.encode(texts), embeddings, atol=2e-2 * np.abs(embeddings).max())
+    np.testing.assert_allclose(quantized.score(pairs), model.score(pairs), atol=2e-2)
+    with pytest.raises(InputError, match="not a plain tensor, so the student cannot be stored or indexed"):
+        CandidateIndex.build(quantized, texts)
+
+
+def test_a_plain_student_stays_packed_after_it_was_padded(student, monkeypatch):
+    """transformers leaves hooks behind when it gives hidden states."""
+    model = student()
+    ids = model.settings.tokenizer("the doctor", return_tensors="pt")
+    model.embed(ids["input_ids"], ids["attention_mask"])
+    monkeypatch.setattr("dse.models.padded_inputs", None)
+    assert model.encode(["the doctor"]).shape == (1, 64)
 
 
 # Added tokens
