@@ -10,8 +10,10 @@ The teacher is transformers' BertForSequenceClassification, as it is.
 """
 
 import logging
+import os
 import re
 from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,7 @@ class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
 
     def __init__(self, bert: BertModel, config: DSEConfig) -> None:
         super().__init__()
+        _one_thread_after_fork()
         self.config = config
         self.dse_model = DSEModel(bert, config)
         self.siamese_head = SiameseHead(config)
@@ -157,6 +160,13 @@ class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
         """
         u, v = self.embed(*args, **inputs).chunk(2)
         return self.siamese_head(u, v)
+
+
+@cache
+def _one_thread_after_fork() -> None:
+    """A forked child has none of the threads that its parent's products were shared with, and would wait for them."""
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def empty_student(config: DSEConfig) -> DSESiameseClassifier:

@@ -100,6 +100,7 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
         # The small files first: a wrong name or model is refused before a gigabyte is fetched.
         folder = Path(snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=_DESCRIPTION))
         bert_config(folder, flag)
+        _check_tokenizer_class(folder, flag)
         for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)

@@ -6,6 +6,9 @@ one for each new kind that is met.
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +435,35 @@ def test_a_plain_student_stays_packed_after_it_was_padded(student, monkeypatch):
     model.embed(ids["input_ids"], ids["attention_mask"])
     monkeypatch.setattr("dse.models.padded_inputs", None)
     assert model.encode(["the doctor"]).shape == (1, 64)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_encodes_what_its_parent_does(student):
+    """As servers do that load a model and then fork workers; more than one thread was at work before."""
+    model, threads = student(), torch.get_num_threads()
+    texts = [f"the {who} bought a car" * repeated for who in ("doctor", "thief") for repeated in (1, 4)]
+    try:
+        torch.set_num_threads(2)
+        expected = model.encode(texts)
+        child = os.fork()
+        if child == 0:
+            same = False
+            try:
+                same = np.allclose(model.encode(texts), expected, atol=1e-6) and torch.get_num_threads() == 1
+            finally:
+                os._exit(0 if same else 3)
+        deadline, state = time.monotonic() + 60, (0, 0)
+        while state == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            state = os.waitpid(child, os.WNOHANG)
+        if state == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs in encode")
+        assert os.waitstatus_to_exitcode(state[1]) == 0
+        assert torch.get_num_threads() == 2, "the parent's stay"
+    finally:
+        torch.set_num_threads(threads)
 
 
 # Added tokens
