@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from dse import parallel, stopping
-from dse.config import HEAD_TYPES, PADDINGS, POOLER_TYPES
+from dse.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, POOLER_TYPES
 from dse.files import InputError, RunError, check_writable
 from dse.processors import read_lines
 
@@ -129,9 +129,9 @@ def share(text: str) -> float:
 
 
 def dropout_rate(text: str) -> float:
-    """A flag's type: a number in [0, 1): at 1 nothing would be left."""
+    """A flag's type: a number in [0, 1): at 1, to 16 bits, nothing would be left."""
     number = share(text)
-    if number == 1:
+    if number > MOST_DROPOUT:
         raise argparse.ArgumentTypeError(f"{text} drops everything: give less")
     return number
 

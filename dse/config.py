@@ -15,6 +15,7 @@ _POOLED = tuple(
 )
 POOLER_TYPES = (*_POOLED, *(f"{name}_with_cls" for name in _POOLED), "cls")
 HEAD_TYPES = ("concat", "dot")
+MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packing.py)
 PADDINGS = ("packed", "batch", "max")  # how batches are laid out (features.py)
 
 

@@ -171,8 +171,9 @@ class TextInterface:
         )  # fmt: skip
 
     def _precision(self, half: bool) -> torch.autocast:
-        kind = self.device.type
-        return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=half)
+        kind, own = self.device.type, next(self.parameters()).dtype  # a model of another dtype keeps to its own
+        enabled = half and own == torch.float32
+        return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -10,17 +10,20 @@ padding is stored; a batch is packed (packing.py), or padded to its own longest 
 Both are cached (cache.py), each form in a file of its own.
 """
 
+import json
 import logging
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -312,13 +315,17 @@ def _copy(source: Ragged, rows: np.ndarray, lengths: np.ndarray, target: Ragged,
 def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of texts. `[SEP]` and its like count as such only where they stand alone between spaces.
 
-    So it is in the original; the library alone would find them inside words too, `x[SEP]y`.
+    So it is in the original; the library alone would find them inside words too, `x[SEP]y`. Tokens that a user added
+    are found as the library finds them.
     """
+    own = _own_specials(tokenizer)
     backend = tokenizer.backend_tokenizer
+    if _other_specials(tokenizer):
+        backend = _with_own_alone(backend.to_str(), own)
     backend.no_padding()  # tokenizer.json may carry both
     backend.no_truncation()
     backend.encode_special_tokens = True  # as the plain text that they are
-    alone = re.compile(rf"(?<!\S)({'|'.join(map(re.escape, tokenizer.all_special_tokens))})(?!\S)")
+    alone = re.compile(rf"(?<!\S)({'|'.join(map(re.escape, own))})(?!\S)")
     # [text, special, text, special, ..., text] per text, nearly always just [text]
     parts = [alone.split(text) for text in texts]
     plain = [part for row in parts for part in row[::2]]
@@ -330,6 +337,27 @@ def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
             pieces = [*pieces, tokenizer.convert_tokens_to_ids(special), *next(ids)]
         rows.append(pieces)
     return rows
+
+
+def _own_specials(tokenizer: Any) -> tuple[str, ...]:
+    """BERT's five special tokens, whatever the tokenizer names them."""
+    named = (tokenizer.unk_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.cls_token, tokenizer.mask_token)
+    return tuple(token for token in named if token is not None)
+
+
+def _other_specials(tokenizer: Any) -> list[str]:
+    """Special tokens that were added to BERT's five."""
+    added, own = tokenizer.backend_tokenizer.get_added_tokens_decoder().values(), _own_specials(tokenizer)
+    return sorted(token.content for token in added if token.special and token.content not in own)
+
+
+@lru_cache(maxsize=4)
+def _with_own_alone(content: str, own: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer whose `to_str` is given, with `own` as its only special tokens; others are added ones as before."""
+    changed = json.loads(content)
+    for token in changed["added_tokens"]:
+        token["special"] = token["content"] in own
+    return Tokenizer.from_str(json.dumps(changed))
 
 
 def cached_features(
@@ -362,6 +390,8 @@ def cached_features(
         "do_lower_case": tokenizer.backend_tokenizer.normalizer.lowercase,
         "max_seq_length": max_seq_length,
     }
+    if others := _other_specials(tokenizer):  # caches before these were found have no such entry
+        made_from["found"] = others
     if chosen:
         check_cache_path(path, form)
     with parallel.first_goes_first():

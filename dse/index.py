@@ -34,12 +34,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from dse.encoding import check_text, checked_texts, elements
 from dse.features import batches_of
 from dse.files import InputError, check_ours, json_text, read_json, replace_folder, sha256_json, write_text
-from dse.packing import linear
+from dse.packing import is_plain, linear
 from dse.processors import BINARY, REGRESSION, Task, ranked_label
 from dse.sharing import fingerprint
 
@@ -68,23 +69,31 @@ class Hit(NamedTuple):
 
 
 class PairHead:
-    """A student's head for few queries and many candidates."""
+    """A student's head for few queries and many candidates, in float32; one that is not plain is called as it is."""
 
     def __init__(self, head: "SiameseHead") -> None:
-        self.is_dot, (self.first, *self.rest) = head.head_type == "dot", head.fc_layers
+        self.head = None if is_plain(head) else head
+        if self.head is not None:
+            return
+        self.is_dot = head.head_type == "dot"
+        self.first, *self.rest = (
+            (layer.weight.detach().float(), layer.bias.detach().float()) for layer in head.fc_layers
+        )
         if not self.is_dot:
-            blocks = self.first.weight.detach().chunk(4, dim=1)
+            blocks = self.first[0].chunk(4, dim=1)
             self.of_u, self.of_v, self.of_product, self.of_difference = (block.contiguous() for block in blocks)
-            self.zero = torch.zeros_like(self.first.bias)
+            self.zero = torch.zeros_like(self.first[1])
 
     def outputs(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """(queries, width) and (candidates, width) to (queries, candidates, outputs)."""
+        """(queries, width) and (candidates, width) to (queries, candidates, outputs), all float32."""
+        if self.head is not None:
+            return torch.stack([self.head(u.expand_as(candidates), candidates).float() for u in queries])
         return self._of_dots(queries, candidates) if self.is_dot else self._of_blocks(queries, candidates)
 
     def _of_blocks(self, queries: Tensor, candidates: Tensor) -> Tensor:
         # Made beforehand: small results kept between the large steps would keep these from using the same memory again.
-        scores = queries.new_empty(len(queries), len(candidates), (self.rest or [self.first])[-1].out_features)
-        constants = queries @ self.of_u.t() + self.first.bias
+        scores = queries.new_empty(len(queries), len(candidates), len((self.rest or [self.first])[-1][1]))
+        constants = queries @ self.of_u.t() + self.first[1]
         for u, constant, row in zip(queries, constants, scores, strict=True):
             hidden = linear(candidates, torch.addcmul(self.of_v, self.of_product, u), constant)
             hidden += linear(torch.sub(candidates, u).abs_(), self.of_difference, self.zero)
@@ -94,12 +103,13 @@ class PairHead:
     def _of_dots(self, queries: Tensor, candidates: Tensor) -> Tensor:
         products = queries @ candidates.t()
         # In parts, whose hidden layer stays in the processor's cache.
-        parts = products.reshape(-1, 1).split(max(1, _PART // self.first.out_features))
-        return torch.cat([self._after_first(self.first(part)) for part in parts]).view(*products.shape, -1)
+        parts = products.reshape(-1, 1).split(max(1, _PART // len(self.first[1])))
+        scores = [self._after_first(functional.linear(part, *self.first)) for part in parts]
+        return torch.cat(scores).view(*products.shape, -1)
 
     def _after_first(self, x: Tensor) -> Tensor:
         for layer in self.rest:
-            x = layer(x.relu_())
+            x = functional.linear(x.relu_(), *layer)
         return x
 
 

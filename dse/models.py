@@ -10,7 +10,10 @@ The teacher is transformers' BertForSequenceClassification, as it is.
 """
 
 import logging
+import os
+import re
 from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,16 @@ from transformers.utils import logging as transformers_logging
 from dse.config import DSEConfig
 from dse.encoding import TextInterface
 from dse.files import InputError, one_line
-from dse.packing import PackedBatch, by_group, first_states, hidden_states, padded
+from dse.packing import PackedBatch, by_group, first_states, hidden_states, is_plain, padded, padded_inputs
 from dse.poolers import pool
 from dse.pretrained import bert_config
 from dse.processors import Task
 from dse.sharing import Shareable
 
 logger = logging.getLogger(__name__)
+
+# Weights that may be left over: heads, and what older versions of transformers stored.
+_HEADS = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
 
 
 class SentenceEncoder(nn.Module):
@@ -53,7 +59,12 @@ class SentenceEncoder(nn.Module):
         packed: PackedBatch | None = None,
     ) -> Tensor:
         """(batch, length) ids and mask, int64, or the same sentences packed, to (batch, embedding_size), float32."""
-        pooled = self._pool(input_ids, attention_mask) if packed is None else self._pool_packed(packed)
+        if packed is None:
+            pooled = self._pool(input_ids, attention_mask)
+        elif is_plain(self.bert):
+            pooled = self._pool_packed(packed)
+        else:
+            pooled = torch.cat([self._pool(**inputs) for inputs in padded_inputs(packed)]).index_select(0, packed.order)
         pooled = self.dropout(pooled)
         return pooled if self.classifier is None else self.classifier(pooled)
 
@@ -101,7 +112,10 @@ class SiameseHead(nn.Module):
         self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """(batch, embedding_size) twice to (batch, fc_dims[-1])."""
+        """(batch, embedding_size) twice to (batch, fc_dims[-1]), computed in the dtype of its weights."""
+        if not torch.is_autocast_enabled(u.device.type):
+            kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), torch.float32)
+            u, v = u.to(kind), v.to(kind)
         if self.head_type == "concat":
             x = torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
         else:
@@ -123,6 +137,7 @@ class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
 
     def __init__(self, bert: BertModel, config: DSEConfig) -> None:
         super().__init__()
+        _one_thread_after_fork()
         self.config = config
         self.dse_model = DSEModel(bert, config)
         self.siamese_head = SiameseHead(config)
@@ -147,6 +162,13 @@ class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
         return self.siamese_head(u, v)
 
 
+@cache
+def _one_thread_after_fork() -> None:
+    """A forked child has none of the threads that its parent's products were shared with, and would wait for them."""
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
 def empty_student(config: DSEConfig) -> DSESiameseClassifier:
     """A student without pre-trained weights, to load a state dict into."""
     bert = BertModel(BertConfig(**config.bert), add_pooling_layer=config.pooler_type == "cls")
@@ -167,12 +189,18 @@ def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Logits (batch, labels) of a BertForSequenceClassification, from padded or packed inputs."""
     if "packed" not in inputs:
         return model(**inputs).logits
-    pooled = model.bert.pooler(first_states(model.bert, inputs["packed"]).unsqueeze(1))
+    batch = inputs["packed"]
+    if not is_plain(model):
+        return torch.cat([model(**some).logits for some in padded_inputs(batch)]).index_select(0, batch.order)
+    pooled = model.bert.pooler(first_states(model.bert, batch).unsqueeze(1))
     return model.classifier(model.dropout(pooled))
 
 
 def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]]:
-    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are."""
+    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
+
+    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
+    """
     transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
     transformers_logging.disable_progress_bar()
     try:
@@ -187,6 +215,12 @@ def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]
         raise InputError(
             f"{folder}: no whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
         )
+    unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
+    if unused:
+        logger.warning(
+            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
+            folder, len(unused), unused[0],
+        )  # fmt: skip
     return model, new
 
 
@@ -211,6 +245,9 @@ def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceC
             N(0, initializer_range), bias 0, even where the folder has one.
     """
     labels = list(task.labels) or ["score"]
+    types = bert_config(folder, "the teacher").get("type_vocab_size", 2)
+    if types < 2 and task.text_b is not None:
+        raise InputError(f"{folder}: type_vocab_size is {types}, and a teacher of pairs needs 2: take another BERT")
     if fine_tuned:
         _check_teacher_task(folder, task, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}

@@ -7,7 +7,8 @@ so that little is padded, and takes the padding out again:
     rows of 9 8 8 5 4 4 tokens, say in threes  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
 
 The weights and modules are those of transformers' BertModel, and so are the numbers, to rounding: padding is masked
-anyway. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
+anyway. A BERT with modules that are not plain ones (`is_plain`) gets its groups padded and does the rest itself.
+Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
 
 oneDNN keeps its compiled product, a megabyte or so, for each number of rows that it meets. So that these stay few, a
 batch ends with up to 3 % of idle tokens (`_few_sizes`), which belong to no row and so reach neither outputs nor
@@ -18,7 +19,7 @@ expectation; torch's own mask on CPU costs many times more.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,6 +51,9 @@ def find_onednn() -> Callable[..., Tensor] | None:
 _FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
 _SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
 _ONEDNN = find_onednn()
+_PLAIN_LAYERS = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList}
+_PLAIN_MODULES = ("transformers.models.bert.modeling_bert", "transformers.activations", "torch.nn.modules.activation",
+                  "dse.models")  # fmt: skip
 _MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
 
 
@@ -173,6 +177,34 @@ class _Pad(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Nothing comes back from padding, so the gradient is gathered where index_select's own would be scattered.
         return gradient if ctx.group.bias is None else gradient.index_select(0, ctx.group.back), None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Do its modules compute what their weights and classes say, so that these can be read in place of calling them?
+
+    Not where one is of another class (quantized, wrapped, a LoRA layer), has a hook or a `forward` of its own, lacks a
+    bias, or has weights that are more than a tensor.
+    """
+    for each in module.modules():
+        kind = type(each)
+        if kind not in _PLAIN_LAYERS and not kind.__module__.startswith(_PLAIN_MODULES):
+            return False
+        hooks = each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks
+        origins = [str(getattr(hook, "__module__", "")) for some in hooks for hook in some.values()]
+        # transformers' own note states, or make checkpointing work: they change nothing
+        others = [origin for origin in origins if not origin.startswith("transformers.")]
+        odd = [weight for weight in each._parameters.values() if type(weight) not in (nn.Parameter, type(None))]
+        if others or odd or "forward" in vars(each) or (kind is nn.Linear and each.bias is None):
+            return False
+    return True
+
+
+def padded_inputs(batch: PackedBatch) -> Iterator[dict[str, Tensor]]:
+    """Each group's rows as transformers' BertModel takes them, (rows, length), int64; results need `batch.order`."""
+    for group in batch.groups:
+        entries = {"input_ids": batch.ids} | ({} if batch.types is None else {"token_type_ids": batch.types})
+        inputs = {name: padded(x[group.tokens, None], group)[..., 0] for name, x in entries.items()}
+        yield {**inputs, "attention_mask": group.mask}
 
 
 def by_group(states: Tensor, batch: PackedBatch) -> list[Tensor]:

@@ -6,10 +6,12 @@ by models.py from the folder that `find_bert` returns.
 
 import json
 import logging
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from dse.config import MOST_DROPOUT
 from dse.files import InputError, one_line, read_json, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
@@ -17,7 +19,27 @@ logger = logging.getLogger(__name__)
 TRAINING_FORMAT = "dse teacher 1"
 TRAINING = "training.json"  # beside a teacher: how it was trained, and its files' hashes
 
-_DESCRIPTION = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+# What transformers' BERT ignores, or computes otherwise than packed batches do: the value that config.json may have.
+_PLAIN = {
+    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+    "chunk_size_feed_forward": 0, "return_dict": True, "quantization_config": {}, "auto_map": {},
+}  # fmt: skip
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+          "max_position_embeddings", "type_vocab_size")  # fmt: skip
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+# Classes whose ids are those of BERT's WordPiece, and such as leave all rules to tokenizer.json.
+_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+_FROM_FILE = ("PreTrainedTokenizer", "TokenizersBackend")
+# Rules of tokenizer_config.json that the library no longer reads: the values that mean BERT's.
+_SPLITTING = {
+    "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece", "do_word_tokenize": True,
+    "do_subword_tokenize": True, "do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##",
+    "never_split": ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"], "auto_map": {},
+}  # fmt: skip
+
+_DESCRIPTION = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                "added_tokens.json", "adapter_config.json"]  # fmt: skip
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -78,6 +100,7 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
         # The small files first: a wrong name or model is refused before a gigabyte is fetched.
         folder = Path(snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=_DESCRIPTION))
         bert_config(folder, flag)
+        _check_tokenizer_class(folder, flag)
         for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
@@ -103,6 +126,10 @@ def _check_folder(folder: Path, flag: str) -> None:
             raise InputError(
                 f"{flag}: {weights[0]} is truncated or no safetensors file ({error}); fetch it again"
             ) from error
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{flag}: {folder} has adapters, adapter_config.json, which are not used here: merge them into the weights"
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
 
@@ -126,7 +153,40 @@ def bert_config(folder: Path, flag: str) -> dict[str, Any]:
         raise InputError(
             f"{flag}: {folder} holds a {config.get('model_type', 'model of unknown kind')}; expected a BERT"
         )
+    _check_config(config, f"{flag}: {folder / 'config.json'}")
     return config
+
+
+def _check_config(config: dict[str, Any], where: str) -> None:
+    """Raise InputError for a configuration that is not a plain BERT's, or has a value that no BERT can have."""
+
+    def check(key: str, right: bool, expected: str) -> None:
+        if not right:
+            raise InputError(f"{where}: {key} is {config[key]!r}; expected {expected}")
+
+    numbers = (int, float)  # and not bool, which is a kind of int
+    for key, plain in _PLAIN.items():
+        check(key, config.get(key) in (None, plain), f"{plain!r}, as in a plain BERT: nothing else is computed here")
+    for key in _SIZES:
+        value = config.get(key, 1)
+        check(key, type(value) is int and value > 0, "a whole number above 0")
+    for key in _DROPOUTS:
+        value = config.get(key, 0)
+        unset = value is None and key == "classifier_dropout"
+        check(key, unset or (type(value) in numbers and 0 <= value <= MOST_DROPOUT), "a rate from 0 to below 1")
+    for key in ("layer_norm_eps", "initializer_range"):
+        value = config.get(key, 0.02)
+        check(key, type(value) in numbers and 0 < value < math.inf, "a number above 0")
+    heads = config.get("num_attention_heads", 12)
+    check("hidden_size", config["hidden_size"] % heads == 0, f"a multiple of num_attention_heads, {heads}")
+    labels = config.get("id2label") or {}
+    check("id2label", isinstance(labels, dict) and all(map(str.isdecimal, labels)), "names of labels by number")
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":  # the list loads torch
+        from transformers.activations import ACT2FN
+
+        known = isinstance(activation, str) and activation in ACT2FN
+        check("hidden_act", known, f"an activation that transformers knows: {', '.join(ACT2FN)}")
 
 
 def last_part(name: str) -> str:
@@ -143,6 +203,7 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     from transformers import BertTokenizer
 
     saved = saved_casing(folder, flag)
+    _check_tokenizer_class(folder, flag)
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
     except Exception as error:  # a spoiled vocabulary raises whatever its reader trips over
@@ -153,6 +214,7 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
             f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: "
             f"its normalizer is {normalizer}"
         )
+    _check_rules(folder, tokenizer, do_lower_case, flag)
     tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.unk_token]
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     vocab_size = bert_config(folder, flag).get("vocab_size", 30522)
@@ -166,6 +228,58 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
             "%s was saved with %s, and this run uses %s", folder, _casing_flag(saved), _casing_flag(do_lower_case)
         )
     return tokenizer
+
+
+def _check_tokenizer_class(folder: Path, flag: str) -> None:
+    """Raise InputError where the folder's configurations name another tokenizer, or rules that are not BERT's.
+
+    transformers would take the vocabulary and put BERT's rules around it, with a warning at most.
+    """
+    known = _CLASSES + _FROM_FILE * (folder / "tokenizer.json").is_file()
+    for name in ("tokenizer_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        config = read_json(folder / name, "a configuration")
+        named = config.get("tokenizer_class")
+        if named is not None and str(named).removesuffix("Fast") not in known:
+            raise InputError(
+                f"{flag}: {folder / name} names the tokenizer {named}; expected BERT's: {', '.join(known)}"
+            )
+        for key, expected in _SPLITTING.items() if name == "tokenizer_config.json" else ():
+            if config.get(key) not in (None, expected, [], {}):
+                raise InputError(
+                    f"{flag}: {folder / name}: {key} is {config[key]!r}, and BERT's WordPiece has {expected!r}; "
+                    "take a model whose tokenizer is BERT's"
+                )
+
+
+def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -> None:
+    """Raise InputError where the files have other rules, or added tokens of other ids, than what was loaded of them.
+
+    transformers takes the vocabulary from tokenizer.json, but rules from tokenizer_config.json or its own.
+    """
+
+    def rules_of(content: dict[str, Any]) -> dict[str, Any]:
+        rules = {**(content.get("model") or {}), **(content.get("normalizer") or {}), "lowercase": do_lower_case}
+        if rules.get("strip_accents") is None:  # BERT's: as the casing
+            rules["strip_accents"] = do_lower_case
+        ids = {f"id of {token['content']!r}": token["id"] for token in content.get("added_tokens") or []}
+        return {**rules, **ids, "type": None, "vocab": None, "pre_tokenizer": content.get("pre_tokenizer")}
+
+    used = rules_of(json.loads(tokenizer.backend_tokenizer.to_str()))
+    if (folder / "tokenizer.json").is_file():
+        said = rules_of(read_json(folder / "tokenizer.json", "the tokenizer"))
+    elif (folder / "added_tokens.json").is_file():  # beside vocab.txt
+        added = read_json(folder / "added_tokens.json", "the added tokens")
+        said = {f"id of {token!r}": place for token, place in added.items()}
+    else:
+        said = {}
+    for key, value in said.items():
+        if used.get(key) != value:
+            raise InputError(
+                f"{flag}: the tokenizer of {folder} would not follow its files: {key} is {value!r} there, and "
+                f"{used.get(key)!r} as loaded; make tokenizer_config.json say the same if it can, or take another model"
+            )
 
 
 def _casing_flag(do_lower_case: bool) -> str:

@@ -47,8 +47,7 @@ class Shareable(ModelHubMixin):
         check_replaceable(folder, str(folder))
         settings = self._settings()
         with replace_folder(folder) as beside:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
+            save_file(weights_of(self), beside / WEIGHTS, metadata={"format": "pt"})
             settings.tokenizer.save_pretrained(beside)
             about = {
                 "format": FORMAT,
@@ -112,13 +111,24 @@ class Shareable(ModelHubMixin):
         return model.eval()
 
 
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """A student's weights by name, on the CPU. Raises InputError where one is not a plain tensor, e.g. quantized."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if type(tensor) is not torch.Tensor or tensor.is_quantized:
+            raise InputError(
+                f"{name}: not a plain tensor, so the student cannot be stored or indexed: do that before quantizing it"
+            )
+    return {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
+
+
 def fingerprint(model: Any) -> str:
     """SHA-256 of all that decides a student's embeddings and scores: weights, architecture, tokenizer, length."""
     settings = model._settings()
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in weights_of(model).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.view(torch.uint8).numpy())
     architecture = model.config.to_dict()
     bert = architecture.pop("bert")  # of which another version of transformers may know more
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}

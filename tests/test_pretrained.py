@@ -52,6 +52,14 @@ def test_another_model_is_refused_before_its_weights_are_fetched(hub, bert, tmp_
     assert not (tmp_path / "cache" / "model.safetensors").exists()
 
 
+def test_another_tokenizer_is_refused_before_the_weights_are_fetched(hub, bert, tmp_path, monkeypatch):
+    config = json.loads((bert / "config.json").read_text())
+    monkeypatch.setattr("dse.pretrained.read_json", lambda *_: {**config, "tokenizer_class": "BertJapaneseTokenizer"})
+    with pytest.raises(InputError, match="names the tokenizer BertJapaneseTokenizer"):
+        find_bert("someone/bert-japanese", "--bert_model")
+    assert not (tmp_path / "cache" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "last"), [("bert-base-uncased", "bert-base-uncased"), ("a/b", "b"), ("./x/y/", "y"), ("/x/y", "y")]
 )
