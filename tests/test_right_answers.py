@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import __main__ as entry
-from dse.checkpoint import load_checkpoint
+from dse.checkpoint import load_checkpoint, student_from_checkpoint
 from dse.distillation import logits_identity, save_logits
 from dse.evaluation import measure_student
 from dse.files import InputError, json_text
@@ -232,17 +233,29 @@ def test_the_winning_threshold_goes_with_the_student(student_flags, checkpoints,
     assert "| f1_0.3 | 1.0000 |" in card
     assert "f1_0.2" not in card.split("## Commands")[0]
 
+    assert student_from_checkpoint(load_checkpoint(checkpoints()[-1]))[0].settings.threshold == 0.3
+
+
+def test_predict_takes_the_students_threshold(student, tmp_path):
+    """One pair of probability p; the stored threshold and the flag lie a little below or above it."""
     (tmp_path / "glue").mkdir()
-    pairs = [("the doctor sold a car .", "a physician traded a vehicle .")] * 3
-    rows = "".join(f"0\t1\t2\t{a}\t{b}\n" for a, b in pairs)
-    (tmp_path / "glue" / "test.tsv").write_text("index\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + rows)
-    logit = float(DSESiameseClassifier.from_pretrained(best).score(pairs)[0])
-    p = 1 / (1 + np.exp(-logit))
-    for flags, threshold in (([], 0.3), *((["--threshold", str(p + e)], p + e) for e in (-1e-3, 1e-3))):
-        entry.main(["predict", "--model", str(best), "--task_name", "mrpc", "--data_dir", str(tmp_path / "glue"),
-                    "--output_dir", str(tmp_path / "out"), *flags])  # fmt: skip
-        written = (tmp_path / "out" / "MRPC.tsv").read_text().splitlines()[1:]
-        assert written == [f"{i}\t{int(p > threshold)}" for i in range(3)]
+    (tmp_path / "glue" / "test.tsv").write_text(
+        f"index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t1\t2\t{TEXTS[0]}\t{TEXTS[1]}\n"
+    )
+    model = student()
+    p = 1 / (1 + np.exp(-float(model.score([TEXTS[:2]])[0])))
+    for stored, flag, expected in (
+        (p - 1e-3, None, 1),
+        (p + 1e-3, None, 0),
+        (p + 1e-3, p - 1e-3, 1),
+        (0.5, p + 1e-3, 0),
+    ):
+        model.settings = replace(model.settings, threshold=float(stored))
+        model.save_pretrained(tmp_path / "student")
+        assert model.predict([TEXTS[:2]], threshold=flag) == [str(expected)]
+        entry.main(["predict", "--model", str(tmp_path / "student"), "--task_name", "mrpc", "--data_dir",
+                    str(tmp_path / "glue"), "--output_dir", str(tmp_path), *as_flags({"threshold": flag})])  # fmt: skip
+        assert (tmp_path / "MRPC.tsv").read_text() == f"index\tprediction\n0\t{expected}\n"
 
 
 def test_folders_of_before_have_the_threshold_of_before(student, edit_json, tmp_path):
