@@ -177,8 +177,8 @@ class Work:
         self.train = read_examples(task, data_dir, "train")
         test = labelled_test(task, data_dir)
         self.sets = {"dev": read_examples(task, data_dir, "dev"), **({} if test is None else {"test": test})}
-        others = [{"file": name, "sha256": sha256_file(data_dir / name)} for _, name in task.also_validate]
-        self.data = self.train.files + self.sets["dev"].files + others  # what the scripts read
+        others = [read_examples(task, data_dir, split).files for split, _ in task.also_validate]
+        self.data = sum(others, self.train.files + self.sets["dev"].files)  # what the scripts read
 
     # What is done
 

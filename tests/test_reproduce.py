@@ -344,6 +344,19 @@ def test_what_cannot_work_is_refused_before_any_work(flags, refused, calls, extr
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("snli", "test.tsv"), ("mnli", "dev_mismatched.tsv"), ("mnli", "dev_matched.tsv"), ("mrpc", "train.tsv")],
+)
+def test_a_missing_data_file_is_refused_before_any_work(glue, flags, refused, calls, copied, name, file):
+    data, task = copied(glue, "glue"), get_task(name)
+    write_task(data / task.folder, task)
+    (data / task.folder / file).unlink()
+    line = refused(reproduce.main, [*flags, "--data_dir", data, "--tasks", f"sts-b,{name}", "--seeds", "1"])
+    assert f"{data / task.folder / file}: cannot read the data of {name} (No such file or directory)" in line
+    assert calls == []
+
+
 def test_presets_are_the_settings_of_the_five_commands_and_the_issue():
     large, small = reproduction.PRESETS["large"], reproduction.PRESETS["small"]
     assert set(large.seeds) == {"mrpc", "sts-b", "qqp", "qnli", "mnli"}
