@@ -383,10 +383,13 @@ def seconds_left(works: list[Work], left: list[tuple[Work, str]]) -> float:
 
 
 def call(script: Any, *flags: object) -> list[str]:
-    """Run a script through its main; the command line. What ends the script ends the command."""
+    """Run a script; the command line. Raises InputError, naming the script, for what it refuses."""
     argv = [str(flag) for flag in flags]
     logger.info("python %s %s", script.PROG, shlex.join(argv))
-    script.main(argv)
+    try:
+        script.run(script.parse_arguments(argv))
+    except InputError as error:
+        raise InputError(f"{script.PROG} refuses it, in terms of its own flags: {error}") from error
     return [script.PROG, *argv]
 
 
