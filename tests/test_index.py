@@ -276,6 +276,25 @@ def test_append_goes_on_from_what_another_process_appended(student, tmp_path):
         )
 
 
+def test_append_counts_what_was_appended_while_it_waited_for_the_lock(student, tmp_path, monkeypatch):
+    model = student()
+    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    other = CandidateIndex.open(tmp_path / "index", model)
+
+    class TakenByAnother(FileLock):
+        """Another append, which has the lock, ends before this one gets it."""
+
+        def __enter__(self):
+            monkeypatch.setattr(index_module, "FileLock", FileLock)
+            other.append(["theirs"])
+            return super().__enter__()
+
+    monkeypatch.setattr(index_module, "FileLock", TakenByAnother)
+    index.append(["mine"])
+    again = CandidateIndex.open(tmp_path / "index", model)
+    assert [again.text(row) for row in range(len(again))] == [*CANDIDATES, "theirs", "mine"]
+
+
 def test_nothing_is_appended_to_another_models_index(student, tmp_path):
     index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
     other = student()

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from conftest import write_task
 from sklearn.metrics import f1_score
+from torch import nn
 
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
 from dse import reproduction, results, states, trainer
+from dse.baselines import SentenceBert
 from dse.commands import reproduce
 from dse.files import RunError, sha256_file
 from dse.metrics import best_threshold
@@ -323,7 +325,6 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
     pytest.importorskip("sentence_transformers")
     import torch
 
-    from dse.baselines import SentenceBert
     from dse.processors import read_examples
 
     task = get_task(name)
@@ -345,6 +346,25 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
     np.testing.assert_array_equal(resumed.score(rows), whole.score(rows))
     assert whole.score(rows).shape == (48, 3 if name == "snli" else 1)
     assert whole.rate == 0.0
+
+
+def test_sentence_berts_schedule_and_decay():
+    """Without sentence-transformers: 320 pairs in 4 epochs are 40 updates, a tenth of which are warm-up."""
+    baseline = SentenceBert.__new__(SentenceBert)
+    baseline.loss = nn.ModuleDict({"layer": nn.Linear(2, 3), "LayerNorm": nn.LayerNorm(3)})
+    baseline.prepare(320, epochs=4)
+    rates = []
+    for _ in range(41):
+        rates.append(baseline.rate)
+        baseline.optimizer.step()
+        baseline.schedule.step()
+    assert rates[:5] == pytest.approx([0.0, 1.25e-5, 2.5e-5, 3.75e-5, 5e-5])
+    assert rates[5:] == pytest.approx([5e-5 * (36 - n) / 36 for n in range(1, 37)])
+    groups = [(group["weight_decay"], [tuple(p.shape) for p in group["params"]])
+              for group in baseline.optimizer.param_groups]  # fmt: skip
+    assert groups == [(0.01, [(3, 2)]), (0.0, [(3,), (3,), (3,)])]
+    baseline.prepare(33, epochs=1)  # two updates: no warm-up
+    assert baseline.rate == 5e-5
 
 
 def test_another_encoder_is_refused_though_its_weights_are_the_same(finished, flags, refused, copied, bert, edit_json):

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from dse.checkpoint import load_checkpoint, student_from_checkpoint
 from dse.files import InputError, sha256_json
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
+from dse.pretrained import load_tokenizer
 from dse.processors import get_task
-from dse.sharing import command_line
+from dse.sharing import command_line, fingerprint
 from dse.synthetic import make_pair
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,20 @@ def test_the_cards_command_is_the_runs(student_flags):
     words = command_line("dse_train_runner.py", {"task_name": "mrpc", **dse_train_runner.run_flags(args)}).split()
     assert words[:2] == ["python", "dse_train_runner.py"]
     assert dse_train_runner.parse_arguments(words[2:]) == args
+
+
+def test_an_index_is_of_the_length_and_tokenizer_too(student, bert, tmp_path):
+    """Either decides the embeddings: texts of another length or casing, with the same weights, are other texts."""
+    model = student()
+    index, known = CandidateIndex.build(model, TEXTS, tmp_path / "index"), fingerprint(model)
+    assert fingerprint(student()) == known
+    for change in ({"max_seq_length": 5}, {"tokenizer": load_tokenizer(bert, False, "bert")}):
+        other = student()
+        other.settings = replace(other.settings, **change)
+        assert not np.array_equal(other.encode("The doctor bought a car"), model.encode("The doctor bought a car"))
+        assert fingerprint(other) != known
+        with pytest.raises(InputError, match="made by another model"):
+            CandidateIndex.open(index.folder, other)
 
 
 def test_push_to_hub_uploads_the_folder(student, monkeypatch):
