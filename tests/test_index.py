@@ -203,9 +203,15 @@ def test_a_users_index_json_is_not_taken_for_ours(student, tmp_path):
         index.save(tmp_path / "ours")
 
 
-def test_an_append_meets_a_rebuild(student, tmp_path):
+def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
     """While candidates are appended another index is built at the same place: it waits, and is whole."""
-    model, built = student(), []
+    model, built, asked = student(), [], threading.Event()
+
+    class Lock(FileLock):
+        def __enter__(self):
+            if threading.current_thread() is other:
+                asked.set()
+            return super().__enter__()
 
     def rebuild() -> None:
         built.append(CandidateIndex.build(model, CANDIDATES[:3], tmp_path / "index"))
@@ -215,14 +221,17 @@ def test_an_append_meets_a_rebuild(student, tmp_path):
     def slowly():
         yield CANDIDATES[0]
         other.start()
-        other.join(timeout=1)
+        while other.is_alive() and not asked.wait(0.01):
+            pass
+        other.join(timeout=0.2)
         assert other.is_alive(), "the rebuild did not wait"
         yield CANDIDATES[1]
 
     index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    monkeypatch.setattr(index_module, "FileLock", Lock)
     index.append(slowly())
     assert len(index) == 25
-    other.join(timeout=60)
+    other.join()
     again = CandidateIndex.open(tmp_path / "index", model)
     assert len(again) == len(built[0]) == 3
     assert [again.text(row) for row in range(3)] == CANDIDATES[:3]

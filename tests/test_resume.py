@@ -1,17 +1,18 @@
 """Stops of every kind: a run goes on from its newest whole state to the same bits; spoiled files, full disks."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import as_flags
+from soak_resume import soak
 from test_scripts import assert_same_run, results_of
 
 import dse_train_runner
@@ -25,8 +26,6 @@ from dse.files import InputError, RunError
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.states import States
-
-ROOT = Path(__file__).parents[1]
 
 
 def stop_at(monkeypatch, number: int, call: str = "update", sent: int = signal.SIGTERM) -> None:
@@ -617,41 +616,30 @@ def test_states_keep_two_and_the_best(tmp_path):
     assert not tmp_path.exists()
 
 
-FULL = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import dse_train_runner
-from dse import states
-save, calls = states.save_tensors, []
-def counted(path, entries):
-    calls.append(1)
-    if len(calls) == 3:  # from here on there is room for nothing
-        with open({filler!r}, "wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
-                pass
-    save(path, entries)
-states.save_tensors = counted
-dse_train_runner.main({argv!r})
-"""
-
-
-def test_a_full_disk(student_flags, tmp_path):
+def test_a_full_disk(student_flags, tmp_path, monkeypatch, capsys):
     """A real one: a small tmpfs, mounted by root alone, that fills between two checkpoints."""
     place = tmp_path / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
+    save, calls = states.save_tensors, []
+
+    def save_in_what_is_left(path, entries):
+        calls.append(1)
+        if len(calls) == 3:  # from here on there is room for nothing
+            with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        save(path, entries)
+
     try:
-        argv = student_flags(checkpoint_dir=place / "checkpoints", epochs=9)
-        code = FULL.format(root=str(ROOT), tests=str(ROOT / "tests"), filler=str(place / "filler"), argv=argv)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
-        assert run.returncode == 1, run.stderr
-        assert "cannot be written (No space left on device; 0 MiB are free there)" in run.stderr.splitlines()[-1]
-        assert "Traceback" not in run.stderr
+        monkeypatch.setattr(states, "save_tensors", save_in_what_is_left)
+        code, line = stopped(
+            dse_train_runner.main, student_flags(checkpoint_dir=place / "checkpoints", epochs=9), capsys
+        )
+        assert code == 1
+        assert "cannot be written (No space left on device; 0 MiB are free there)" in line
         left = sorted((place / "checkpoints").glob("*/*.pt"))
         assert {path.name[-10:] for path in left} == {"epoch_0.pt", "epoch_1.pt"}
         assert all(load_checkpoint(path)["model"] for path in left)
@@ -764,6 +752,4 @@ def test_a_cache_that_is_deleted_under_a_running_job(student_flags, checkpoints,
 
 def test_kills_in_short(tmp_path):
     """Two of tests/soak_resume.py's; the whole soak is run by hand."""
-    command = [sys.executable, str(ROOT / "tests" / "soak_resume.py"), "--kills", "2", "--pairs", "300", "--seed", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert run.stdout.splitlines()[-1] == "identical: 2 of 2", run.stdout + run.stderr
+    assert soak(kills=2, seed=1, pairs=300, folder=tmp_path) == 2
