@@ -7,10 +7,13 @@ test needs then costs no import, which takes up to 20 s on a slow machine.
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 LONG = 600  # seconds that no process needs, on a machine however slow
@@ -35,7 +38,7 @@ def start(function: Callable[..., None], *arguments: object, log: Path, **enviro
     finally:
         os.environ.clear()
         os.environ.update(before)
-    process = _context.Process(target=_run, args=(function, arguments, str(log), environment))
+    process = _context.Process(target=_run, args=(function, arguments, str(log), environment), daemon=True)
     process.start()
     return process
 
@@ -45,6 +48,7 @@ def _run(function: Callable[..., None], arguments: tuple, log: str, environment:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    tqdm.set_lock(threading.RLock())  # its own takes a semaphore, which a killed process leaves
     function(*arguments)
 
 
