@@ -64,6 +64,7 @@ def flags_for(glue, bert, folder) -> list[str]:
 @pytest.fixture
 def flags(glue, bert, tmp_path, monkeypatch):
     use_tiny_preset(monkeypatch)
+    monkeypatch.setattr(results, "draw", lambda *_: None)  # which takes longer than all else
     return flags_for(glue, bert, tmp_path / "results")
 
 
@@ -123,6 +124,9 @@ def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
     assert found["complete"] is True
     assert found["average_relative_degradation"] == pytest.approx(degradation_by_hand(folder))
     assert set(found["tasks"]) == {"MRPC", "SICK", "STS-B"}
+
+    names = [f"{name}_{what}.png" for name in found["tasks"] for what in ("by_epoch", "speed")]
+    assert sorted(path.name for path in folder.glob("plots/*")) == (sorted(names) if results.can_plot() else [])
 
     # Records say what was run, and tell the same as the scripts.
     record = json.loads((folder / "mrpc_seed2" / "dse.json").read_text())
