@@ -389,7 +389,7 @@ def call(script: Any, *flags: object) -> list[str]:
     try:
         script.run(script.parse_arguments(argv))
     except InputError as error:
-        raise InputError(f"{script.PROG} refuses it, in terms of its own flags: {error}") from error
+        raise InputError(f"{script.PROG}, of its own flags: {error}") from error
     return [script.PROG, *argv]
 
 

@@ -158,8 +158,8 @@ def do(work: Work, stage: str) -> None:
         stop.advice = f"{place} is not done: {GOES_ON}"
         raise
     except InputError as error:
-        mend = f"remove {place}, and it begins anew, or name another folder"
-        raise InputError(f"--output_dir: {place} cannot be made, since {error} -- {mend}") from error
+        mend = "remove it, and it begins anew, or name another --output_dir"
+        raise InputError(f"--output_dir: {place} cannot be made ({error}); {mend}") from error
     except RunError as error:
         raise RunError(f"{place} is not done: {error}") from error
 
