@@ -176,8 +176,8 @@ class Work:
         self.train = read_examples(task, data_dir, "train")
         test = labelled_test(task, data_dir)
         self.sets = {"dev": read_examples(task, data_dir, "dev"), **({} if test is None else {"test": test})}
-        others = [{"file": name, "sha256": sha256_file(data_dir / name)} for _, name in task.also_validate]
-        self.data = self.train.files + self.sets["dev"].files + others  # what the scripts read
+        others = [read_examples(task, data_dir, split).files for split, _ in task.also_validate]
+        self.data = sum(others, self.train.files + self.sets["dev"].files)  # what the scripts read
 
     # What is done
 
@@ -382,10 +382,13 @@ def seconds_left(works: list[Work], left: list[tuple[Work, str]]) -> float:
 
 
 def call(script: Any, *flags: object) -> list[str]:
-    """Run a script through its main; the command line. What ends the script ends the command."""
+    """Run a script; the command line. Raises InputError, naming the script, for what it refuses."""
     argv = [str(flag) for flag in flags]
     logger.info("python %s %s", script.PROG, shlex.join(argv))
-    script.main(argv)
+    try:
+        script.run(script.parse_arguments(argv))
+    except InputError as error:
+        raise InputError(f"{script.PROG}, of its own flags: {error}") from error
     return [script.PROG, *argv]
 
 

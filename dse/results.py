@@ -1,7 +1,8 @@
 """What a reproduction found, from the records of its stages: results.json, results.md and plots.
 
 Degradation is (teacher - student) / teacher; a task's is the mean over seeds, the average that over tasks. Spreads are
-standard deviations over seeds (n - 1), and there is none of a single seed. Differences are taken seed by seed.
+standard deviations over seeds (n - 1), and there is none of a single seed. Differences are taken seed by seed. All
+columns of a row are means over the same seeds: one that lacks a column which others have is left out of the row.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from dse.files import without_nan, write_json, write_text
-from dse.processors import Task, get_task
+from dse.processors import TASKS, Task, get_task
 from dse.reporting import duration, markdown_table
 from dse.reproduction import OPTIONAL, STAGES, Work, headline, read_record
 
@@ -29,6 +30,7 @@ MODELS = {  # of the rows, by stage
     "logits_only": "control: logits alone",
     "sentence_bert": "Sentence-BERT way",
 }
+SPLITS = ("dev", "test")
 TIMED = tuple(stage for stage in STAGES if stage != "rates")
 _WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, threshold of dev", "pearson": "Pearson",
           "spearman": "Spearman"}  # fmt: skip
@@ -47,46 +49,68 @@ def spread(values: Sequence[float]) -> Spread | None:
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values)}
 
 
-def summarize_task(task: Task, records: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def spreads(columns: dict[Any, list[float | None]]) -> tuple[dict[Any, Spread | None], set[int]]:
+    """Each column's spread over the seeds that all columns with any value have, and the places of the seeds left out.
+
+    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]})[0]["teacher"]["mean"]
+    0.5
+    """
+    found = [values for values in columns.values() if any(value is not None for value in values)]
+    by_seed = list(zip(*found, strict=True))
+    whole = {place for place, values in enumerate(by_seed) if None not in values}
+    out = {place for place, values in enumerate(by_seed) if any(value is not None for value in values)} - whole
+    kept = {column: [values[place] for place in sorted(whole)] for column, values in columns.items()}
+    return {column: spread([each for each in values if each is not None]) for column, values in kept.items()}, out
+
+
+def summarize_task(task: Task, by_seed: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """The numbers of a task.
 
     Args:
-        records: by seed, the records of the stages that are done.
+        by_seed: the records of the stages that are done.
     """
+    seeds, left_out = list(by_seed.values()), set()
 
-    def values(stage: str, split: str, name: str) -> list[float]:
-        found = [of_seed[stage]["metrics"].get(split, {}).get(name) for of_seed in records if stage in of_seed]
-        return [value for value in found if value is not None]
+    def row(columns: dict[Any, list[float | None]]) -> dict[Any, Spread | None]:
+        found, out = spreads(columns)
+        left_out.update(out)
+        return found
 
-    def paired(one: str, other: str, split: str, name: str, compare: Callable[[float, float], Any]) -> Spread | None:
-        of_both = [(of_seed[one], of_seed[other]) for of_seed in records if one in of_seed and other in of_seed]
-        pairs = [[record["metrics"].get(split, {}).get(name) for record in both] for both in of_both]
-        compared = [compare(a, b) for a, b in pairs if a is not None and b is not None]
-        return spread([value for value in compared if value is not None])
+    def values(stage: str, split: str, name: str) -> list[float | None]:
+        return [of_seed.get(stage, {}).get("metrics", {}).get(split, {}).get(name) for of_seed in seeds]
 
-    metrics = [record["metrics"] for of_seed in records for record in of_seed.values() if "metrics" in record]
-    names = {
-        split: list(dict.fromkeys(name for each in metrics for name in each.get(split, {})))
-        for split in ("dev", "test")
-    }
+    def paired(one: str, other: str, split: str, name: str, compare: Callable[[float, float], Any]) -> list[Any]:
+        pairs = zip(values(one, split, name), values(other, split, name), strict=True)
+        return [None if None in pair else compare(*pair) for pair in pairs]
+
+    metrics = [record["metrics"] for of_seed in seeds for record in of_seed.values() if "metrics" in record]
+    names = {split: list(dict.fromkeys(name for each in metrics for name in each.get(split, {}))) for split in SPLITS}
     plain, tuned = headline(task), headline(task, tuned=True)
+    comparisons = {"degradation": ("teacher", "dse", plain, degradation),
+                   "dse_minus_labels_only": ("dse", "labels_only", tuned, sub),
+                   "dse_minus_sentence_bert": ("dse", "sentence_bert", tuned, sub)}  # fmt: skip
+    compared = row({
+        (key, split): paired(one, other, split, name, compare)
+        for key, (one, other, name, compare) in comparisons.items() for split in SPLITS
+    })  # fmt: skip
+    done = {stage for of_seed in seeds for stage in of_seed if stage in MODELS}
     return {
         "task": task.name,
         "metric": plain,
         "metric_with_threshold_of_dev": tuned,
         "table": {
-            split: {name: {stage: spread(values(stage, split, name)) for stage in MODELS} for name in names[split]}
-            for split in names
+            split: {name: row({stage: values(stage, split, name) for stage in MODELS}) for name in names[split]}
+            for split in SPLITS
         },
-        "degradation": {
-            split: paired("teacher", "dse", split, plain, degradation) for split in names
+        **{key: {split: compared[key, split] for split in SPLITS} for key in comparisons},
+        "minutes": row({
+            stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds] for stage in TIMED
+        }),
+        "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in seeds if "rates" in seed), {}),
+        "left_out": {  # seeds, of some rows, with the models that they lack
+            str(seed): [stage for stage in MODELS if stage in done - of_seed.keys()]
+            for place, (seed, of_seed) in enumerate(by_seed.items()) if place in left_out
         },
-        "dse_minus_labels_only": {split: paired("dse", "labels_only", split, tuned, sub) for split in names},
-        "dse_minus_sentence_bert": {split: paired("dse", "sentence_bert", split, tuned, sub) for split in names},
-        "minutes": {
-            stage: spread([seed[stage]["seconds"] / 60 for seed in records if stage in seed]) for stage in TIMED
-        },
-        "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in records if "rates" in seed), {}),
     }  # fmt: skip
 
 
@@ -113,32 +137,52 @@ def read_runs(output_dir: Path, works: list[Work]) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: order.index(where) if (where := (run["task"], run["seed"])) in order else -1)
 
 
-def collect(output_dir: Path, works: list[Work], names: dict[str, str], about: dict[str, Any]) -> dict[str, Any]:
+def missing_stages(
+    output_dir: Path, works: list[Work], left: list[tuple[Work, str]], runs: list[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """What is not done, by the folder of its task and seed: what is `left` of this call, and of others, begun here."""
+    missing: dict[str, list[str]] = {}
+    for work, stage in left:
+        missing.setdefault(work.folder.name, []).append(stage)
+    done = {(f"{run['task']}_seed{run['seed']}", run["stage"]) for run in runs}
+    ours, shown = {work.folder.name for work in works}, {name for name, _ in done}
+    for folder in sorted(output_dir.glob("*_seed*")):
+        name = folder.name
+        # One that has records, and none in the tables, is of another preset or encoder.
+        begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any(folder.glob("*.json")))
+        lacks = [stage for stage in STAGES if stage not in OPTIONAL and (name, stage) not in done]
+        if begun and lacks and name not in ours:
+            missing[name] = lacks
+    return missing
+
+
+def collect(
+    output_dir: Path, works: list[Work], left: list[tuple[Work, str]], names: dict[str, str], about: dict[str, Any]
+) -> dict[str, Any]:
     """All of results.json.
 
     Args:
         output_dir: of the records; stages that are not done are left out.
         works: of this call.
+        left: their stages that are not done.
         names: what tasks are called, if otherwise.
-        about: command, preset and whether all is done.
+        about: command and preset.
     """
     runs = read_runs(output_dir, works)
+    missing = missing_stages(output_dir, works, left, runs)
     by_task: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
     for run in runs:
         by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
     tasks = {
-        names.get(name, name.upper()): summarize_task(get_task(name), list(by_seed.values()))
-        for name, by_seed in by_task.items()
+        names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
     }
-    shown = [of_seed for by_seed in by_task.values() for of_seed in by_seed.values()]
-    # Another call's task or seed in the tables may be half done.
-    whole = all({*STAGES} - {*OPTIONAL} <= of_seed.keys() for of_seed in shown)
     return without_nan({
         "average_relative_degradation": average_degradation(tasks, "dev"),
         "average_relative_degradation_test": average_degradation(tasks, "test"),
         "paper": PAPER,
         **about,
-        "complete": about["complete"] and whole,
+        "complete": not missing,
+        "missing": missing,
         "machine": machine(),
         "tasks": tasks,
         "runs": runs,
@@ -158,12 +202,14 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def write_results(results: dict[str, Any], folder: Path) -> None:
-    """results.json, results.md, and the plots where matplotlib is installed."""
+def write_results(results: dict[str, Any], folder: Path) -> bool:
+    """results.json, results.md, and the plots where all is done and matplotlib installed; whether they were drawn."""
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", to_markdown(results))
-    if results["complete"] and can_plot():
+    draws = results["complete"] and can_plot()
+    if draws:
         draw(results, folder)
+    return draws
 
 
 def show(value: Spread | None, percent: bool = False) -> str:
@@ -191,27 +237,26 @@ def to_markdown(results: dict[str, Any]) -> str:
         for metric, values in metrics.items()
     ]
     compared = [
-        (name, *(show(task["degradation"][split], percent=True) for split in ("dev", "test")),
+        (name, *(show(task["degradation"][split], percent=True) for split in SPLITS),
          *(signed(task[key][split]) for key in ("dse_minus_labels_only", "dse_minus_sentence_bert")
-           for split in ("dev", "test")))
+           for split in SPLITS))
         for name, task in tasks.items()
     ]  # fmt: skip
     averages = [results["average_relative_degradation"], results["average_relative_degradation_test"]]
     shown = ["-" if value is None else f"{100 * value:+.1f} %" for value in averages]
-    of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in ("dev", "test")]
+    of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in SPLITS]
     compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
     compared.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", "", "", "", "", ""))
     minutes = [
         (name, *("-" if task["minutes"][stage] is None else f"{task['minutes'][stage]['mean']:.1f}" for stage in TIMED))
         for name, task in tasks.items()
     ]
-    sides = ("dev", "test")
     return "\n\n".join([
         introduction(results),
         markdown_table(("task", "metric", *MODELS.values()), quality),
         markdown_table(
-            ("task", *(f"degradation, {side}" for side in sides), *(f"DSE - labels alone, {side}" for side in sides),
-             *(f"DSE - Sentence-BERT, {side}" for side in sides)), compared,
+            ("task", *(f"degradation, {side}" for side in SPLITS), *(f"DSE - labels alone, {side}" for side in SPLITS),
+             *(f"DSE - Sentence-BERT, {side}" for side in SPLITS)), compared,
         ),
         markdown_table(("minutes per run", *(MODELS.get(stage, stage) for stage in TIMED)), minutes),
     ]) + "\n"  # fmt: skip
@@ -227,10 +272,17 @@ def introduction(results: dict[str, Any]) -> str:
     versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
     took = duration(sum(run["seconds"] for run in runs))
     where = results["machine"]["gpu"] or f"CPU, {results['machine']['threads']} threads"
-    state = "" if results["complete"] else "Not complete: what has been done so far. "
+    lacks = [f"{name} lacks {', '.join(stages)}" for name, stages in results["missing"].items()]
+    state = f"Not complete: {'; '.join(lacks)}. " if lacks else ""
+    left_out = [
+        f"{name} {seed} (without {', '.join(MODELS[stage] for stage in lacking) or 'some metric'})"
+        for name, task in results["tasks"].items() for seed, lacking in task["left_out"].items()
+    ]  # fmt: skip
+    of_all = f"Rows are means over the seeds that have all their columns: {'; '.join(left_out)} left out. "
     return (
         f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
-        f"seeds ({of_tasks}). Epochs of students and of Sentence-BERT are chosen on dev, a teacher's is its last."
+        f"seeds ({of_tasks}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
+        "teacher's is its last."
     )
 
 

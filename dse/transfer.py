@@ -132,13 +132,21 @@ def check_trainable(task: Task, train: Examples) -> None:
         )
 
 
+def is_at_hand(task: Task, data_dir: Path) -> bool:
+    """Are a task's training and dev sets there, or a regression's dev set? Warns of a folder that lacks one."""
+    folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and folder.is_dir():
+        logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
+    return not missing
+
+
 def tasks_at_hand(data_dir: Path) -> list[Task]:
     """The classification tasks whose training and dev sets are there."""
     return [
         task
         for task in TASKS.values()
-        if task.kind != REGRESSION and task.name not in COUNTED_TWICE
-        and all((data_dir / task.folder / file).is_file() for file in (task.train, task.dev))
+        if task.kind != REGRESSION and task.name not in COUNTED_TWICE and is_at_hand(task, data_dir)
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dse.processors import REGRESSION, TASKS, Task, get_task
 from dse.synthetic import make_pair, write_tiny_bert
 
 GOLDEN = Path(__file__).parent / "golden"
+torch.set_num_threads(1)  # for models this small; on a busy machine threads wait for each other for minutes
 
 
 def write_task(folder: Path, task: Task, rows: int = 24) -> Path:

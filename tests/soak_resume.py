@@ -2,24 +2,23 @@
 
     python tests/soak_resume.py --kills 25
 
-Each time fine-tuning, logits and student training of a tiny model run one after the other in a process of their own,
-which is killed once; the same process then goes on to the end. Weights, optimizer, random numbers, metrics, logits and
-the saved student must be the same bits. Ends with `identical: K of N`; exit code 1 unless all were. Not collected by
-pytest, whose suite has a shorter form (test_resume.py).
+Each time fine-tuning, logits and student training of a tiny model run one after the other in a process of their own
+(processes.py), which is killed once; the same again then goes on to the end. Weights, optimizer, random numbers,
+metrics, logits and the saved student must be the same bits. Ends with `identical: K of N`; exit code 1 unless all were.
+Not collected by pytest, whose suite has a shorter form (test_resume.py).
 """
 
 import argparse
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from processes import ROOT, ended, start
+
 sys.path.insert(0, str(ROOT))
 
 
@@ -55,13 +54,6 @@ def run_stages(folder: str) -> None:
     )
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen:
-    """A process that runs the stages."""
-    command, alone = [sys.executable, __file__, "--stages", str(folder)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(log, "ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=alone)
-
-
 def outcome(folder: Path) -> dict[str, object]:
     """All that must be the same, by name; times and stamps apart."""
     from dse.checkpoint import load_checkpoint
@@ -94,29 +86,27 @@ def soak(kills: int, seed: int, pairs: int, folder: Path) -> int:
     rng, identical = random.Random(seed), 0
     make_inputs(folder / "inputs", pairs)
     shutil.copytree(folder / "inputs", folder / "whole")
-    started = time.monotonic()
-    assert start(folder / "whole", folder / "whole.log").wait() == 0, (folder / "whole.log").read_text()
+    process, started = start(run_stages, str(folder / "whole"), log=folder / "whole.log"), time.monotonic()
+    ended(process, folder / "whole.log")
     seconds = time.monotonic() - started
     expected = outcome(folder / "whole")
     for number in range(1, kills + 1):
         place, log = folder / "killed", folder / f"{number}.log"
         shutil.copytree(folder / "inputs", place)
-        moment = rng.uniform(0.35, 1.0) * seconds
-        process = start(place, log)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        killed = process.wait() != 0
+        moment = rng.uniform(0.0, 1.0) * seconds
+        process = start(run_stages, str(place), log=log)
+        process.join(moment)
+        process.kill()
+        process.join()
+        how = "killed" if process.exitcode else "ended"
         said = [line for line in log.read_text().splitlines() if " INFO " in line or " WARNING " in line]
-        code = start(place, log).wait()
-        found = outcome(place) if code == 0 else {}
+        process = start(run_stages, str(place), log=log)
+        process.join()
+        found = outcome(place) if process.exitcode == 0 else {}
         different = [name for name in expected if found.get(name) != expected[name]]
         identical += not different
-        print(
-            f"{number:>3}: {'killed' if killed else 'ended'} after {moment:4.1f} s, {len(said)} lines in: "
-            f"{'identical' if not different else f'exit code {code}, different: ' + ', '.join(different)}", flush=True
-        )  # fmt: skip
+        result = f"exit code {process.exitcode}, different: {', '.join(different)}" if different else "identical"
+        print(f"{number:>3}: {how} after {moment:4.1f} s, {len(said)} lines in: {result}", flush=True)
         if different:
             print(log.read_text()[-3000:])
         shutil.rmtree(place)
@@ -125,16 +115,12 @@ def soak(kills: int, seed: int, pairs: int, folder: Path) -> int:
 
 
 def main() -> None:
-    """Parse the flags; run the soak, or, in the process that is killed, the stages."""
+    """Parse the flags; run the soak."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=1200, help="training pairs: how long a run takes")
-    parser.add_argument("--stages", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.stages:
-        run_stages(args.stages)
-        return
     with tempfile.TemporaryDirectory(prefix="dse-soak-") as folder:
         identical = soak(args.kills, args.seed, args.pairs, Path(folder))
     raise SystemExit(0 if identical == args.kills else 1)

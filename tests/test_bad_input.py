@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import LONG
 
 import download_glue_data
 import dse_train_runner
@@ -438,7 +439,7 @@ codes.append(left_with("finetune_bert", ["--task_name", "mrpc", "--do_train", "-
                                          "--bert_model"] + common))
 print(codes, "torch" in sys.modules)
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert run.stdout.splitlines()[-1] == f"{[0] * 5 + [2] * 4} False", run.stderr
     assert run.stdout.count("usage: ") == 5
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from processes import LONG
 
 import download_glue_data
 import finetune_bert
@@ -113,7 +114,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content[start : min(start + part, end)])
         if fault and fault[0] == "stall":
             self.wfile.flush()
-            server.released.wait(30)
+            server.released.wait(LONG)
 
     def first_byte(self, server, state) -> int:
         asked = self.headers.get("Range")
@@ -719,7 +720,7 @@ def start(server, glue: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
-def wait_for(condition, seconds: float = 30) -> None:
+def wait_for(condition, seconds: float = LONG) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
@@ -735,7 +736,7 @@ def test_killed_in_the_middle_and_a_second_run(server, get, glue, tmp_path, how)
     wait_for(lambda: part.exists() and (glue / ".download" / "WNLI.zip.json").exists())
     time.sleep(0.2)
     process.send_signal(how)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=LONG)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
     if how != signal.SIGKILL:
         assert output == "WNLI        interrupted    the same command goes on\n"
@@ -806,7 +807,7 @@ def test_two_runs_at_once(server, glue, tmp_path):
     wait_for(lambda: sum("another run is at WNLI: waiting" in log.read_text() for log in logs) == 1)
     wait_for(lambda: server.asked)
     server.released.set()
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=LONG)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(re.split("  +", output)[1] for output in outputs) == ["already there", "done"]
     assert server.ranges_asked("/glue/data/WNLI.zip") == [None, "bytes=10000-"]

@@ -200,9 +200,15 @@ def test_a_users_index_json_is_not_taken_for_ours(student, tmp_path):
         index.save(tmp_path / "ours")
 
 
-def test_an_append_meets_a_rebuild(student, tmp_path):
+def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
     """While candidates are appended another index is built at the same place: it waits, and is whole."""
-    model, built = student(), []
+    model, built, asked = student(), [], threading.Event()
+
+    class Lock(FileLock):
+        def __enter__(self):
+            if threading.current_thread() is other:
+                asked.set()
+            return super().__enter__()
 
     def rebuild() -> None:
         built.append(CandidateIndex.build(model, CANDIDATES[:3], tmp_path / "index"))
@@ -212,14 +218,17 @@ def test_an_append_meets_a_rebuild(student, tmp_path):
     def slowly():
         yield CANDIDATES[0]
         other.start()
-        other.join(timeout=1)
+        while other.is_alive() and not asked.wait(0.01):
+            pass
+        other.join(timeout=0.2)
         assert other.is_alive(), "the rebuild did not wait"
         yield CANDIDATES[1]
 
     index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    monkeypatch.setattr(index_module, "FileLock", Lock)
     index.append(slowly())
     assert len(index) == 25
-    other.join(timeout=60)
+    other.join()
     again = CandidateIndex.open(tmp_path / "index", model)
     assert len(again) == len(built[0]) == 3
     assert [again.text(row) for row in range(3)] == CANDIDATES[:3]
@@ -271,6 +280,25 @@ def test_append_goes_on_from_what_another_process_appended(student, tmp_path):
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+def test_append_counts_what_was_appended_while_it_waited_for_the_lock(student, tmp_path, monkeypatch):
+    model = student()
+    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    other = CandidateIndex.open(tmp_path / "index", model)
+
+    class TakenByAnother(FileLock):
+        """Another append, which has the lock, ends before this one gets it."""
+
+        def __enter__(self):
+            monkeypatch.setattr(index_module, "FileLock", FileLock)
+            other.append(["theirs"])
+            return super().__enter__()
+
+    monkeypatch.setattr(index_module, "FileLock", TakenByAnother)
+    index.append(["mine"])
+    again = CandidateIndex.open(tmp_path / "index", model)
+    assert [again.text(row) for row in range(len(again))] == [*CANDIDATES, "theirs", "mine"]
 
 
 def test_nothing_is_appended_to_another_models_index(student, tmp_path):

@@ -314,3 +314,14 @@ def test_the_places_of_a_step():
     seen.clear()
     embed_texts(model, features, 3, torch.device("cpu"), "texts")
     assert seen == [4, 6, 1]  # 48 places: 4 x 12, then 6 x 7, then the rest
+
+
+def test_no_step_has_more_places_than_gain_anything():
+    """Of 1,000 texts of 16 places a step might hold 600 texts of 12; 4,096 places, whatever the flag, are 341 x 12."""
+    model, features, seen = student_of(), separate([12] * 600), []
+    features.padding, features.max_seq_length = "packed", 16
+    model.dse_model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
+    )
+    embed_texts(model, features, 1000, torch.device("cpu"), "texts")
+    assert seen == [341, 259]

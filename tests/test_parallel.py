@@ -1,4 +1,4 @@
-"""torchrun with two processes on the CPU against one: losses, weights, logits in order; one that dies ends all."""
+"""Two processes on the CPU against one: losses, weights, logits in order; torchrun's end all when one dies."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_flags
+from processes import LONG, ended, start_ranks
 from safetensors.torch import load_file
 
 import dse_train_runner
@@ -21,25 +22,18 @@ from dse import parallel
 from dse.checkpoint import load_checkpoint
 from dse.files import InputError, RunError
 
-TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SCRIPTS = {"finetune_bert": finetune_bert, "run_distillation_logits_creator": run_distillation_logits_creator,
+           "dse_train_runner": dse_train_runner}  # fmt: skip
 
 
-def torchrun(script: str, argv: list[str]) -> list[str]:
-    """The command that runs a script in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return [*launcher, str(TESTS.parent / f"{script}.py"), *argv]
+def run_script(script: str, argv: list[str]) -> None:
+    SCRIPTS[script].main(argv)
 
 
-def run_torchrun(script: str, argv: list[str]) -> str:
-    """Run it to its end; what was logged."""
-    with subprocess.Popen(torchrun(script, argv), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        try:
-            errors = process.communicate(timeout=100)[1]
-        finally:
-            process.terminate()
-    assert process.returncode == 0, errors
-    return errors
+def run_in_two(script: str, argv: list[str], log: Path) -> str:
+    """Run a script in two processes to its end; what was logged."""
+    ranks = start_ranks(run_script, script, argv, log=log)
+    return [ended(rank, log) for rank in ranks][-1]
 
 
 @pytest.fixture
@@ -64,10 +58,9 @@ def stages(bert, copied, edit_json, data, tmp_path, logits):
                    "pooler_num_top_hidden_layers": 2, "fc_dims": [8, 1], "batch_size": 9, "epochs": 20,
                    "gradient_accumulation_steps": 3, "lr": 1e-4, "store_checkpoints": True,
                    "checkpoint_dir": folder / "checkpoints"}  # fmt: skip
-        scripts = ("finetune_bert", "run_distillation_logits_creator", "dse_train_runner")
         return [
-            [script, as_flags({**shared, **flags})]
-            for script, flags in zip(scripts, (teacher, creator, student), strict=True)
+            (script, as_flags({**shared, **flags}))
+            for script, flags in zip(SCRIPTS, (teacher, creator, student), strict=True)
         ]
 
     return into
@@ -78,11 +71,9 @@ def newest(folder: Path) -> dict:
 
 
 def test_two_processes_give_what_one_gives(stages, tmp_path):
-    for script, (_, argv) in zip(
-        (finetune_bert, run_distillation_logits_creator, dse_train_runner), stages("one"), strict=True
-    ):
-        script.main(argv)
-    logged = [run_torchrun(*stage) for stage in stages("two")]
+    for stage in stages("one"):
+        run_script(*stage)
+    logged = [run_in_two(*stage, tmp_path / stage[0]) for stage in stages("two")]
     assert logged[0].count("teacher saved in") == 1, "another process than the first wrote, or logged"
 
     one, two = (tmp_path / name for name in ("one", "two"))
@@ -122,27 +113,29 @@ def children(pid: int) -> list[int]:
 
 
 def test_one_that_is_killed_ends_all_and_the_run_goes_on(stages, tmp_path):
-    """A student of two processes, one of which is killed after some updates; then --resume."""
+    """A student of torchrun's two processes, one of which is killed after some updates; then --resume."""
     argv = stages("killed")[2][1]
     argv[argv.index("--epochs") + 1] = "4000"
     argv += ["--save_every", "1", "--resume"]
-    command = torchrun("dse_train_runner", argv)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with open(tmp_path / "log", "w") as log:  # a pipe would fill, and hold the run up
-        process = subprocess.Popen(command, stderr=log, env=ENVIRONMENT)
+        process = subprocess.Popen(
+            [*launcher, dse_train_runner.__file__, *argv], stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + LONG
         while "epoch 5 of" not in (tmp_path / "log").read_text():
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         os.kill(children(process.pid)[1], signal.SIGKILL)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=LONG) != 0
     finally:
         process.terminate()
     errors = (tmp_path / "log").read_text()
     assert "lost another one" in errors or "Signal 9" in errors
     reached = len(newest(tmp_path / "killed")["trainer"]["history"])
     argv[argv.index("--epochs") + 1] = str(reached + 2)
-    assert f"going on after {reached} epochs" in run_torchrun("dse_train_runner", argv)
+    assert f"going on after {reached} epochs" in run_in_two("dse_train_runner", argv, tmp_path / "resumed")
     assert len(newest(tmp_path / "killed")["trainer"]["history"]) == reached + 2
 
 

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from conftest import write_task
 from sklearn.metrics import f1_score
+from torch import nn
 
 import dse_train_runner
 import finetune_bert
-from dse import reproduction, results, trainer
+import run_distillation_logits_creator
+from dse import reproduction, results, states, trainer
+from dse.baselines import SentenceBert
 from dse.commands import reproduce
-from dse.files import sha256_file
+from dse.files import RunError, sha256_file
 from dse.metrics import best_threshold
 from dse.processors import Examples, get_task
 from dse.reporting import duration
@@ -38,30 +41,53 @@ def glue(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_preset(monkeypatch):
+def use_tiny_preset(monkeypatch):
     monkeypatch.setitem(reproduction.PRESETS, "small", TINY)
     monkeypatch.setattr(reproduction, "MAX_SEQ_LENGTH", 48)
     monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: False)
 
 
+def record_calls(monkeypatch) -> list[str]:
+    """Names of the scripts that are run, in order."""
+    seen = []
+    for script in (finetune_bert, run_distillation_logits_creator, dse_train_runner):
+        monkeypatch.setattr(
+            script, "run", lambda args, own=script.run, name=script.PROG: (seen.append(name), own(args))[1]
+        )
+    return seen
+
+
+def flags_for(glue, bert, folder) -> list[str]:
+    return ["--data_dir", str(glue), "--bert_model", str(bert), "--output_dir", str(folder), "--call", "snli=SICK"]
+
+
 @pytest.fixture
-def flags(glue, bert, tmp_path, tiny_preset):
-    return ["--data_dir", str(glue), "--bert_model", str(bert), "--output_dir", str(tmp_path / "results"),
-            "--call", "snli=SICK"]  # fmt: skip
+def flags(glue, bert, tmp_path, monkeypatch):
+    use_tiny_preset(monkeypatch)
+    monkeypatch.setattr(results, "draw", lambda *_: None)  # which takes longer than all else
+    return flags_for(glue, bert, tmp_path / "results")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the scripts that were run, in order."""
-    seen = []
-    import run_distillation_logits_creator
+    return record_calls(monkeypatch)
 
-    for script in (finetune_bert, run_distillation_logits_creator, dse_train_runner):
-        monkeypatch.setattr(
-            script, "main", lambda argv, own=script.main, name=script.PROG: (seen.append(name), own(argv))[1]
-        )
-    return seen
+
+@pytest.fixture(scope="module")
+def whole(glue, bert, tmp_path_factory):
+    """The whole comparison, run once: its folder, and the scripts that made it."""
+    folder = tmp_path_factory.mktemp("whole") / "results"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_tiny_preset(monkeypatch)
+        seen = record_calls(monkeypatch)
+        reproduce.main(flags_for(glue, bert, folder))
+    return folder, seen
+
+
+@pytest.fixture
+def finished(whole, flags, tmp_path):
+    """A copy of its folder, to which the flags go on."""
+    return shutil.copytree(whole[0], tmp_path / "results")
 
 
 def degradation_by_hand(folder):
@@ -88,10 +114,9 @@ def coefficient_flag(folder, stage):
     return command[command.index("--distillation_coeff") + 1] if "--distillation_coeff" in command else None
 
 
-def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
-    reproduce.main(flags)
-    folder = tmp_path / "results"
-    assert calls == [
+def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
+    folder = finished
+    assert whole[1] == [
         "finetune_bert.py", "run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3,
     ] * 4  # fmt: skip
     found = json.loads((folder / "results.json").read_text())
@@ -99,6 +124,9 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     assert found["complete"] is True
     assert found["average_relative_degradation"] == pytest.approx(degradation_by_hand(folder))
     assert set(found["tasks"]) == {"MRPC", "SICK", "STS-B"}
+
+    names = [f"{name}_{what}.png" for name in found["tasks"] for what in ("by_epoch", "speed")]
+    assert sorted(path.name for path in folder.glob("plots/*")) == (sorted(names) if results.can_plot() else [])
 
     # Records say what was run, and tell the same as the scripts.
     record = json.loads((folder / "mrpc_seed2" / "dse.json").read_text())
@@ -115,12 +143,11 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     assert set(found["tasks"]["MRPC"]["pairs_per_second"]) == {"teacher", "dse", "labels_only", "logits_only"}
     assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
 
-    # Nothing is done twice; what was spoiled, and what was made from it, is.
-    calls.clear()
-    before = (folder / "results.md").read_bytes()
+    # Nothing is done twice, though the folder was moved; what was spoiled, and what was made from it, is.
     reproduce.main(flags)
     assert calls == []
-    assert (folder / "results.md").read_bytes() == before
+    before = (folder / "results.md").read_bytes()
+    assert before.replace(bytes(folder), bytes(whole[0])) == (whole[0] / "results.md").read_bytes()
     logits = folder / "snli_seed1" / "logits" / "teacher_logits.pt"
     logits.write_bytes(logits.read_bytes()[:-1])
     reproduce.main(flags)
@@ -132,10 +159,36 @@ def test_the_whole_comparison_and_a_second_call(flags, tmp_path, calls, capsys):
     assert "| MRPC |" in (folder / "results.md").read_text()
     assert calls == ["run_distillation_logits_creator.py"]
     assert json.loads((folder / "results.json").read_text())["complete"] is True
-    (folder / "mrpc_seed2" / "dse.json").unlink()  # as if that call had been stopped
+
+
+def test_an_unfinished_seed_in_the_folder(finished, flags, monkeypatch, caplog, capsys):
+    """As two calls that were stopped leave it: what lacks is told, and no mean takes another seed than its row's."""
+    drawn = []
+    monkeypatch.setattr(results, "can_plot", lambda: True)
+    monkeypatch.setattr(results, "draw", lambda found, folder: drawn.append(folder))
     reproduce.main([*flags, "--tasks", "snli"])
-    assert json.loads((folder / "results.json").read_text())["complete"] is False
-    assert (folder / "results.md").read_text().startswith("Not complete")
+    assert drawn == [finished]
+    assert "results.json, results.md and plots in" in caplog.text
+    for stage in ("dse", "rates"):
+        (finished / "mrpc_seed2" / f"{stage}.json").unlink()
+    (finished / "rte_seed7" / "teacher").mkdir(parents=True)
+    (finished / "notes_seed1").mkdir()
+    caplog.clear()
+    reproduce.main([*flags, "--tasks", "snli"])
+    assert drawn == [finished]
+    assert f"results.json, results.md in {finished}" in caplog.text
+    assert f"not complete: {finished / 'mrpc_seed2'} lacks dse, rates; the command with" in caplog.text
+    found = json.loads((finished / "results.json").read_text())
+    models = ["teacher", "logits", "dse", "labels_only", "logits_only", "rates"]
+    assert found["complete"] is False
+    assert found["missing"] == {"mrpc_seed2": ["dse", "rates"], "rte_seed7": models}
+    assert found["tasks"]["MRPC"]["left_out"] == {"2": ["dse"]}
+    assert found["tasks"]["SICK"]["left_out"] == {}
+    teacher = json.loads((finished / "mrpc_seed1" / "teacher.json").read_text())["metrics"]["dev"]["f1"]
+    assert found["tasks"]["MRPC"]["table"]["dev"]["f1"]["teacher"] == {"mean": teacher, "sd": None, "n": 1}
+    text = (finished / "results.md").read_text()
+    assert text.startswith(f"Not complete: mrpc_seed2 lacks dse, rates; rte_seed7 lacks {', '.join(models)}. `")
+    assert "the seeds that have all their columns: MRPC 2 (without DSE) left out." in text
 
 
 def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch, calls, capsys):
@@ -152,7 +205,11 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         reproduce.main(flags)
     assert stop.value.code == 143
-    assert "the same command goes on with what is left" in capsys.readouterr().err
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if " is not done: " in line]
+    place = tmp_path / "results" / "mrpc_seed3" / "dse"
+    assert line == (
+        f"python -m dse reproduce: stopped by SIGTERM: {place} is not done: the same command goes on with what is left"
+    )
     assert len(list((tmp_path / "results/mrpc_seed3/dse").glob("*/*_state_*.pt"))) > 0
     calls.clear()
     reproduce.main(flags)
@@ -172,13 +229,11 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     assert len(made) == 50 + 6
 
 
-def test_another_teacher_is_followed_by_other_logits_and_students(flags, tmp_path, calls, edit_json):
+def test_another_teacher_is_followed_by_other_logits_and_students(finished, flags, calls, edit_json):
     import torch
     from safetensors.torch import load_file, save_file
 
-    flags = [*flags, "--tasks", "sts-b"]
-    reproduce.main(flags)
-    folder = tmp_path / "results" / "sts-b_seed1"
+    flags, folder = [*flags, "--tasks", "sts-b"], finished / "sts-b_seed1"
     before = json.loads((folder / "dse.json").read_text())
     # A teacher that all its own files agree on, as another machine might make it.
     weights, training = folder / "teacher" / "model.safetensors", folder / "teacher" / "training.json"
@@ -190,7 +245,6 @@ def test_another_teacher_is_followed_by_other_logits_and_students(flags, tmp_pat
     files = json.loads((folder / "teacher.json").read_text())["files"]
     now = {f"teacher/{path.name}": sha256_file(path) for path in (weights, training)}
     edit_json(folder / "teacher.json", files={**files, **now})
-    calls.clear()
     reproduce.main(flags)
     assert calls == ["run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3]
     after = json.loads((folder / "dse.json").read_text())
@@ -198,13 +252,10 @@ def test_another_teacher_is_followed_by_other_logits_and_students(flags, tmp_pat
     assert after["history"] != before["history"]
 
 
-def test_a_kill_while_a_spoiled_stage_is_cleared_away(flags, tmp_path, monkeypatch, calls):
+def test_a_kill_while_a_spoiled_stage_is_cleared_away(finished, flags, monkeypatch, calls):
     flags = [*flags, "--tasks", "sts-b"]
-    reproduce.main(flags)
-    folder = tmp_path / "results" / "sts-b_seed1"
-    weights = folder / "teacher" / "model.safetensors"
+    weights = finished / "sts-b_seed1" / "teacher" / "model.safetensors"
     weights.write_bytes(b"spoiled")
-    calls.clear()
 
     def killed(place):
         (place / "training.json").unlink()
@@ -250,11 +301,10 @@ class FakeSentenceBert:
         return history
 
 
-def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(flags, tmp_path, monkeypatch, capsys):
+def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished, flags, tmp_path, monkeypatch, capsys):
     from dse import baselines
 
-    flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]
-    reproduce.main(flags)  # before it was installed
+    flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]  # all but Sentence-BERT is there, of before it was installed
     monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: True)
     monkeypatch.setattr(reproduction, "version", lambda package: "1")
     monkeypatch.setattr(baselines, "SentenceBert", FakeSentenceBert)
@@ -279,7 +329,6 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
     pytest.importorskip("sentence_transformers")
     import torch
 
-    from dse.baselines import SentenceBert
     from dse.processors import read_examples
 
     task = get_task(name)
@@ -303,28 +352,74 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
     assert whole.rate == 0.0
 
 
-def test_another_encoder_is_refused_though_its_weights_are_the_same(flags, refused, copied, bert, edit_json):
-    flags = [*flags, "--tasks", "sts-b"]
-    reproduce.main(flags)
+def test_sentence_berts_schedule_and_decay():
+    """Without sentence-transformers: 320 pairs in 4 epochs are 40 updates, a tenth of which are warm-up."""
+    baseline = SentenceBert.__new__(SentenceBert)
+    baseline.loss = nn.ModuleDict({"layer": nn.Linear(2, 3), "LayerNorm": nn.LayerNorm(3)})
+    baseline.prepare(320, epochs=4)
+    rates = []
+    for _ in range(41):
+        rates.append(baseline.rate)
+        baseline.optimizer.step()
+        baseline.schedule.step()
+    assert rates[:5] == pytest.approx([0.0, 1.25e-5, 2.5e-5, 3.75e-5, 5e-5])
+    assert rates[5:] == pytest.approx([5e-5 * (36 - n) / 36 for n in range(1, 37)])
+    groups = [(group["weight_decay"], [tuple(p.shape) for p in group["params"]])
+              for group in baseline.optimizer.param_groups]  # fmt: skip
+    assert groups == [(0.01, [(3, 2)]), (0.0, [(3,), (3,), (3,)])]
+    baseline.prepare(33, epochs=1)  # two updates: no warm-up
+    assert baseline.rate == 5e-5
+
+
+def test_another_encoder_is_refused_though_its_weights_are_the_same(finished, flags, refused, copied, bert, edit_json):
     other = copied(bert)
     edit_json(other / "config.json", hidden_dropout_prob=0.5)
     assert "was made with bert" in refused(reproduce.main, [*flags, "--bert_model", other])
 
 
-def test_other_settings_are_refused_with_both_values(flags, refused, monkeypatch):
-    flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]
-    reproduce.main(flags)
-    slower = reproduction.Preset(TINY.seeds, ("--learning_rate", "5e-4", *TINY.teacher[2:]), TINY.student)
-    monkeypatch.setitem(reproduction.PRESETS, "small", slower)
+SLOWER = reproduction.Preset(TINY.seeds, ("--learning_rate", "5e-4", *TINY.teacher[2:]), TINY.student)
+
+
+def test_other_settings_are_refused_with_both_values(finished, flags, refused, monkeypatch):
+    monkeypatch.setitem(reproduction.PRESETS, "small", SLOWER)
     line = refused(reproduce.main, flags)
     assert "2e-3" in line and "5e-4" in line and "--output_dir" in line
+
+
+def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, refused, monkeypatch, capsys):
+    """A teacher under way, of which the disk is full, and whose settings are others then."""
+    flags, place = [*flags, "--tasks", "mrpc", "--seeds", "1"], tmp_path / "results" / "mrpc_seed1" / "teacher"
+    save, calls = states.save_tensors, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RunError("state: cannot be written")
+        save(*args)
+
+    monkeypatch.setattr(states, "save_tensors", full)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(flags)
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"python -m dse reproduce: error: {place} is not done: state: cannot be written"
+    monkeypatch.setitem(reproduction.PRESETS, "small", SLOWER)
+    line = refused(reproduce.main, flags)
+    assert line.startswith(
+        f"python -m dse reproduce: error: --output_dir: {place} cannot be made (finetune_bert.py, of its own flags: "
+        "--learning_rate: 0.0005 now, 0.002 in the run"
+    )
+    assert line.endswith("; remove it, and it begins anew, or name another --output_dir")
+    assert "goes on with what is left" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
         (["--tasks", "mrpd"], "--tasks: mrpd given; known: mrpc, qqp"),
-        (["--tasks", "cola", "--seeds", "1"], "one sentence per row"),
+        (["--tasks", "cola", "--seeds", "1"], "--tasks: cola has one sentence per row"),
+        (["--tasks", "diagnostic", "--seeds", "1"], "--tasks: diagnostic has no training set"),
+        (["--preset", "large"], "has less than the preset large needs, 48 positions and 4 layers"),
         (["--tasks", "qqp"], "--seeds: the preset small has none for qqp"),
         (["--tasks", "rte", "--seeds", "1"], "RTE is no folder"),
         (["--call", "snli"], "no TASK=NAME"),
@@ -341,6 +436,19 @@ def test_other_settings_are_refused_with_both_values(flags, refused, monkeypatch
 )
 def test_what_cannot_work_is_refused_before_any_work(flags, refused, calls, extra, words):
     assert words in refused(reproduce.main, [*flags, *extra])
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("snli", "test.tsv"), ("mnli", "dev_mismatched.tsv"), ("mnli", "dev_matched.tsv"), ("mrpc", "train.tsv")],
+)
+def test_a_missing_data_file_is_refused_before_any_work(glue, flags, refused, calls, copied, name, file):
+    data, task = copied(glue, "glue"), get_task(name)
+    write_task(data / task.folder, task)
+    (data / task.folder / file).unlink()
+    line = refused(reproduce.main, [*flags, "--data_dir", data, "--tasks", f"sts-b,{name}", "--seeds", "1"])
+    assert f"{data / task.folder / file}: cannot read the data of {name} (No such file or directory)" in line
     assert calls == []
 
 
@@ -400,14 +508,14 @@ def test_summary_by_hand():
         metrics = {split: {"f1": v, "tuned_f1": v + 0.01} for split, v in (("dev", dev), ("test", test))}
         return {"metrics": metrics, "seconds": 60.0}
 
-    records = [
-        {"teacher": of(0.80, 0.8), "dse": of(0.76, 0.8), "labels_only": of(0.74, 0.7)},
-        {"teacher": of(0.90, 0.8), "dse": of(0.90, 0.6), "labels_only": of(0.85, 0.7)},
-        {"teacher": of(0.0, 0.0), "labels_only": of(0.5, 0.0)},  # not done yet
-    ]
+    by_seed = {
+        1: {"teacher": of(0.80, 0.8), "dse": of(0.76, 0.8), "labels_only": of(0.74, 0.7)},
+        2: {"teacher": of(0.90, 0.8), "dse": of(0.90, 0.6), "labels_only": of(0.85, 0.7)},
+        5: {"teacher": of(0.0, 0.0), "labels_only": of(0.5, 0.0)},  # not done yet
+    }
     assert results.degradation(0.8, 0.0) == 1.0
     assert results.degradation(0.0, 0.8) is None
-    found = results.summarize_task(get_task("mrpc"), records)
+    found = results.summarize_task(get_task("mrpc"), by_seed)
     assert found["degradation"]["dev"]["mean"] == pytest.approx((0.05 + 0) / 2)
     assert found["degradation"]["dev"]["sd"] == pytest.approx(0.05 / math.sqrt(2))
     assert found["degradation"]["test"]["mean"] == pytest.approx((0 + 0.25) / 2)
@@ -415,15 +523,24 @@ def test_summary_by_hand():
     assert found["dse_minus_sentence_bert"]["dev"] is None
     of_dse = found["table"]["dev"]["f1"]["dse"]
     assert of_dse == {"mean": pytest.approx(0.83), "sd": pytest.approx(0.14 / math.sqrt(2)), "n": 2}
-    assert found["minutes"]["dse"]["mean"] == 1.0
+    # The third seed has no student of both, so that nothing of it is in a row with one.
+    assert found["table"]["dev"]["f1"]["teacher"]["mean"] == pytest.approx((0.8 + 0.9) / 2)
+    assert found["table"]["dev"]["f1"]["labels_only"]["mean"] == pytest.approx((0.74 + 0.85) / 2)
+    assert found["table"]["dev"]["f1"]["sentence_bert"] is None
+    assert (found["minutes"]["dse"], found["minutes"]["teacher"]["n"]) == ({"mean": 1.0, "sd": 0.0, "n": 2}, 2)
+    assert found["left_out"] == {"5": ["dse"]}
 
-    records[2]["dse"] = of(0.4, 0.0)  # a teacher at 0 has no degradation, but the row of DSE has three values now
-    found = results.summarize_task(get_task("mrpc"), records)
+    by_seed[5]["dse"] = of(0.4, 0.0)  # a teacher at 0 has no degradation, but the row of DSE has three values now
+    found = results.summarize_task(get_task("mrpc"), by_seed)
     assert (found["degradation"]["dev"]["n"], found["table"]["test"]["f1"]["dse"]["n"]) == (2, 3)
-    assert found["dse_minus_labels_only"]["test"]["n"] == 3
-    assert found["dse_minus_labels_only"]["test"]["mean"] == pytest.approx((0.1 - 0.1 + 0) / 3)
-    records[2]["teacher"], records[2]["dse"] = of(0.8, 0.5), of(0.4, 0.0)
-    assert results.summarize_task(get_task("mrpc"), records)["degradation"]["test"]["mean"] == pytest.approx(1.25 / 3)
+    assert found["dse_minus_labels_only"]["test"] == {
+        "mean": pytest.approx((0.1 - 0.1) / 2, abs=1e-9), "sd": pytest.approx(0.2 / math.sqrt(2)), "n": 2
+    }  # fmt: skip
+    assert found["left_out"] == {"5": []}
+    by_seed[5]["teacher"], by_seed[5]["dse"] = of(0.8, 0.5), of(0.4, 0.0)
+    found = results.summarize_task(get_task("mrpc"), by_seed)
+    assert found["degradation"]["test"]["mean"] == pytest.approx(1.25 / 3)
+    assert found["left_out"] == {}
 
 
 def test_how_numbers_are_shown():

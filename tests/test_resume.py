@@ -1,17 +1,18 @@
 """Stops of every kind: a run goes on from its newest whole state to the same bits; spoiled files, full disks."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import as_flags
+from soak_resume import soak
 from test_scripts import assert_same_run, results_of
 
 import dse_train_runner
@@ -19,13 +20,12 @@ import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import evaluation, files, states, stopping, trainer
-from dse.checkpoint import check_same_flags, load_checkpoint
+from dse.checkpoint import check_same_flags, load_checkpoint, student_from_checkpoint
+from dse.distillation import save_logits
 from dse.files import InputError, RunError
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.states import States
-
-ROOT = Path(__file__).parents[1]
 
 
 def stop_at(monkeypatch, number: int, call: str = "update", sent: int = signal.SIGTERM) -> None:
@@ -502,15 +502,66 @@ def test_a_spoiled_checkpoint_is_refused_for_use(student_flags, checkpoints, ref
     assert "is truncated or no checkpoint" in refused(load_dse_checkpoint_example.main, argv)
 
 
-def test_a_missing_or_older_best_folder_is_made_again(student_flags, checkpoints):
-    dse_train_runner.main(student_flags())
-    best = load_checkpoint(checkpoints()[-1])["best"]
-    folder = checkpoints()[0].parent / "best"
+def test_a_missing_or_older_best_folder_is_made_again(student_flags, checkpoints, monkeypatch):
+    give_scores(monkeypatch, [0.2, 0.7, 0.4])
+    dse_train_runner.main(student_flags(epochs=3))
+    folder, (best, newest) = checkpoints()[0].parent / "best", checkpoints()
     weights = (folder / "model.safetensors").read_bytes()
-    shutil.rmtree(folder)
-    dse_train_runner.main([*student_flags(), "--resume"])
-    assert (folder / "model.safetensors").read_bytes() == weights
-    assert DSESiameseClassifier.from_pretrained(folder).origin["epoch"] == best["epoch"]
+    for spoil in (shutil.rmtree, student_from_checkpoint(load_checkpoint(newest))[0].save_pretrained):
+        spoil(folder)
+        dse_train_runner.main([*student_flags(epochs=3), "--resume"])
+        assert (folder / "model.safetensors").read_bytes() == weights
+        student = DSESiameseClassifier.from_pretrained(folder)
+        assert student.origin["epoch"] == load_checkpoint(newest)["best"]["epoch"] == 1
+        for name, tensor in load_checkpoint(best)["model"].items():
+            assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def give_scores(monkeypatch, scores: list[float]) -> None:
+    """Have the validation of the n-th epoch from here on give the n-th f1."""
+    given = iter(scores)
+    metrics = {f"{name}_0.5": 0.5 for name in ("accuracy", "precision", "recall")}
+    monkeypatch.setattr(
+        dse_train_runner, "make_validate", lambda *_: lambda: {"loss": 1.0, **metrics, "f1_0.5": next(given)}
+    )
+
+
+def test_the_best_folder_follows_the_best_epoch_while_the_run_is_under_way(
+    student_flags, checkpoints, tmp_path, monkeypatch
+):
+    """After each epoch, and not only at the end of the run, which a kill may keep from coming."""
+    seen, save = [], States.save
+
+    def saved(self, *args):
+        seen.append(json.loads((self.folder / "best" / "config.json").read_text())["origin"]["epoch"])
+        return save(self, *args)
+
+    give_scores(monkeypatch, [0.2, 0.1, 0.7, 0.7])
+    monkeypatch.setattr(States, "save", saved)
+    monkeypatch.setattr(dse_train_runner, "mend_best", lambda *_: None)
+    dse_train_runner.main(student_flags(epochs=4))
+    assert seen == [0, 0, 2, 2]
+    student = DSESiameseClassifier.from_pretrained(checkpoints()[0].parent / "best")
+    assert checkpoints()[0].name.endswith("_epoch_2.pt")
+    for name, tensor in load_checkpoint(checkpoints()[0])["model"].items():
+        assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_other_logits_are_another_run(student_flags, checkpoints, logits, tmp_path, refused):
+    """At the same path, of the same data, as another teacher of the same name gives them."""
+    path, about = tmp_path / "logits.pt", logits("mrpc").with_suffix(".json")
+    shutil.copyfile(logits("mrpc"), path)
+    shutil.copyfile(about, path.with_suffix(".json"))
+    values = torch.load(path, weights_only=True)
+    dse_train_runner.main(student_flags(distillation_logits_path=path, epochs=1))
+    newest = checkpoints()[-1]
+    then = files.sha256_file(path)
+    save_logits(path, values + torch.tensor([0.0, 0.5]), json.loads(about.read_text()))
+    now = files.sha256_file(path)
+    for going_on in ({"resume": True}, {"trainer_checkpoint": newest}):
+        line = refused(dse_train_runner.main, student_flags(distillation_logits_path=path, **going_on))
+        assert f"--distillation_logits_path: SHA-256 is {now} now, and was {then} in the run" in line
+    assert checkpoints() == [newest]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(student_flags, tmp_path, monkeypatch, capsys):
@@ -565,41 +616,30 @@ def test_states_keep_two_and_the_best(tmp_path):
     assert not tmp_path.exists()
 
 
-FULL = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import dse_train_runner
-from dse import states
-save, calls = states.save_tensors, []
-def counted(path, entries):
-    calls.append(1)
-    if len(calls) == 3:  # from here on there is room for nothing
-        with open({filler!r}, "wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
-                pass
-    save(path, entries)
-states.save_tensors = counted
-dse_train_runner.main({argv!r})
-"""
-
-
-def test_a_full_disk(student_flags, tmp_path):
+def test_a_full_disk(student_flags, tmp_path, monkeypatch, capsys):
     """A real one: a small tmpfs, mounted by root alone, that fills between two checkpoints."""
     place = tmp_path / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
+    save, calls = states.save_tensors, []
+
+    def save_in_what_is_left(path, entries):
+        calls.append(1)
+        if len(calls) == 3:  # from here on there is room for nothing
+            with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        save(path, entries)
+
     try:
-        argv = student_flags(checkpoint_dir=place / "checkpoints", epochs=9)
-        code = FULL.format(root=str(ROOT), tests=str(ROOT / "tests"), filler=str(place / "filler"), argv=argv)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
-        assert run.returncode == 1, run.stderr
-        assert "cannot be written (No space left on device; 0 MiB are free there)" in run.stderr.splitlines()[-1]
-        assert "Traceback" not in run.stderr
+        monkeypatch.setattr(states, "save_tensors", save_in_what_is_left)
+        code, line = stopped(
+            dse_train_runner.main, student_flags(checkpoint_dir=place / "checkpoints", epochs=9), capsys
+        )
+        assert code == 1
+        assert "cannot be written (No space left on device; 0 MiB are free there)" in line
         left = sorted((place / "checkpoints").glob("*/*.pt"))
         assert {path.name[-10:] for path in left} == {"epoch_0.pt", "epoch_1.pt"}
         assert all(load_checkpoint(path)["model"] for path in left)
@@ -712,6 +752,4 @@ def test_a_cache_that_is_deleted_under_a_running_job(student_flags, checkpoints,
 
 def test_kills_in_short(tmp_path):
     """Two of tests/soak_resume.py's; the whole soak is run by hand."""
-    command = [sys.executable, str(ROOT / "tests" / "soak_resume.py"), "--kills", "2", "--pairs", "300", "--seed", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert run.stdout.splitlines()[-1] == "identical: 2 of 2", run.stdout + run.stderr
+    assert soak(kills=2, seed=1, pairs=300, folder=tmp_path) == 2

@@ -1,9 +1,11 @@
 """The stages through their scripts' main: outputs and their names, all tasks, going on, seeds."""
 
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_flags
@@ -20,6 +22,7 @@ from dse.features import joint_features, separate_features
 from dse.models import load_teacher
 from dse.pretrained import load_tokenizer
 from dse.processors import get_task, read_examples
+from dse.sharing import read_config
 
 PAIR_TASKS = ("mrpc", "qqp", "qnli", "rte", "wnli", "sts-b", "mnli", "mnli-mm", "snli", "allnli")
 STAMP = r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
@@ -140,6 +143,31 @@ def test_results_of_a_replaced_teacher_do_not_stay(teacher_flags, tmp_path):
     assert all(path.exists() for path in places)
     finetune_bert.main(teacher_flags("mnli", do_eval=False, overwrite_output_dir=True))
     assert not any(path.exists() for path in places)
+
+
+def test_mnlis_results_are_each_of_its_own_set(teacher_flags, tmp_path, data, copied):
+    """Worked out again from the saved teacher, pair by pair; labels of the mismatched set are shifted by one."""
+    folder, task = copied(data("mnli")), get_task("mnli")
+    rows = [line.split("\t") for line in (folder / "dev_matched.tsv").read_text().splitlines()]
+    shifted = dict(zip(task.labels, task.labels[1:] + task.labels[:1], strict=True))
+    lines = ["\t".join([*cells[:-1], shifted.get(cells[-1], cells[-1])]) for cells in rows[:-5]]
+    (folder / "dev_mismatched.tsv").write_text("\n".join(lines) + "\n")
+    finetune_bert.main(teacher_flags("mnli", data_dir=folder))
+    teacher = load_teacher(tmp_path / "teacher", task, fine_tuned=True).eval()
+    tokenizer = load_tokenizer(tmp_path / "teacher", True, "--bert_model")
+    found = {}
+    for split, place in (("dev", "teacher"), ("mm", "teacher-MM")):
+        features = joint_features(task, read_examples(task, folder, split), tokenizer, 48)
+        with torch.inference_mode():
+            logits = torch.cat([teacher(**features.batch(np.array([i]))).logits for i in range(len(features))])
+        labels = torch.from_numpy(features.labels)
+        found[split] = {key: float(results_of(tmp_path / place)[key]) for key in ("acc", "eval_loss")}
+        assert found[split] == {
+            "acc": (logits.argmax(1) == labels).double().mean().item(),
+            "eval_loss": pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5),
+        }
+    assert abs(found["dev"]["eval_loss"] - found["mm"]["eval_loss"]) > 1e-3
+    assert abs(found["dev"]["acc"] - found["mm"]["acc"]) > 0.1
 
 
 def test_training_without_evaluation_saves_and_evaluation_alone_works(teacher_flags, tmp_path):
@@ -295,6 +323,22 @@ def test_best_and_newest_are_kept_and_reported(student_flags, checkpoints, monke
     assert "best f1 0.9000 at epoch 1" in caplog.text
     dse_train_runner.main(student_flags(epochs=4, trainer_checkpoint=checkpoints()[-1]))
     assert [path.name[-10:] for path in checkpoints()] == ["epoch_1.pt", "epoch_3.pt"]  # the first of equals
+
+
+def test_an_undefined_score_is_never_the_best(student_flags, checkpoints, monkeypatch, caplog):
+    """Constant outputs have no Pearson: a low one is still better, whatever the loss, before and after."""
+    validations = iter([(math.nan, 0.1), (-0.7, 3.0), (-0.5, 2.0), (math.nan, 0.1)])
+
+    def validate():
+        pearson, loss = next(validations)
+        return {"loss": loss, "pearson": pearson, "spearman": pearson}
+
+    monkeypatch.setattr(dse_train_runner, "make_validate", lambda *_: validate)
+    dse_train_runner.main(student_flags("sts-b", epochs=4))
+    assert [path.name.rsplit("_", 1)[1] for path in checkpoints()] == ["2.pt", "3.pt"]
+    assert load_checkpoint(checkpoints()[-1])["best"] == {"epoch": 2, "file": checkpoints()[0].name, "threshold": None}
+    assert read_config(checkpoints()[0].parent / "best")["origin"]["epoch"] == 2
+    assert "best pearson -0.5000 at epoch 2" in caplog.text
 
 
 def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch, tmp_path):

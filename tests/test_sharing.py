@@ -4,9 +4,9 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import as_flags
 from huggingface_hub import hub_mixin
+from processes import ended, start
 
 import dse_train_runner
 import load_dse_checkpoint_example
@@ -22,20 +23,14 @@ from dse.checkpoint import load_checkpoint, student_from_checkpoint
 from dse.files import InputError, sha256_json
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
+from dse.pretrained import load_tokenizer
 from dse.processors import get_task
-from dse.sharing import command_line
+from dse.sharing import command_line, fingerprint
 from dse.synthetic import make_pair
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [text for seed in range(4) for text in make_pair(random.Random(seed))[1:]]
 PAIRS = list(zip(TEXTS[::2], TEXTS[1::2], strict=True))
-IN_A_NEW_PROCESS = """
-import sys, json, numpy as np
-from dse.models import DSESiameseClassifier
-model = DSESiameseClassifier.from_pretrained(sys.argv[1])
-texts, pairs = json.loads(sys.argv[2])
-np.savez(sys.argv[3], model.encode(texts), model.score(pairs))
-"""
 
 
 @pytest.mark.parametrize("task", ["snli", "sts-b"])
@@ -56,12 +51,17 @@ def test_saved_and_loaded_is_the_same(student, task, tmp_path):
     assert config["score_name"] == ("accuracy" if task == "snli" else "pearson")
 
 
+def encode_and_score(folder: str, out: str, threads: int) -> None:
+    torch.set_num_threads(threads)  # which decide the last bits
+    model = DSESiameseClassifier.from_pretrained(folder)
+    np.savez(out, model.encode(TEXTS), model.score(PAIRS))
+
+
 def test_a_new_process_gives_the_same_bits(student, tmp_path):
-    model = student()
+    model, out, log = student(), tmp_path / "out.npz", tmp_path / "log"
     model.save_pretrained(tmp_path / "student")
-    arguments = [tmp_path / "student", json.dumps([TEXTS, PAIRS]), tmp_path / "out.npz"]
-    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *map(str, arguments)], check=True, cwd=ROOT, timeout=120)
-    embeddings, scores = np.load(tmp_path / "out.npz").values()
+    ended(start(encode_and_score, str(tmp_path / "student"), str(out), torch.get_num_threads(), log=log), log)
+    embeddings, scores = np.load(out).values()
     np.testing.assert_array_equal(embeddings, model.encode(TEXTS))
     np.testing.assert_array_equal(scores, model.score(PAIRS))
 
@@ -87,6 +87,20 @@ def test_the_cards_command_is_the_runs(student_flags):
     words = command_line("dse_train_runner.py", {"task_name": "mrpc", **dse_train_runner.run_flags(args)}).split()
     assert words[:2] == ["python", "dse_train_runner.py"]
     assert dse_train_runner.parse_arguments(words[2:]) == args
+
+
+def test_an_index_is_of_the_length_and_tokenizer_too(student, bert, tmp_path):
+    """Either decides the embeddings: texts of another length or casing, with the same weights, are other texts."""
+    model = student()
+    index, known = CandidateIndex.build(model, TEXTS, tmp_path / "index"), fingerprint(model)
+    assert fingerprint(student()) == known
+    for change in ({"max_seq_length": 5}, {"tokenizer": load_tokenizer(bert, False, "bert")}):
+        other = student()
+        other.settings = replace(other.settings, **change)
+        assert not np.array_equal(other.encode("The doctor bought a car"), model.encode("The doctor bought a car"))
+        assert fingerprint(other) != known
+        with pytest.raises(InputError, match="made by another model"):
+            CandidateIndex.open(index.folder, other)
 
 
 def test_push_to_hub_uploads_the_folder(student, monkeypatch):
@@ -271,15 +285,26 @@ def test_a_pipe_with_a_name(saved, tmp_path, refused):
         writer.join()
 
 
-def test_standard_output_is_utf_8_and_may_be_cut_off(saved, tmp_path):
-    (tmp_path / "texts.txt").write_text("a \u2264 b\n" * 3000, encoding="utf-8")
-    command = f"{sys.executable} -m dse score --model {saved} --queries {tmp_path}/texts.txt --top_k 5 "
-    command += f"--candidates {tmp_path}/texts.txt 2> {tmp_path}/errors | head -n 2; echo ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    run = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, env=environment, timeout=100)
-    _, first, code = run.stdout.decode().splitlines()
-    assert (first.split("\t")[1], code) == ("a \u2264 b", "141")
-    assert "Traceback" not in (tmp_path / "errors").read_text()
+def test_standard_output_is_utf_8_and_may_be_cut_off(saved, tmp_path, monkeypatch, capsys):
+    """Through a pipe of which two lines are read, as `| head -n 2` does, in a terminal of another encoding."""
+    (tmp_path / "queries.txt").write_text("a \u2264 b\n" * 3000, encoding="utf-8")
+    (tmp_path / "candidates.txt").write_text("a \u2264 b\n" * 9, encoding="utf-8")
+    seen, (ours, theirs) = [], os.pipe()
+
+    def head():
+        with open(ours, "rb") as file:
+            seen.extend(file.readline() for _ in range(2))
+
+    reader = threading.Thread(target=head)
+    reader.start()
+    argv = ["score", "--model", saved, "--queries", tmp_path / "queries.txt", "--top_k", 5]
+    with pytest.raises(SystemExit) as stop, open(theirs, "w", encoding="latin-1") as pipe:  # whose end flushes
+        monkeypatch.setattr(sys, "stdout", pipe)
+        entry.main([str(word) for word in [*argv, "--candidates", tmp_path / "candidates.txt"]])
+    reader.join()
+    assert stop.value.code == 141
+    assert seen[1].decode("utf-8").split("\t")[1] == "a \u2264 b"
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_refusals_of_the_commands(saved, student, tmp_path, refused):

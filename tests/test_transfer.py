@@ -188,7 +188,7 @@ def test_the_bag_counts_the_words_of_its_training_texts():
     assert counts.toarray().tolist() == [[0, 2, 0, 2, 0, 0, 0], [0] * 7, [1, 0, 0, 0, 0, 0, 0]]
 
 
-def test_tasks_at_hand(tmp_path):
+def test_tasks_at_hand(tmp_path, caplog):
     """Those with train and dev; no regression, no test set alone, and MNLI once."""
     assert transfer.tasks_at_hand(tmp_path) == []
     for name in ("sst-2", "mrpc", "rte", "qnli", "mnli", "snli", "sts-b"):
@@ -198,6 +198,15 @@ def test_tasks_at_hand(tmp_path):
     (tmp_path / "diagnostic").mkdir()
     (tmp_path / "diagnostic" / "diagnostic.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
     assert [task.name for task in transfer.tasks_at_hand(tmp_path)] == ["mrpc", "mnli", "snli", "sst-2"]
+    assert transfer.is_at_hand(get_task("sts-b"), tmp_path)
+    (tmp_path / "STS-B" / "train.tsv").unlink()  # which cosines do not need
+    assert transfer.is_at_hand(get_task("sts-b"), tmp_path)
+    (tmp_path / "STS-B" / "dev.tsv").unlink()
+    assert not transfer.is_at_hand(get_task("sts-b"), tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} is left out: {file} is not in {tmp_path / folder}"
+        for folder, file in (("QNLI", "dev.tsv"), ("RTE", "train.tsv"), ("STS-B", "dev.tsv"))
+    ]
 
 
 def test_the_first_rows():

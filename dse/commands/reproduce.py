@@ -2,8 +2,9 @@
 
     python -m dse reproduce --preset small --data_dir glue_data --bert_model M --output_dir results
 
-Runs the scripts for each task and seed and writes results.json, results.md and, where matplotlib is installed, plots to
---output_dir. What is done there and sound is skipped, so it can be stopped and called again.
+Runs the scripts for each task and seed and writes results.json, results.md and, once all in them is done and where
+matplotlib is installed, plots to --output_dir. What is done there and sound is skipped, so it can be stopped and called
+again.
 """
 
 import argparse
@@ -15,9 +16,9 @@ from pathlib import Path
 
 from dse import cli, parallel, reproduction, stopping
 from dse.config import check_fits_bert
-from dse.files import InputError, check_writable, sha256_file
+from dse.files import InputError, RunError, check_writable, sha256_file
 from dse.pretrained import bert_config, find_bert, load_tokenizer, saved_casing, tokenizer_key, weight_files
-from dse.processors import TASKS, Task, check_sentence_pairs, get_task
+from dse.processors import TASKS, Task, get_task
 from dse.reporting import duration
 from dse.reproduction import PRESETS, STAGES, Encoder, Work, seconds_left
 from dse.results import can_plot, collect, write_results
@@ -63,7 +64,10 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
         raise InputError(f"--tasks: {', '.join(unknown) or 'none'} given; known: {', '.join(TASKS)}")
     found = []
     for task in (get_task(name) for name in names):
-        check_sentence_pairs(task)
+        if task.text_b is None:
+            raise InputError(f"--tasks: {task.name} has one sentence per row, and DSE scores pairs; leave it out")
+        if task.train is None:
+            raise InputError(f"--tasks: {task.name} has no training set; leave it out")
         if not (args.seeds or task.name in preset.seeds):
             raise InputError(f"--seeds: the preset {args.preset} has none for {task.name}; give some")
         found += [(task, seed) for seed in args.seeds or preset.seeds[task.name]]
@@ -81,7 +85,12 @@ def make_works(args: argparse.Namespace) -> list[Work]:
     """Every task with every seed, refusing what cannot work."""
     pairs, preset = chosen(args), PRESETS[args.preset]
     folder = find_bert(args.bert_model, "--bert_model")
-    check_fits_bert(bert_config(folder, "--bert_model"), reproduction.MAX_SEQ_LENGTH, preset.top_layers)
+    bert = bert_config(folder, "--bert_model")
+    try:
+        check_fits_bert(bert, reproduction.MAX_SEQ_LENGTH, preset.top_layers)
+    except InputError as error:
+        needs = f"{reproduction.MAX_SEQ_LENGTH} positions and {preset.top_layers} layers"
+        raise InputError(f"--bert_model: {folder} has less than the preset {args.preset} needs, {needs}") from error
     lower_case = saved_casing(folder, "--bert_model") is not False
     tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
     hashes = {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
@@ -111,9 +120,10 @@ def run(args: argparse.Namespace, command: str) -> None:
         logger.warning("no plots: pip install matplotlib, and call this again, for them")
 
     # 2. What is left, stage by stage; the results so far after each.
-    def write(complete: bool) -> None:
-        about = {"complete": complete, "command": command, "preset": args.preset}
-        write_results(collect(Path(args.output_dir), works, dict(args.call), about), Path(args.output_dir))
+    def write(left: list[tuple[Work, str]]) -> tuple[dict[str, list[str]], bool]:
+        about = {"command": command, "preset": args.preset}
+        results = collect(Path(args.output_dir), works, left, dict(args.call), about)
+        return results["missing"], write_results(results, Path(args.output_dir))
 
     left = [(work, stage) for work in works for stage in work.left()]
     for work in works:
@@ -128,22 +138,30 @@ def run(args: argparse.Namespace, command: str) -> None:
             stage, work.task.name, work.seed,
         )  # fmt: skip
         do(work, stage)
-        write(complete=False)
+        write(left[done + 1 :])
 
     # 3. The tables.
-    write(complete=True)
+    missing, drawn = write([])
     print(f"\n{(Path(args.output_dir) / 'results.md').read_text(encoding='utf-8')}")
-    logger.info("results.json, results.md%s in %s", " and plots" if can_plot() else "", args.output_dir)
+    for name, stages in missing.items():
+        logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds goes on with it",
+                       Path(args.output_dir) / name, ", ".join(stages))  # fmt: skip
+    logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", args.output_dir)
 
 
 def do(work: Work, stage: str) -> None:
-    """Do a stage; a script that ends early has said why."""
+    """Do a stage; what ends it early is told in this command's terms, since a script's advice names its own flags."""
+    place = work.folder / stage
     try:
-        with stopping.advice(GOES_ON):
-            work.do(stage)
-    except SystemExit:
-        print(f"{PROG}: {work.folder / stage} is not done: {GOES_ON}", file=sys.stderr)
+        work.do(stage)
+    except stopping.Stopped as stop:
+        stop.advice = f"{place} is not done: {GOES_ON}"
         raise
+    except InputError as error:
+        mend = "remove it, and it begins anew, or name another --output_dir"
+        raise InputError(f"--output_dir: {place} cannot be made ({error}); {mend}") from error
+    except RunError as error:
+        raise RunError(f"{place} is not done: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from dse import transfer
 
     sts = TASKS["sts-b"]
-    similar = read_examples(sts, data_dir / sts.folder, "dev") if (data_dir / sts.folder / sts.dev).is_file() else None
+    similar = read_examples(sts, data_dir / sts.folder, "dev") if transfer.is_at_hand(sts, data_dir) else None
     data = {}
     for task in transfer.tasks_at_hand(data_dir):
         folder = data_dir / task.folder
