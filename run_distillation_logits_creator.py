@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     work = {
         **logits_identity(task, examples.files, len(examples)),
         "teacher": identity, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
-        "batch_size": args.batch_size, "padding": padding, "device": device.type,
+        "batch_size": args.batch_size, "max_seq_length": args.max_seq_length, "padding": padding, "device": device.type,
     }  # fmt: skip
     progress = Progress(path.with_suffix(".partial"), work, args.save_every)
     logits = predict(

@@ -476,6 +476,20 @@ def test_logits_go_on_where_they_stopped(creator, tmp_path, monkeypatch, capsys)
     assert len(after) == len(in_all) - 5 > 0
 
 
+def test_19_logits_that_go_on_with_another_length(creator, tmp_path, monkeypatch, capsys):
+    """The ids are the same at both lengths, and the steps are not: no row may be left out between them."""
+    path = tmp_path / "teacher_logits.pt"
+    run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
+    unbroken = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patched:
+        stop_forward(patched, 5)
+        stopped(run_distillation_logits_creator.main, creator, capsys)
+    run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
+    assert torch.load(path, weights_only=True).abs().sum(dim=1).min() > 0
+    assert path.read_bytes() == unbroken
+
+
 def test_logits_of_other_work_or_spoiled_ones_are_begun_anew(creator, tmp_path, monkeypatch, capsys, caplog):
     with monkeypatch.context() as patched:
         stop_forward(patched, 4)
