@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dse import cli, parallel, stopping
 from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.files import InputError, check_file, check_writable, read_json, sha256_file, utc_stamp
+from dse.files import InputError, check_file, check_name, check_writable, read_json, sha256_file, utc_stamp
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
 from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
 from dse.reporting import Record, append_json_line, check_can_plot, format_metrics, plot_metrics
@@ -104,6 +104,7 @@ class Start:
 
 def check_flags(args: argparse.Namespace, task: Task) -> None:
     """Refuse what the flags alone tell."""
+    longest = f"{args.experiment_name}_{utc_stamp()}_state_epoch_{args.epochs}_update_{2**32}.pt"
     check_sentence_pairs(task)
     check_fc_dims(args.fc_dims, task)
     check_file(
@@ -115,11 +116,13 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
             raise InputError("--resume: finds the state to go on from by itself; give it or --trainer_checkpoint")
     if args.plot_metrics:
         check_can_plot("--plot_metrics")
-        check_writable(args.plots_dir, "--plots_dir")
+        check_writable(args.plots_dir, "--plots_dir", longest)
     if args.trainer_checkpoint:
-        check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint")
+        check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint", longest)
     else:
-        check_writable(args.checkpoint_dir, "--checkpoint_dir")
+        check_writable(Path(args.checkpoint_dir, f"{args.experiment_name}_{utc_stamp()}"), "--checkpoint_dir", longest)
+    for path, _ in features_paths(args, task).values():
+        check_name(path, "--data_dir or the features' paths")
     paths = [path for path, chosen in features_paths(args, task).values() if chosen]
     if len(set(paths)) < len(paths):
         raise InputError(f"--dev_features_path: {args.dev_features_path} serves two sets; name a path of its own")

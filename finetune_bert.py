@@ -21,6 +21,7 @@ from dse.cache import cache_name
 from dse.config import check_fits_bert
 from dse.files import (
     InputError,
+    check_name,
     check_writable,
     load_tensors,
     sha256_file,
@@ -39,7 +40,7 @@ from dse.pretrained import (
     read_training,
     tokenizer_key,
 )
-from dse.processors import Examples, Task, get_task, read_examples, task_to_dict
+from dse.processors import Examples, Task, get_task, read_examples, task_from_dict, task_to_dict
 
 PROG = "finetune_bert.py"
 STATE = "training_state"  # folder of the states in the output folder
@@ -90,15 +91,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def mismatched_dir(args: argparse.Namespace) -> Path:
-    """Where MNLI's results on the mismatched set go."""
-    return Path(args.output_dir).with_name(f"{last_part(args.output_dir)}-MM")
+def results_dirs(args: argparse.Namespace, task: Task) -> dict[str, Path]:
+    """Where the results on each set that is evaluated go: dev and, of MNLI, mm, its mismatched dev set."""
+    folder = Path(args.output_dir)
+    if "mm" not in dict(task.also_validate):
+        return {"dev": folder}
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return {"dev": folder, "mm": named.parent / f"{named.name}-MM"}
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
+def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     output_dir = Path(args.output_dir)
-    check_writable(output_dir, "--output_dir")
-    check_writable(mismatched_dir(args), "--output_dir")
+    for folder in results_dirs(args, task).values():
+        check_writable(folder, "--output_dir", f"{STATE}/teacher_state_epoch_{args.num_train_epochs}_update_{2**32}.pt")
+    cache = cache_name("train", last_part(args.bert_model), args.max_seq_length, task.name, "joint")
+    check_name(Path(args.data_dir) / cache, "--bert_model, --task_name")
     free = args.overwrite_output_dir or args.resume or not args.do_train
     if not free and output_dir.is_dir() and any(output_dir.iterdir()):
         hint = "--resume to go on with the training in it, " if (output_dir / STATE).is_dir() else ""
@@ -111,7 +118,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
 def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
     """The splits that the flags ask for; `mm` is MNLI's mismatched dev set."""
     splits = ["train"] if args.do_train else []
-    splits += ["dev", *(["mm"] if "mm" in dict(task.also_validate) else [])] if args.do_eval else []
+    splits += results_dirs(args, task) if args.do_eval else []
     return {split: read_examples(task, args.data_dir, split) for split in splits}
 
 
@@ -250,7 +257,7 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
         hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         training = {"format": TRAINING_FORMAT, **about, "sha256": hashes}
         write_text(beside / TRAINING, json.dumps(training, indent=2) + "\n")
-    for folder in (Path(args.output_dir), mismatched_dir(args)):
+    for folder in results_dirs(args, task_from_dict(about["task"])).values():
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)
 
@@ -308,14 +315,14 @@ def write_all_results(
     write_results(Path(args.output_dir), metrics, last["updates"], last["train"]["loss"])
     if "mm" in features:
         mismatched = evaluate(args, task, model, features["mm"], device, "mm")
-        write_results(mismatched_dir(args), mismatched, last["updates"], last["train"]["loss"])
+        write_results(results_dirs(args, task)["mm"], mismatched, last["updates"], last["train"]["loss"])
     return metrics
 
 
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task = get_task(args.task_name)
-    check_output_dir(args)
+    check_output_dir(args, task)
     log_file = Path(args.log_dir) / f"run_classifier_{task.name}_{utc_stamp()}.log" if args.file_log else None
     cli.set_up_logging(log_file)
     data = read_data(args, task)

@@ -9,11 +9,10 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from dse import cli
 from dse.config import check_fits_bert
-from dse.files import check_writable, write_text
+from dse.files import check_output_file, write_text
 from dse.pretrained import bert_config, find_bert, load_tokenizer
 from dse.processors import check_sentence_pairs, get_task
 from dse.reporting import check_can_plot
@@ -54,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
     task = get_task(args.task_name)
     check_sentence_pairs(task)
     if args.output:
-        check_writable(Path(args.output).parent, "--output")
+        check_output_file(args.output, "--output")
     if args.plot:
         check_can_plot("--plot")
-        check_writable(Path(args.plot).parent, "--plot")
+        check_output_file(args.plot, "--plot")
     cli.set_up_logging()
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     """A checkpoint's student as a folder that loads."""
     # 1. Refuse what cannot work.
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
-    check_writable(Path(args.output).absolute().parent, "--output")
+    output = Path(args.output).resolve()
+    check_writable(output.parent, "--output", output.name)
     cli.set_up_logging()
     from dse.sharing import check_replaceable
 

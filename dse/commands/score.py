@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dse import cli
-from dse.files import InputError, check_writable, write_whole
+from dse.files import InputError, check_output_file, write_whole
 
 PROG = "python -m dse score"
 COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
@@ -78,9 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_index:
         cli.check_texts(args.candidates, "--candidates")
     if args.output != "-":
-        check_writable(Path(args.output).absolute().parent, "--output")
-        if Path(args.output).is_dir():
-            raise InputError(f"--output: {args.output} is a folder; name a file")
+        check_output_file(args.output, "--output")
     cli.set_up_logging()
     from dse.index import CandidateIndex, ranked_output
 
