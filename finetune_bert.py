@@ -180,8 +180,12 @@ def evaluate(
     return measure_teacher(task)(logits, features.labels)
 
 
-def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any) -> dict[str, Any]:
-    """What makes a training this one: task, flags, data, tokenizer."""
+def run_of(
+    args: argparse.Namespace, task: Task, data: dict[str, Examples], bert_folder: Path, tokenizer: Any
+) -> dict[str, Any]:
+    """What makes a training this one: task, flags, data, encoder, tokenizer."""
+    from dse.checkpoint import bert_hashes
+
     others = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
     flags = {flag: value for flag, value in vars(args).items() if flag not in others}
     return {
@@ -189,17 +193,20 @@ def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], toke
         "task": task_to_dict(task),
         "run": flags,
         "data": {split: rows.files for split, rows in data.items()},
+        "bert": bert_hashes(bert_folder) if args.do_train else None,
         "tokenizer": tokenizer_key(tokenizer),
     }
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise InputError, naming both values, where a state or a finished training is of another run."""
-    from dse.checkpoint import check_same_data, check_same_flags
+    from dse.checkpoint import check_same_bert, check_same_data, check_same_flags
 
     if there["task"] != here["task"]:
         raise InputError(f"--task_name: {here['task']['name']} now, {there['task']['name']} in the run")
     check_same_flags(there["run"], here["run"])
+    then, now = there["run"]["bert_model"], here["run"]["bert_model"]
+    check_same_bert(then, now, there.get("bert"), lambda: here["bert"])
     check_same_data(there["data"], here["data"])
     if there["tokenizer"] != here["tokenizer"]:
         raise InputError("--bert_model: its tokenizer is not the one that the run began with")
@@ -330,7 +337,7 @@ def run(args: argparse.Namespace) -> None:
     check_fits_bert(bert_config(bert_folder, "--bert_model"), args.max_seq_length)
     tokenizer = load_tokenizer(bert_folder, args.do_lower_case, "--bert_model")
 
-    here = run_of(args, task, data, tokenizer)
+    here = run_of(args, task, data, bert_folder, tokenizer)
     found = find_state(args, here)
     finished = finished_training(args, here) if args.do_train and args.resume and not found[2] else None
 

@@ -362,10 +362,14 @@ class Work:
         """The teacher's folder, or a student's best epoch."""
         if stage == "teacher":
             return self.folder / stage
-        runs = sorted(self.folder.glob(f"{stage}/{stage}_*/best"))
+        from dse.checkpoint import told_by
+
+        # Of the newest run; `best_epoch_<n>` where `best` could not be replaced.
+        found = [(path.parent.name, told_by(path).get("epoch"), path) for path in self.folder.glob(f"{stage}/*/best*")]
+        runs = [each for each in found if each[1] is not None]
         if not runs:
             raise InputError(f"--output_dir: {self.folder / stage} holds no student; remove the folder")
-        return runs[-1]
+        return max(runs)[-1]
 
     def _measure(self, folder: Path) -> dict[str, dict[str, float]]:
         from dse.prediction import load_scorer

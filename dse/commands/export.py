@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
 
     model, _ = student_from_checkpoint(load_checkpoint(args.trainer_checkpoint))
     model.save_pretrained(args.output)
-    logger.info("student of %s, epoch %d: %s", model.settings.task.name, model.origin["epoch"], args.output)
+    epoch = model.origin["epoch"]
+    when = "within an epoch, without metrics" if epoch is None else f"epoch {epoch}"
+    logger.info("student of %s, %s: %s", model.settings.task.name, when, args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
