@@ -21,6 +21,7 @@ from dse.cache import cache_name
 from dse.config import check_fits_bert
 from dse.files import (
     InputError,
+    RunError,
     check_name,
     check_writable,
     load_tensors,
@@ -45,6 +46,13 @@ from dse.processors import Examples, Task, get_task, read_examples, task_from_di
 PROG = "finetune_bert.py"
 STATE = "training_state"  # folder of the states in the output folder
 HEADER = {"format": "dse teacher state", "version": 1}
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 logger = logging.getLogger("dse.finetune_bert")
 
 
@@ -264,6 +272,14 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
         hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         training = {"format": TRAINING_FORMAT, **about, "sha256": hashes}
         write_text(beside / TRAINING, json.dumps(training, indent=2) + "\n")
+        for name in TOKENIZER_FILES:  # an earlier teacher's would be read along with this one's
+            if name not in hashes:
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
+    if tokenizer_key(load_tokenizer(Path(args.output_dir), args.do_lower_case, "--output_dir")) != about["tokenizer"]:
+        raise RunError(
+            f"{args.output_dir}: its tokenizer is not the one of the training, because of files that were there "
+            "before: move them away, and run the same command again with --resume"
+        )
     for folder in results_dirs(args, task_from_dict(about["task"])).values():
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)

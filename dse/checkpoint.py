@@ -196,6 +196,11 @@ def told_by(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def best_folders(run: Path) -> list[Path]:
+    """Where the best epoch's student may be in a run's folder; what is there may be something else (`told_by`)."""
+    return [run / BEST, *run.glob(f"{BEST}_epoch_*")]
+
+
 def save_best(model: DSESiameseClassifier, run: Path) -> None:
     """Write the best epoch's student into a run's folder, as `best`, or as `best_epoch_<n>` where that cannot be.
 
@@ -217,7 +222,7 @@ def save_best(model: DSESiameseClassifier, run: Path) -> None:
 
 def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
     """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
-    for place in (run / BEST, *run.glob(f"{BEST}_epoch_*")):
+    for place in best_folders(run):
         told = told_by(place) if place != newest else {}
         if told and told.get("stamp", stamp) == stamp:
             for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder

@@ -362,14 +362,13 @@ class Work:
         """The teacher's folder, or a student's best epoch."""
         if stage == "teacher":
             return self.folder / stage
-        from dse.checkpoint import told_by
+        from dse.checkpoint import best_folders, told_by
 
-        # Of the newest run; `best_epoch_<n>` where `best` could not be replaced.
-        found = [(path.parent.name, told_by(path).get("epoch"), path) for path in self.folder.glob(f"{stage}/*/best*")]
-        runs = [each for each in found if each[1] is not None]
-        if not runs:
-            raise InputError(f"--output_dir: {self.folder / stage} holds no student; remove the folder")
-        return max(runs)[-1]
+        for run in sorted(self.folder.glob(f"{stage}/{stage}_*"), reverse=True):
+            found = {told_by(path).get("epoch"): path for path in best_folders(run)}
+            if epochs := found.keys() - {None}:
+                return found[max(epochs)]  # of `best` and, where it could not be replaced, those beside it
+        raise InputError(f"--output_dir: {self.folder / stage} holds no student; remove the folder")
 
     def _measure(self, folder: Path) -> dict[str, dict[str, float]]:
         from dse.prediction import load_scorer

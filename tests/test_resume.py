@@ -24,6 +24,7 @@ from dse.checkpoint import check_same_flags, load_checkpoint
 from dse.files import InputError, RunError
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
+from dse.pretrained import load_tokenizer, tokenizer_key
 from dse.states import States
 
 ROOT = Path(__file__).parents[1]
@@ -996,3 +997,32 @@ def test_30_a_teacher_goes_on_where_its_inputs_have_other_names(
     assert weights[0] == weights[1]
     finetune_bert.main(moved(flags, {**changes, "data_dir": data("mrpc")}))
     assert "nothing to train: the teacher in" in caplog.text
+
+
+def test_27_an_earlier_teachers_tokenizer_does_not_change_the_new_ones(
+    teacher_flags, bert, tmp_path, monkeypatch, capsys
+):
+    """Files that the new one has not; what is not a tokenizer's stays. Where they cannot go, one line says so."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    stale = {"special_tokens_map.json": '{"unk_token": "doctor"}', "added_tokens.json": '{"doctor": 101}',
+             "vocab.txt": "[PAD]\n[UNK]\n", "notes.txt": "mine"}  # fmt: skip
+
+    def put_back() -> None:
+        for name, text in stale.items():
+            (folder / name).write_text(text)
+
+    put_back()
+    expected = tokenizer_key(load_tokenizer(bert, True, "--bert_model"))
+    finetune_bert.main([*teacher_flags(), "--overwrite_output_dir"])
+    assert tokenizer_key(load_tokenizer(folder, True, "--output_dir")) == expected
+    assert {path.name for path in folder.iterdir()} & set(stale) == {"notes.txt"}
+    put_back()
+    monkeypatch.setattr(finetune_bert, "TOKENIZER_FILES", ())
+    del stale["added_tokens.json"]
+    (folder / "added_tokens.json").unlink()
+    code, line = stopped(finetune_bert.main, [*teacher_flags(), "--overwrite_output_dir"], capsys)
+    assert (code, "its tokenizer is not the one of the training" in line) == (1, True)
+    (folder / "special_tokens_map.json").unlink()
+    finetune_bert.main([*teacher_flags(), "--overwrite_output_dir", "--resume"])
+    assert (folder / "eval_results.txt").exists()
