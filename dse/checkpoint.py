@@ -225,10 +225,10 @@ def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
     for place in best_folders(run):
         told = told_by(place) if place != newest else {}
         if told and told.get("stamp", stamp) == stamp:
-            for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
-                (place / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others' files are in it
-                place.rmdir()
+            with contextlib.suppress(OSError):
+                for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
+                    (place / name).unlink(missing_ok=True)
+                place.rmdir()  # unless others' files are in it
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:

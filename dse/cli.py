@@ -122,7 +122,7 @@ def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
 
 
 def whole_number(least: int) -> Any:
-    """A flag's type: an integer of at least `least`."""
+    """A flag's type: an integer of at least `least`, that torch takes."""
 
     def parse(text: str) -> int:
         try:
@@ -131,17 +131,14 @@ def whole_number(least: int) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"{number} is below {least}: give {least} or more")
+        if number >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is above {2**63 - 1}")
         return number
 
     return parse
 
 
-def seed(text: str) -> int:
-    """A flag's type: a seed that torch takes, or -1 for a new one each run."""
-    number = whole_number(-1)(text)
-    if number >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is above {2**63 - 1}")
-    return number
+seed = whole_number(-1)  # a flag's type: a seed that torch takes, or -1 for a new one each run
 
 
 def _number(text: str) -> float:
@@ -198,7 +195,7 @@ def extra_size(text: str) -> int:
     """A flag's type: a layer's size, or -1 for no layer."""
     if text != "-1" and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give 1 or more, or -1 for no layer")
-    return int(text)
+    return whole_number(-1)(text)
 
 
 def file_word(text: str) -> str:

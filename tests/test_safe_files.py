@@ -292,7 +292,9 @@ def test_26_lack_of_memory_names_the_flags_that_the_command_has(
     assert cli.Parser.flags == before
 
 
-def test_26_a_head_beyond_memory(student_flags, capsys):
+def test_26_a_head_beyond_memory(student_flags, refused, capsys):
+    for changes in ({"fc_dims": [2**63, 1]}, {"additional_embedding_layer_size": 2**63}):
+        assert "is above 9223372036854775807" in refused(dse_train_runner.main, student_flags(**changes))
     for sizes in ([2**40, 1], [2**62, 1]):
         with pytest.raises(SystemExit) as stop:
             dse_train_runner.main(student_flags(fc_dims=sizes))
