@@ -214,7 +214,7 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
         raise InputError(f"--task_name: {here['task']['name']} now, {there['task']['name']} in the run")
     check_same_flags(there["run"], here["run"])
     then, now = there["run"]["bert_model"], here["run"]["bert_model"]
-    check_same_bert(then, now, there.get("bert"), lambda: here["bert"])
+    check_same_bert(then, now, there.get("bert"), here["bert"])
     check_same_data(there["data"], here["data"])
     if there["tokenizer"] != here["tokenizer"]:
         raise InputError("--bert_model: its tokenizer is not the one that the run began with")

@@ -90,8 +90,6 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
     Args:
         flags: the flags now, as the checkpoint's `run` entry has them.
         data: the data now, as its `data` entry has it: hashes of the files by split, and of the logits.
-
-    The encoder is looked for only where its folder is there, or its name has changed: the weights are the checkpoint's.
     """
     check_task(checkpoint, task)
     for key, value in task_to_dict(task).items():
@@ -104,10 +102,15 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
             f"--distillation_logits_path: SHA-256 is {data['logits']} now, "
             f"and was {checkpoint['data']['logits']} in the run"
         )
-    now, then = flags["bert_model"], checkpoint["run"]["bert_model"]
-    if not same_value(now, then) or Path(now).expanduser().is_dir():
-        there = checkpoint["data"].get("bert")
-        check_same_bert(then, now, there, lambda: bert_hashes(find_bert(now, "--bert_model")))
+    now, then, there = flags["bert_model"], checkpoint["run"]["bert_model"], checkpoint["data"].get("bert")
+    same = same_value(now, then)
+    try:
+        here = None if there is None else bert_hashes(find_bert(now, "--bert_model", hub=not same))
+    except InputError:
+        if not same:
+            raise
+        here = there  # it is gone, or a hub's, and not needed: the weights are the checkpoint's
+    check_same_bert(then, now, there, here)
 
 
 def bert_hashes(folder: Path) -> dict[str, str]:
@@ -115,14 +118,14 @@ def bert_hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
 
 
-def check_same_bert(then: str, now: str, there: dict[str, str] | None, here: Callable[[], dict[str, str]]) -> None:
+def check_same_bert(then: str, now: str, there: dict[str, str] | None, here: dict[str, str] | None) -> None:
     """Raise InputError where --bert_model is another encoder than the run's.
 
     Args:
         then, now: its names, which count alone for a run from before hashes were stored.
         there, here: its `bert_hashes` in the run and now.
     """
-    if not (same_value(then, now) if there is None else here() == there):
+    if not (same_value(then, now) if there is None else here == there):
         how = "" if there is None else ", which differ in the SHA-256 of their files"
         raise InputError(f"--bert_model: {now} now, {then} in the run{how}: going on needs the same encoder")
 
