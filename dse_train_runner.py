@@ -121,7 +121,7 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
     else:
         check_writable(Path(args.checkpoint_dir, f"{args.experiment_name}_{utc_stamp()}"), "--checkpoint_dir", longest)
     for path, _ in features_paths(args, task).values():
-        check_name(path, "--bert_model, --task_name or the features' paths")
+        check_name(path, "--data_dir, --bert_model, --task_name or the features' paths")
     paths = [path for path, chosen in features_paths(args, task).values() if chosen]
     if len(set(paths)) < len(paths):
         raise InputError(f"--dev_features_path: {args.dev_features_path} serves two sets; name a path of its own")

@@ -113,7 +113,7 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     for folder in results_dirs(args, task).values():
         check_writable(folder, "--output_dir", f"{STATE}/teacher_state_epoch_{args.num_train_epochs}_update_{2**32}.pt")
     cache = cache_name("train", last_part(args.bert_model), args.max_seq_length, task.name, "joint")
-    check_name(Path(args.data_dir) / cache, "--bert_model, --task_name")
+    check_name(Path(args.data_dir) / cache, "--data_dir, --bert_model or --task_name")
     free = args.overwrite_output_dir or args.resume or not args.do_train
     if not free and output_dir.is_dir() and any(output_dir.iterdir()):
         hint = "--resume to go on with the training in it, " if (output_dir / STATE).is_dir() else ""

@@ -119,7 +119,7 @@ def test_18_names_that_are_too_long_for_their_files(teacher_flags, student_flags
         tmp_path,
     ]
     for main, argv, flag in (
-        (finetune_bert.main, teacher_flags(bert_model=tmp_path / LONG), "--bert_model, --task_name: "),
+        (finetune_bert.main, teacher_flags(bert_model=tmp_path / LONG), "--bert_model or --task_name: "),
         (finetune_bert.main, teacher_flags("mnli", output_dir=tmp_path / f"{LONG}nnn"), "--output_dir: "),
         (finetune_bert.main, teacher_flags(output_dir=tmp_path / f"{LONG}{LONG}"), "--output_dir: "),
         (finetune_bert.main, teacher_flags(output_dir=tmp_path / "/".join([LONG] * 17)), "--output_dir: "),
