@@ -10,7 +10,6 @@ run that was stopped, from its newest state, and ends as if it had never stopped
 """
 
 import argparse
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dse import cli, parallel, stopping
 from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.files import InputError, check_file, check_writable, read_json, sha256_file, utc_stamp
+from dse.files import InputError, check_file, check_name, check_writable, read_json, sha256_file, utc_stamp
 from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
 from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
 from dse.reporting import (
@@ -110,6 +109,7 @@ class Start:
 
 def check_flags(args: argparse.Namespace, task: Task) -> None:
     """Refuse what the flags alone tell."""
+    longest = f"{args.experiment_name}_{utc_stamp()}_state_epoch_{args.epochs}_update_{2**32}.pt"
     check_sentence_pairs(task)
     check_fc_dims(args.fc_dims, task)
     check_file(
@@ -121,11 +121,13 @@ def check_flags(args: argparse.Namespace, task: Task) -> None:
             raise InputError("--resume: finds the state to go on from by itself; give it or --trainer_checkpoint")
     if args.plot_metrics:
         check_can_plot("--plot_metrics")
-        check_writable(args.plots_dir, "--plots_dir")
+        check_writable(args.plots_dir, "--plots_dir", longest)
     if args.trainer_checkpoint:
-        check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint")
+        check_writable(Path(args.trainer_checkpoint).parent, "--trainer_checkpoint", longest)
     else:
-        check_writable(args.checkpoint_dir, "--checkpoint_dir")
+        check_writable(Path(args.checkpoint_dir, f"{args.experiment_name}_{utc_stamp()}"), "--checkpoint_dir", longest)
+    for path, _ in features_paths(args, task).values():
+        check_name(path, "--data_dir, --bert_model, --task_name or the features' paths")
     paths = [path for path, chosen in features_paths(args, task).values() if chosen]
     if len(set(paths)) < len(paths):
         raise InputError(f"--dev_features_path: {args.dev_features_path} serves two sets; name a path of its own")
@@ -151,11 +153,14 @@ def splits_of(task: Task) -> list[str]:
     return ["train", "dev", *(split for split, _ in task.also_validate)]
 
 
-def start_fresh(args: argparse.Namespace, stamp: str) -> Start:
+def start_fresh(args: argparse.Namespace, stamp: str, data: dict[str, Any]) -> Start:
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+    from dse.checkpoint import bert_hashes
+
+    data["bert"] = bert_hashes(folder)
     return Start(tokenizer, stamp, DSEConfig.from_flags(args, bert), bert_folder=folder)
 
 
@@ -178,6 +183,7 @@ def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> S
             logger.info("--resume: no state of %s in %s: starting anew", args.experiment_name, args.checkpoint_dir)
             return None
         states, path, checkpoint = found
+    data["bert"] = checkpoint["data"].get("bert")  # None: of a version that did not store it
     best = checkpoint["best"]
     if best is not None and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
         logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
@@ -370,23 +376,23 @@ def make_after_epoch(
     log_file: Path | None,
 ) -> Callable[[Record], bool]:
     """After each epoch: checkpoint or state, JSON line, plots; True ends the training early."""
-    from dse.checkpoint import origin_of
+    from dse.checkpoint import origin_of, save_best
     from dse.encoding import DEFAULT_THRESHOLD, TextSettings
 
     def after_epoch(record: Record) -> bool:
         best = best_epoch(task, trainer.history)
         warn_of_no_score(task, trainer.history)
         if args.store_checkpoints and "validation" in record:
-            if best == record["epoch"] and parallel.is_first():
-                run = {"task_name": args.task_name, **run_flags(args)}
-                threshold = winning_threshold(record["validation"]) or DEFAULT_THRESHOLD
-                trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length, threshold)
-                trainer.model.origin = origin_of(run, trainer.seed, trainer.history, data)
-                trainer.model.save_pretrained(start.states.folder / "best")
             name, value = score_of(task, record)
             file = f"{args.experiment_name}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
             trainer.saved = start.states.save((record["epoch"] + 1, 0), entries(file), file, best)
             logger.info("checkpoint %s", trainer.saved)
+            if best == record["epoch"] and parallel.is_first():
+                run = {"task_name": args.task_name, **run_flags(args)}
+                threshold = winning_threshold(record["validation"]) or DEFAULT_THRESHOLD
+                trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length, threshold)
+                trainer.model.origin = origin_of(run, trainer.seed, trainer.history, data, start.stamp)
+                save_best(trainer.model, start.states.folder)
         else:
             trainer.saved = save()
         if parallel.is_first():
@@ -428,31 +434,33 @@ def train(
         best = best_epoch(task, trainer.history) if args.store_checkpoints else None
         return start.states.save(position, entries(), best_epoch=best)
 
+    wanted_more = len(trainer.history) >= args.epochs != start.epochs  # by the run that is gone on with
     if out_of_patience(task, trainer.history, args.patience):
+        wanted_more = False
         logger.warning("nothing to train: the run had stopped early, out of --patience %d", args.patience)
     elif len(trainer.history) >= args.epochs:
         logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
-        if args.epochs != start.epochs:
-            return  # more epochs had been wanted, and may be again: what is there stays
     else:
         after_epoch = make_after_epoch(args, task, trainer, start, data, save, entries, log_file)
         trainer.fit(args.epochs, validate, args.validate_every, after_epoch, save, args.save_every)
     best = best_epoch(task, trainer.history) if args.store_checkpoints else None
-    start.states.finish(best)
+    if not wanted_more:  # else more may be wanted again: what is there stays
+        start.states.finish(best)
     if best is not None and parallel.is_first():
-        mend_best(start.states.folder, start.states.files[best + 1, 0], best)
+        mend_best(start.states.folder, start.states.files[best + 1, 0], best, start.stamp)
 
 
-def mend_best(folder: Path, checkpoint: Path, epoch: int) -> None:
-    """Write `best` where it is missing or of another epoch, as after a stop or with an older run's checkpoints."""
-    from dse.checkpoint import load_checkpoint, student_from_checkpoint
-    from dse.sharing import read_config
+def mend_best(folder: Path, checkpoint: Path, epoch: int, stamp: str) -> None:
+    """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints."""
+    from dse.checkpoint import BEST, load_checkpoint, remove_older_best, save_best, student_from_checkpoint, told_by
 
-    with contextlib.suppress(InputError):
-        if read_config(folder / "best")["origin"]["epoch"] == epoch:
+    for place in (folder / BEST, folder / f"{BEST}_epoch_{epoch}"):
+        told = told_by(place)
+        if told.get("epoch") == epoch and told.get("stamp", stamp) == stamp:
+            remove_older_best(folder, place, stamp)
             return
     if checkpoint.is_file():
-        student_from_checkpoint(load_checkpoint(checkpoint))[0].save_pretrained(folder / "best")
+        save_best(student_from_checkpoint(load_checkpoint(checkpoint))[0], folder)
 
 
 def report_best(task: Task, history: list[Record]) -> None:
@@ -478,7 +486,7 @@ def run(args: argparse.Namespace) -> None:
     logits_path = Path(args.distillation_logits_path)
     data = {"files": files, "logits": sha256_file(logits_path), "commands": commands_of(logits_path)}
     again = args.trainer_checkpoint or args.resume
-    start = (start_again(args, task, data) if again else None) or start_fresh(args, stamp)
+    start = (start_again(args, task, data) if again else None) or start_fresh(args, stamp, data)
 
     # 2. Teacher logits that belong to this data; features; device and seed.
     from dse.distillation import load_logits, logits_identity

@@ -21,6 +21,8 @@ from dse.cache import cache_name
 from dse.config import check_fits_bert
 from dse.files import (
     InputError,
+    RunError,
+    check_name,
     check_writable,
     load_tensors,
     sha256_file,
@@ -38,13 +40,21 @@ from dse.pretrained import (
     last_part,
     load_tokenizer,
     read_training,
+    tokenizer_in,
     tokenizer_key,
 )
-from dse.processors import Examples, Task, get_task, read_examples, task_to_dict
+from dse.processors import Examples, Task, get_task, read_examples, task_from_dict, task_to_dict
 
 PROG = "finetune_bert.py"
 STATE = "training_state"  # folder of the states in the output folder
 HEADER = {"format": "dse teacher state", "version": 1}
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 logger = logging.getLogger("dse.finetune_bert")
 
 
@@ -91,15 +101,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def mismatched_dir(args: argparse.Namespace) -> Path:
-    """Where MNLI's results on the mismatched set go."""
-    return Path(args.output_dir).with_name(f"{last_part(args.output_dir)}-MM")
+def results_dirs(args: argparse.Namespace, task: Task) -> dict[str, Path]:
+    """Where the results on each set that is evaluated go: dev and, of MNLI, mm, its mismatched dev set."""
+    folder = Path(args.output_dir)
+    if "mm" not in dict(task.also_validate):
+        return {"dev": folder}
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return {"dev": folder, "mm": named.parent / f"{named.name}-MM"}
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
+def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     output_dir = Path(args.output_dir)
-    check_writable(output_dir, "--output_dir")
-    check_writable(mismatched_dir(args), "--output_dir")
+    for folder in results_dirs(args, task).values():
+        check_writable(folder, "--output_dir", f"{STATE}/teacher_state_epoch_{args.num_train_epochs}_update_{2**32}.pt")
+    cache = cache_name("train", last_part(args.bert_model), args.max_seq_length, task.name, "joint")
+    check_name(Path(args.data_dir) / cache, "--data_dir, --bert_model or --task_name")
     free = args.overwrite_output_dir or args.resume or not args.do_train
     if not free and output_dir.is_dir() and any(output_dir.iterdir()):
         hint = "--resume to go on with the training in it, " if (output_dir / STATE).is_dir() else ""
@@ -112,7 +128,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
 def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
     """The splits that the flags ask for; `mm` is MNLI's mismatched dev set."""
     splits = ["train"] if args.do_train else []
-    splits += ["dev", *(["mm"] if "mm" in dict(task.also_validate) else [])] if args.do_eval else []
+    splits += results_dirs(args, task) if args.do_eval else []
     return {split: read_examples(task, args.data_dir, split) for split in splits}
 
 
@@ -174,8 +190,12 @@ def evaluate(
     return measure_teacher(task)(logits, features.labels)
 
 
-def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any) -> dict[str, Any]:
-    """What makes a training this one: task, flags, data, tokenizer."""
+def run_of(
+    args: argparse.Namespace, task: Task, data: dict[str, Examples], bert_folder: Path, tokenizer: Any
+) -> dict[str, Any]:
+    """What makes a training this one: task, flags, data, encoder, tokenizer."""
+    from dse.checkpoint import bert_hashes
+
     others = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
     flags = {flag: value for flag, value in vars(args).items() if flag not in others}
     return {
@@ -183,17 +203,20 @@ def run_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], toke
         "task": task_to_dict(task),
         "run": flags,
         "data": {split: rows.files for split, rows in data.items()},
+        "bert": bert_hashes(bert_folder) if args.do_train else None,
         "tokenizer": tokenizer_key(tokenizer),
     }
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise InputError, naming both values, where a state or a finished training is of another run."""
-    from dse.checkpoint import check_same_data, check_same_flags
+    from dse.checkpoint import check_same_bert, check_same_data, check_same_flags
 
     if there["task"] != here["task"]:
         raise InputError(f"--task_name: {here['task']['name']} now, {there['task']['name']} in the run")
     check_same_flags(there["run"], here["run"])
+    then, now = there["run"]["bert_model"], here["run"]["bert_model"]
+    check_same_bert(then, now, there.get("bert"), here["bert"])
     check_same_data(there["data"], here["data"])
     if there["tokenizer"] != here["tokenizer"]:
         raise InputError("--bert_model: its tokenizer is not the one that the run began with")
@@ -251,7 +274,15 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
         hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         training = {"format": TRAINING_FORMAT, **about, "sha256": hashes}
         write_json(beside / TRAINING, training)
-    for folder in (Path(args.output_dir), mismatched_dir(args)):
+        for name in TOKENIZER_FILES:  # an earlier teacher's would be read along with this one's
+            if name not in hashes:
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
+    if tokenizer_key(tokenizer_in(Path(args.output_dir))) != about["tokenizer"]:
+        raise RunError(
+            f"{args.output_dir}: its tokenizer is not the one of the training, because of files that were there "
+            "before: move them away, and run the same command again with --resume"
+        )
+    for folder in results_dirs(args, task_from_dict(about["task"])).values():
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced
     logger.info("teacher saved in %s", args.output_dir)
 
@@ -310,14 +341,14 @@ def write_all_results(
     write_results(Path(args.output_dir), metrics, last["updates"], last["train"]["loss"])
     if "mm" in features:
         mismatched = evaluate(args, task, model, features["mm"], device, "mm")
-        write_results(mismatched_dir(args), mismatched, last["updates"], last["train"]["loss"])
+        write_results(results_dirs(args, task)["mm"], mismatched, last["updates"], last["train"]["loss"])
     return metrics
 
 
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task = get_task(args.task_name)
-    check_output_dir(args)
+    check_output_dir(args, task)
     log_file = Path(args.log_dir) / f"run_classifier_{task.name}_{utc_stamp()}.log" if args.file_log else None
     cli.set_up_logging(log_file)
     data = read_data(args, task)
@@ -325,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
     check_fits_bert(bert_config(bert_folder, "--bert_model"), args.max_seq_length)
     tokenizer = load_tokenizer(bert_folder, args.do_lower_case, "--bert_model")
 
-    here = run_of(args, task, data, tokenizer)
+    here = run_of(args, task, data, bert_folder, tokenizer)
     found = find_state(args, here)
     finished = finished_training(args, here) if args.do_train and args.resume and not found[2] else None
 

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task = get_task(args.task_name)
     check_sentence_pairs(task)
-    check_writable(args.output_dir, "--output_dir")
+    path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
+    check_writable(args.output_dir, "--output_dir", path.with_suffix(".partial").name)
     check_cache_path(args.train_features_path, "joint")
     cli.set_up_logging()
     examples = read_examples(task, args.data_dir, "train")
@@ -92,11 +93,10 @@ def run(args: argparse.Namespace) -> None:
     logger.info("device %s, %d pairs of %s", cli.describe_device(device), len(features), task.name)
 
     # 3. Logits, in file order.
-    path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
     work = {
         **logits_identity(task, examples.files, len(examples)),
         "teacher": identity, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
-        "batch_size": args.batch_size, "padding": padding, "device": device.type,
+        "batch_size": args.batch_size, "max_seq_length": args.max_seq_length, "padding": padding, "device": device.type,
     }  # fmt: skip
     progress = Progress(path.with_suffix(".partial"), work, args.save_every)
     logits = predict(

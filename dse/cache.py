@@ -31,7 +31,7 @@ def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, 
 def check_cache_path(path: str | Path, form: str) -> None:
     """Raise InputError when a path that the user named holds anything but a cache of that form, or is unwritable."""
     path = Path(path)
-    check_writable(path.parent, f"the feature cache {path}")
+    check_writable(path.parent, f"the feature cache {path}", path.name)
     if not path.exists():
         return
     if path.is_dir():

@@ -7,7 +7,7 @@ One file per epoch, or within one (states.py), a dict of tensors, numbers, strin
     model                  state dict of the Siamese classifier
     architecture           DSEConfig's fields; `bert` is the encoder's whole configuration
     tokenizer              the tokenizer's files as texts
-    task, data             the task's line; hashes of data and logits, and the commands that made these
+    task, data             the task's line; hashes of data, logits and encoder, and the commands that made these
     run                    the flags of the run
     trainer                optimizer, position, random states, history (Trainer.state_dict)
     stamp, best            start of the run; file, epoch, threshold of the best so far, None before the first validation
@@ -22,20 +22,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dse.cli import same_value
 from dse.config import DSEConfig
 from dse.encoding import DEFAULT_THRESHOLD, TextSettings
-from dse.files import InputError, check_file, disk_errors, load_tensors, one_line, utc_stamp
+from dse.files import (
+    InputError,
+    RunError,
+    check_file,
+    disk_errors,
+    load_tensors,
+    one_line,
+    remove_stale_parts,
+    sha256_file,
+    utc_stamp,
+)
 from dse.models import DSESiameseClassifier, empty_student
-from dse.pretrained import tokenizer_from_files
+from dse.pretrained import find_bert, tokenizer_from_files, weight_files
 from dse.processors import Task, task_from_dict, task_to_dict
 from dse.reporting import Record, winning_threshold
+from dse.sharing import CONFIG, STUDENT_FILES, read_config
 from dse.states import Position, States
 
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "dse checkpoint", 2
 HEADER = {"format": FORMAT, "version": VERSION}
+# Flags of inputs that are compared by their hashes, and of places of outputs.
+_PLACES = {"bert_model", "data_dir", "distillation_logits_path", "train_features_path", "dev_features_path",
+           "checkpoint_dir", "log_dir", "plots_dir", "output_dir", "cache_dir"}  # fmt: skip
+BEST = "best"  # folder of the best epoch's student, in the run's
 _ENTRIES = ("model", "architecture", "tokenizer", "task", "data", "run", "trainer", "stamp", "best")
 
 
@@ -85,11 +102,39 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
             f"--distillation_logits_path: SHA-256 is {data['logits']} now, "
             f"and was {checkpoint['data']['logits']} in the run"
         )
+    now, then, there = flags["bert_model"], checkpoint["run"]["bert_model"], checkpoint["data"].get("bert")
+    same = same_value(now, then)
+    try:
+        here = None if there is None else bert_hashes(find_bert(now, "--bert_model", hub=not same))
+    except InputError:
+        if not same:
+            raise
+        here = there  # it is gone, or a hub's, and not needed: the weights are the checkpoint's
+    check_same_bert(then, now, there, here)
+
+
+def bert_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of an encoder's files, by name, that decide what a training begins with; its tokenizer apart."""
+    return {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
+
+
+def check_same_bert(then: str, now: str, there: dict[str, str] | None, here: dict[str, str] | None) -> None:
+    """Raise InputError where --bert_model is another encoder than the run's.
+
+    Args:
+        then, now: its names, which count alone for a run from before hashes were stored.
+        there, here: its `bert_hashes` in the run and now.
+    """
+    if not (same_value(then, now) if there is None else here == there):
+        how = "" if there is None else ", which differ in the SHA-256 of their files"
+        raise InputError(f"--bert_model: {now} now, {then} in the run{how}: going on needs the same encoder")
 
 
 def check_same_flags(then: dict[str, Any], now: dict[str, Any], but: str = "") -> None:
-    """Raise InputError, naming both values, for a flag that changed."""
+    """Raise InputError, naming both values, for a flag that changed; inputs that hashes tell, and places, apart."""
     for flag, value in now.items():
+        if flag in _PLACES:
+            continue
         there = then.get(flag)
         if flag not in then and (value is None or value is False):  # a run from before the flag had it not
             continue
@@ -119,28 +164,77 @@ def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClass
         raise InputError(
             f"--trainer_checkpoint: its weights and its architecture differ ({one_line(error)})"
         ) from error
-    run, history = checkpoint["run"], checkpoint["trainer"]["history"]
+    run, trainer = checkpoint["run"], checkpoint["trainer"]
+    history = trainer["history"] if trainer["partial"] is None else []  # its metrics are of other weights
     tokenizer = tokenizer_from_files(checkpoint["tokenizer"])
     threshold = winning_threshold(history[-1].get("validation", {})) if history else None
     model.settings = TextSettings(
         tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"], threshold or DEFAULT_THRESHOLD
     )
-    model.origin = origin_of(run, checkpoint["trainer"]["seed"], history, checkpoint["data"])
+    model.origin = origin_of(run, trainer["seed"], history, checkpoint["data"], checkpoint["stamp"])
     return model.eval(), tokenizer
 
 
-def origin_of(run: dict[str, Any], seed: int, history: list[Record], data: dict[str, Any]) -> dict[str, Any]:
+def origin_of(
+    run: dict[str, Any], seed: int, history: list[Record], data: dict[str, Any], stamp: str
+) -> dict[str, Any]:
     """What a saved student tells of its training.
 
     Args:
         run: the flags; seed: the one that was used.
         history: the records of all epochs; those of the last one count.
-        data: a checkpoint's entry.
+        data, stamp: a checkpoint's entries.
     """
     record = history[-1] if history else {"epoch": None}
     metrics = {name: value for name, value in record.get("validation", {}).items() if math.isfinite(value)}
     commands = [*data["commands"], ["dse_train_runner.py", {**run, "random_seed": seed}]]
-    return {"epoch": record["epoch"], "metrics": metrics, "commands": commands, "logits_sha256": data["logits"]}
+    return {
+        "epoch": record["epoch"], "metrics": metrics, "commands": commands, "logits_sha256": data["logits"],
+        "stamp": stamp,
+    }  # fmt: skip
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    """What a student's folder tells of its training (`origin_of`); {} for another folder, or one that tells nothing."""
+    try:
+        return read_config(folder).get("origin") or {}
+    except InputError:
+        return {}
+
+
+def best_folders(run: Path) -> list[Path]:
+    """Where the best epoch's student may be in a run's folder; what is there may be something else (`told_by`)."""
+    return [run / BEST, *run.glob(f"{BEST}_epoch_*")]
+
+
+def save_best(model: DSESiameseClassifier, run: Path) -> None:
+    """Write the best epoch's student into a run's folder, as `best`, or as `best_epoch_<n>` where that cannot be.
+
+    That is so where others' files are in `best`, or another run's student. What this run wrote of earlier epochs goes.
+    """
+    epoch, stamp = model.origin["epoch"], model.origin["stamp"]
+    for place in (run / BEST, run / f"{BEST}_epoch_{epoch}"):
+        try:
+            if told_by(place).get("stamp", stamp) != stamp:
+                raise InputError(f"{place} is of another run")
+            model.save_pretrained(place)
+        except (InputError, RunError) as error:
+            logger.warning("the best epoch so far, %d, cannot be put in %s: %s", epoch, place, error)
+        else:
+            remove_older_best(run, place, stamp)
+            logger.info("best epoch so far, %d: %s", epoch, place)
+            return
+
+
+def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
+    """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
+    for place in best_folders(run):
+        told = told_by(place) if place != newest else {}
+        if told and told.get("stamp", stamp) == stamp:
+            with contextlib.suppress(OSError):
+                for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
+                    (place / name).unlink(missing_ok=True)
+                place.rmdir()  # unless others' files are in it
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:
@@ -160,9 +254,17 @@ def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str
                 stamp = utc_stamp()
 
 
+def stamp_in(path: Path) -> str | None:
+    """The start of the run that wrote a checkpoint, whose tensors are not read; None where it does not tell."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stamp"]
+    except Exception:  # it raises many kinds for a spoiled or foreign file
+        return None
+
+
 def take_over(path: Path, checkpoint: dict[str, Any], experiment: str) -> States:
     """The states of the run in a checkpoint's folder. Raises InputError where a later one than it lies there."""
-    states = States(path.parent, experiment)
+    states = States(path.parent, experiment, mine=lambda other: stamp_in(other) == checkpoint["stamp"])
     newest = max(states.files, default=None)
     if newest is not None and newest > position_in(checkpoint["trainer"]):
         raise InputError(
@@ -184,23 +286,32 @@ def find_run(
 ) -> tuple[States, Path, dict[str, Any]] | None:
     """The newest run of an experiment below `parent` that `check` takes: its states, and the newest whole one.
 
-    None where there is none at all. Raises InputError for runs that `check` refuses, with what it says of the newest.
+    None where there is none at all. Raises InputError for runs that are spoiled or that `check` refuses, with what it
+    says of the newest. What is left of runs that were killed before their first state was whole goes.
     """
-    refusal = None
+    found, refusal = None, None
     name = re.compile(re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d")
     for folder in sorted((f for f in parent.glob("*") if name.fullmatch(f.name)), reverse=True):
         states = States(folder, experiment, own=True)
-        found = states.newest(load_checkpoint)
-        if found is None:
+        if not states.files:
             with contextlib.suppress(OSError):  # there is something in it
-                folder.rmdir()  # of a run that was killed before its first state
-            continue
-        try:
-            check(found[1])
-        except InputError as error:
-            refusal = refusal or InputError(f"--resume: {found[0]}: {error}; leave --resume out for a new run")
-            continue
-        return states, *found
-    if refusal is not None:
+                remove_stale_parts(folder, "*", 0.0)
+                folder.rmdir()
+        elif found is None:
+            try:
+                path, checkpoint = states.newest(load_checkpoint)
+            except InputError as error:
+                logger.warning("%s; looking for another run of %s", error, experiment)
+                refusal = refusal or error
+                continue
+            try:
+                check(checkpoint)
+            except InputError as error:
+                refusal = refusal or InputError(f"--resume: {path}: {error}; leave --resume out for a new run")
+                continue
+            of_it = (checkpoint["stamp"], None)  # None: spoiled
+            states.files = {at: other for at, other in states.files.items() if stamp_in(other) in of_it}
+            found = states, path, checkpoint
+    if found is None and refusal is not None:
         raise refusal
-    return None
+    return found

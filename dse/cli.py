@@ -6,13 +6,14 @@ Loads no torch at import, so that `-h` and refusals are immediate.
 import argparse
 import contextlib
 import ctypes
+import errno
 import logging
 import math
 import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from dse import parallel, stopping
 from dse.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, POOLER_TYPES
-from dse.files import InputError, RunError, check_writable
+from dse.files import InputError, RunError, check_writable, one_line
 from dse.processors import read_lines
 
 if TYPE_CHECKING:
@@ -38,14 +39,18 @@ DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviations, and errors on one line."""
 
+    flags: Set[str] = frozenset()  # of the command that runs
+
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """argparse's own, after refusing NUL, which no name of a file or model can have."""
-        for text in sys.argv[1:] if args is None else args:
-            if "\0" in text:
-                self.error(f"{text!r} has a NUL character, which no flag takes: leave it out")
+        """argparse's own, after refusing words that logs, model cards and tables could not repeat."""
+        for word in sys.argv[1:] if args is None else args:
+            if found := re.search("[\0\ud800-\udfff]", word):
+                what = "has a NUL character" if found[0] == "\0" else "is not valid UTF-8"
+                self.error(f"{word!a} {what}: give another name")
+        Parser.flags = self._option_string_actions.keys()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -63,22 +68,56 @@ def printable(text: str) -> str:
 def clear_errors(prog: str) -> Iterator[None]:
     """Turn a refusal of the user's input into its one line on stderr and exit code 2.
 
-    So too for work that cannot go on (exit code 1), Ctrl-C (130) and SIGTERM (143).
+    So too for work that cannot go on (exit code 1), Ctrl-C (130), SIGTERM (143), and a reader of the output that has
+    had enough (141).
     """
-    try:
-        with stopping.caught(), parallel.together():
-            yield
-    except InputError as error:
-        _leave(prog, f"error: {error}", 2, error)
-    except RunError as error:
-        _leave(prog, f"error: {error}", 1, error)
-    except stopping.Stopped as stop:
-        if not parallel.is_first():  # the first one tells
-            raise SystemExit(stop.exit_code) from stop
-        _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
-    except BrokenPipeError as error:  # `| head` has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from error
+    before = Parser.flags
+    with stopping.safe_console():
+        try:
+            with stopping.caught(), parallel.together():
+                yield
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # now, so that its errors are told like others
+        except InputError as error:
+            _leave(prog, f"error: {error}", 2, error)
+        except RunError as error:
+            _leave(prog, f"error: {error}", 1, error)
+        except stopping.Stopped as stop:
+            if not parallel.is_first():  # the first one tells
+                raise SystemExit(stop.exit_code) from stop
+            _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
+        except BrokenPipeError as error:  # `| head` has had enough: the console's own are no errors
+            stopping.flush_or_silence(sys.stdout)
+            raise SystemExit(141) from error
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                _leave(prog, f"error: {error.filename}: the name is too long; give a shorter one", 2, error)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
+                stopping.flush_or_silence(sys.stdout)
+                _leave(prog, f"error: the output cannot be written ({error.strerror}); make room", 1, error)
+            if not _is_lack_of_memory(error):
+                raise
+            _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_less_memory()}", 1, error)
+        finally:
+            Parser.flags = before
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Storage size calculation overflowed")
+    is_systems = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or is_systems or any(word in str(error) for word in words)
+
+
+def _less_memory() -> str:
+    """What a user can do, of the flags that the command has."""
+    sizes = ("--batch_size", "--train_batch_size", "--val_batch_size", "--eval_batch_size", "--fc_dims")
+    ways = [*(f"give {flag}" for flag in ("--bf16", "--gradient_checkpointing") if flag in Parser.flags),
+            *(f"lower {flag}" for flag in sizes if flag in Parser.flags)]  # fmt: skip
+    if "--train_batch_size" in Parser.flags:
+        ways.append("raise --gradient_accumulation_steps, which divides --train_batch_size")
+    elif "--gradient_accumulation_steps" in Parser.flags:
+        ways.append("raise --gradient_accumulation_steps with a lower --batch_size, which leaves the update's size")
+    return ", ".join(ways) or "free some, or take a smaller model"
 
 
 def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
@@ -88,7 +127,7 @@ def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
 
 
 def whole_number(least: int) -> Any:
-    """A flag's type: an integer of at least `least`."""
+    """A flag's type: an integer of at least `least`, that torch takes."""
 
     def parse(text: str) -> int:
         try:
@@ -97,17 +136,14 @@ def whole_number(least: int) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"{number} is below {least}: give {least} or more")
+        if number >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is above {2**63 - 1}")
         return number
 
     return parse
 
 
-def seed(text: str) -> int:
-    """A flag's type: a seed that torch takes, or -1 for a new one each run."""
-    number = whole_number(-1)(text)
-    if number >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is above {2**63 - 1}")
-    return number
+seed = whole_number(-1)  # a flag's type: a seed that torch takes, or -1 for a new one each run
 
 
 def _number(text: str) -> float:
@@ -164,7 +200,7 @@ def extra_size(text: str) -> int:
     """A flag's type: a layer's size, or -1 for no layer."""
     if text != "-1" and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give 1 or more, or -1 for no layer")
-    return int(text)
+    return whole_number(-1)(text)
 
 
 def file_word(text: str) -> str:
@@ -327,12 +363,13 @@ def set_up_logging(file: Path | None = None) -> None:
     ours = logging.getLogger("dse")
     for handler in list(ours.handlers):
         ours.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # a full disk
+            handler.close()
     handlers: list[logging.Handler] = [_ConsoleHandler()]
     if not parallel.is_first():
         file = None
     if file is not None:
-        check_writable(file.parent, "--log_dir")
+        check_writable(file.parent, "--log_dir", file.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:

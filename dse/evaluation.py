@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dse import parallel, stopping
 from dse.distillation import distillation_loss, hard_loss, student_loss, teacher_loss
 from dse.features import Features, SeparateFeatures, in_batches
-from dse.files import InputError, load_tensors, save_tensors, sha256_json
+from dse.files import InputError, RunError, load_tensors, save_tensors, sha256_json
 from dse.metrics import agreement, decisions, student_metrics, teacher_metrics
 from dse.processors import REGRESSION, Task
 from dse.reporting import show_number
@@ -56,42 +56,50 @@ class Progress:
 
     Args:
         path: of the file; one that is there counts if it is whole and of the same work.
-        work: all that decides the outputs; a value that JSON can hold.
+        work: all that decides the outputs; a value that JSON can hold. How rows are cut into steps is added.
         every: steps between two writes; None: a minute.
     """
 
     def __init__(self, path: Path, work: dict[str, Any], every: int | None = None) -> None:
-        self.path, self.work, self.every = path, sha256_json(work), every
-        self.steps, self.outputs = 0, None
-        self._started = time.monotonic()
-        if not path.exists():
-            return
+        self.path, self.work, self.every = path, work, every
+        self._identity, self._started = "", time.monotonic()
+
+    def find(self, steps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the file has of the work that is cut into these steps of rows; None where it has nothing.
+
+        Returns:
+            Which rows are done, (n,), bool, and the outputs, (n, width), float32, NaN where they are not.
+        """
+        self._identity = sha256_json([self.work, [rows.tolist() for rows in steps]])
+        if not self.path.exists():
+            return None
         try:
-            there = load_tensors(path, f"{path} is spoiled")
+            there = load_tensors(self.path, f"{self.path} is spoiled")
         except InputError as error:
             logger.warning("%s: begun anew", error)
-            return
-        if not isinstance(there, dict) or there.get("work") != self.work:
-            logger.info("%s is of other work: begun anew", path)
-            return
-        self.steps, outputs = there["steps"], there["outputs"].numpy()
-        logger.info("going on after step %d, as %s has it", self.steps, path)
-        self.outputs = outputs if parallel.is_first() else np.zeros_like(outputs)
+            return None
+        if not isinstance(there, dict) or there.get("identity") != self._identity:
+            logger.info("%s is of other work: begun anew", self.path)
+            return None
+        done, outputs = there["done"].numpy(), there["outputs"].numpy()
+        logger.info("going on after %d of %d rows, as %s has them", done.sum(), len(done), self.path)
+        return done, outputs
 
-    def after(self, steps: int, outputs: np.ndarray | None) -> None:
-        """So many steps are done. Writes when it is time; raises Stopped, after writing, when a signal asks for it.
+    def after(self, steps: int, outputs: np.ndarray | None, done: np.ndarray) -> None:
+        """So many steps are done, and of the rows those that `done` (n,) names are this process's.
 
-        All processes call it at each step.
+        Writes when it is time; raises Stopped, after writing, when a signal asks for it. All processes call it at each
+        step.
         """
-        self.steps = steps
         if steps % parallel.size():  # some processes have a step more than others
             return
         signal = parallel.highest(stopping.requested() or 0)
         late = parallel.of_first(time.monotonic() - self._started > _SECONDS_BETWEEN_WRITES)
         if signal or (late if self.every is None else steps % (self.every * parallel.size()) == 0):
-            rows = parallel.summed(outputs)
+            rows, done = _of_all(outputs, done)
             if parallel.is_first():
-                save_tensors(self.path, {"work": self.work, "steps": steps, "outputs": torch.from_numpy(rows)})
+                arrays = {"done": torch.from_numpy(done), "outputs": torch.from_numpy(rows)}
+                save_tensors(self.path, {"identity": self._identity, **arrays})
             self._started = time.monotonic()
         if signal:
             stop = stopping.Stopped(signal)
@@ -209,13 +217,17 @@ def _by_batches(
     show: bool | None = None,
     progress: "Progress | None" = None,
 ) -> np.ndarray:
-    outputs = None if progress is None else progress.outputs
+    steps = by_length(costs, tokens)
+    found = None if progress is None else progress.find(steps)
+    before = np.zeros(len(costs), dtype=bool) if found is None else found[0]
+    outputs = None if found is None else found[1]
+    done = before.copy() if parallel.is_first() else np.zeros_like(before)  # by this process
     disable = None if show is None else not show  # None: where there is no terminal
     with tqdm(
         total=len(costs), desc=what, unit="row", disable=disable if parallel.is_first() else True, leave=False
     ) as bar:
-        for step, rows in enumerate(by_length(costs, tokens)):
-            if progress is not None and step < progress.steps:
+        for step, rows in enumerate(steps):
+            if before[rows].all():
                 bar.update(len(rows))
                 continue
             with contextlib.nullcontext() if progress is None else stopping.held():
@@ -223,15 +235,30 @@ def _by_batches(
                     inputs = {name: tensor.to(device) for name, tensor in batch(rows).items()}
                     some = forward(inputs).float().cpu().numpy()
                     if outputs is None:
-                        outputs = np.zeros((len(costs), some.shape[1]), dtype=np.float32)
-                    outputs[rows] = some
+                        outputs = np.full((len(costs), some.shape[1]), np.nan, dtype=np.float32)
+                    outputs[rows], done[rows] = some, True
                 bar.update(len(rows))
                 if progress is not None:
-                    progress.after(step + 1, outputs)
+                    progress.after(step + 1, outputs, done)
     if outputs is None:  # fewer steps than processes
         outputs = np.zeros((len(costs), 0), dtype=np.float32)
     width = parallel.highest(outputs.shape[1])
-    return parallel.summed(outputs if outputs.shape[1] == width else np.zeros((len(costs), width), dtype=np.float32))
+    outputs, done = _of_all(outputs if outputs.shape[1] == width else np.zeros((len(costs), width), np.float32), done)
+    if not done.all():
+        raise RunError(f"{what}: rows {np.flatnonzero(~done)[:3].tolist()} and so on were not computed; run it again")
+    return outputs
+
+
+def _of_all(outputs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The outputs (n, width) of all processes, of each the rows (n,) that it has done, and which rows those are.
+
+    A row that none has done is NaN, so that no file has zeros for it.
+    """
+    if parallel.size() == 1:
+        return outputs, done
+    done_by = parallel.summed(done.astype(np.int64))
+    rows = parallel.summed(np.where(done[:, None], outputs, np.float32(0)))
+    return np.where((done_by > 0)[:, None], rows, np.float32(np.nan)), done_by > 0
 
 
 def measure_teacher(task: Task) -> Measure:

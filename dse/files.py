@@ -10,6 +10,7 @@ torch itself compares no checksums, and would give other numbers for a flipped b
 
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -29,6 +30,7 @@ from dse import stopping
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 _STALE_SECONDS = 3600
+_PART = re.compile(r"\.(.+)\.(\d+)\.part")  # of a name, and of the process that writes it
 _SEAL = re.compile(rb"dse-sha256:([0-9a-f]{64})")
 _SEAL_BYTES = 75
 
@@ -80,17 +82,16 @@ def write_whole(path: str | Path) -> Iterator[Path]:
 
 def _flush(path: Path) -> None:
     """Have a file's bytes, or a folder's names, on the disk; a file with the rights that new files have."""
-    if path.is_file():
+    is_file = path.is_file()
+    if is_file:
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)  # safetensors' are for the owner alone
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if not path.is_dir():  # some file systems flush no folders
-            raise
-    finally:
-        os.close(handle)
+    with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):  # not every system flushes folders
+        handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)  # nor what is open for reading
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -130,11 +131,11 @@ def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS)
             may. Those of another process that runs here stay in any case.
     """
     for part in folder.glob(f".{name}.*.part"):
-        number = part.name.removesuffix(".part").rsplit(".", 1)[-1]
+        match = _PART.fullmatch(part.name)
         with contextlib.suppress(OSError):
             # In a container a process that is started again often has the number of the one before.
-            runs = Path(f"/proc/{number}").exists() and not (seconds == 0 and number == str(os.getpid()))
-            if not runs and time.time() - part.stat().st_mtime >= seconds:
+            runs = match and Path(f"/proc/{match[2]}").exists() and not (seconds == 0 and match[2] == str(os.getpid()))
+            if match and not runs and time.time() - part.stat().st_mtime >= seconds:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
@@ -169,21 +170,58 @@ def check_file(path: str | Path, flag: str, hint: str) -> None:
         raise InputError(f"{flag}: there is no file {path}; {hint}")
 
 
-def check_writable(folder: str | Path, flag: str) -> None:
+def check_name(path: str | Path, flag: str) -> None:
+    """Raise InputError unless a file can have that path, and its hidden neighbour, to which it is written first.
+
+    A name must be UTF-8, since it is told in files that are, and not too long, which is tried.
+    """
+    path = Path(path).absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{flag}: {str(path)!a} is not valid UTF-8: give a path that is") from error
+    hidden, existing = path.parent / f".{path.name}.{2**22}.part", _nearest(path)
+    for place in (*(existing / part for part in hidden.parts[1:]), hidden):
+        try:
+            place.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise InputError(
+                    f"{flag}: {place.name[:50]}... is too long for a file's name, or its path is: {len(place.name)} "
+                    "characters, what this program adds included; give shorter names"
+                ) from error
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
+    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110 (Path's raises for long names)
+        path = path.parent
+    return path
+
+
+def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
     """Raise InputError unless files can be made in `folder` (or, where it does not exist yet, in its nearest parent).
 
     Tried rather than asked: permission bits say nothing about read-only mounts or root.
+
+    Args:
+        name: the longest that a file there will have.
     """
-    existing = Path(folder).absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    check_name(Path(folder) / name, flag)
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=_nearest(Path(folder).absolute())):
             pass
     except OSError as error:
         raise InputError(
             f"{flag}: cannot write in {folder} ({error.strerror}): name a folder that can be written"
         ) from error
+
+
+def check_output_file(path: str | Path, flag: str) -> None:
+    """Raise InputError unless a file can be written at `path`, which is not a folder."""
+    if os.path.isdir(path):  # noqa: PTH112 (Path's raises for long names)
+        raise InputError(f"{flag}: {path} is a folder; name a file")
+    check_writable(Path(path).parent, flag, Path(path).name)
 
 
 def save_tensors(path: str | Path, value: Any) -> None:
@@ -211,6 +249,7 @@ def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{what}: {folder} is a file; name a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names -= {name for name in names if (part := _PART.fullmatch(name)) and part[1] in known}  # left by a kill
     others = names - known
     if others or (names and read_json(folder / main, "what the folder holds").get("format") != form):
         raise InputError(

@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import math
 import os
-import shutil
 import tempfile
 import warnings
 import zlib
@@ -39,7 +38,16 @@ from tqdm import tqdm
 
 from dse.encoding import check_text, checked_texts, elements
 from dse.features import batches_of
-from dse.files import InputError, check_ours, json_text, read_json, replace_folder, sha256_json, write_text
+from dse.files import (
+    InputError,
+    check_ours,
+    json_text,
+    read_json,
+    remove_stale_parts,
+    replace_folder,
+    sha256_json,
+    write_text,
+)
 from dse.packing import is_plain, linear
 from dse.processors import BINARY, REGRESSION, Task, ranked_label
 from dse.sharing import fingerprint
@@ -54,6 +62,7 @@ _FILES = ("vectors.bin", "ends.bin", "texts.bin")
 _KINDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _ENDS = np.dtype("<i8")
 BLOCK = 4096  # rows that are scored, and checked, at once
+_ATTEMPTS = 5  # to open one that is replaced meanwhile
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
@@ -116,10 +125,13 @@ class PairHead:
 class CandidateIndex:
     """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`."""
 
-    def __init__(self, model: "DSESiameseClassifier", folder: Path, content: dict[str, Any], keep: Any = None) -> None:
+    def __init__(
+        self, model: "DSESiameseClassifier", folder: Path, content: dict[str, Any], keep: Any = None,
+        mapped: "list[np.ndarray] | None" = None,
+    ) -> None:  # fmt: skip
         self.model, self.folder = model, folder
         self._keep = keep  # a temporary folder, removed with the last reference to it
-        self._take(content)
+        self._take(content, _mapped(folder, content) if mapped is None else mapped)
 
     def __len__(self) -> int:
         return self.count
@@ -172,37 +184,40 @@ class CandidateIndex:
         with contextlib.ExitStack() as held, replace_folder(folder) as beside:
             _extend(beside, content, parts)
             _write_content(beside, content)
+            mapped = _mapped(beside, content)
             if folder.is_dir():  # the two change places when no append is under way
                 held.enter_context(FileLock(folder / _LOCK))
-        return cls(model, folder, content, keep)
+        return cls(model, folder, content, keep, mapped)
 
     @classmethod
     def open(cls, folder: str | Path, model: "DSESiameseClassifier") -> "CandidateIndex":
         """An index as it was stored, memory-mapped. Raises InputError where it is none, spoiled or another model's."""
         folder = Path(folder)
-        content = _read_content(folder)
+        content, mapped = _opened(folder)
         if content["model"] != fingerprint(model):
             raise InputError(
                 f"{folder}: this index was made by another model; build it anew, or give the model it is of"
             )
-        return cls(model, folder, content)
+        return cls(model, folder, content, mapped=mapped)
 
     def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
         """Add candidates behind those that are there; a stop in between leaves the index as it was."""
         with FileLock(self.folder / _LOCK):
+            remove_stale_parts(self.folder, INDEX, 0.0)  # nobody else writes it now
             content = _read_content(self.folder)  # another process may have added some
             if content["model"] != fingerprint(self.model):
                 raise InputError(f"{self.folder}: was replaced by an index of another model")
             _extend(self.folder, content, _embedded(self.model, sentences, batch_size, show_progress))
             _write_content(self.folder, content)
-        self._take(content)
+            self._take(content, _mapped(self.folder, content))
 
     def save(self, folder: str | Path) -> None:
         """Copy the index to another folder, whole. Raises InputError for a folder with other things in it."""
         check_index_place(Path(folder), str(folder))
         with replace_folder(folder) as beside:
-            for name in (INDEX, *_FILES):  # what an append adds meanwhile lies behind what the first counts
-                shutil.copyfile(self.folder / name, beside / name)
+            for name, array in zip(_FILES, (self._vectors, self._ends, self._texts), strict=True):
+                array.tofile(beside / name)  # what was opened, whatever has come to that place since
+            _write_content(beside, self._content)
 
     def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
         """How each candidate ranks for a query: by the probability of the rank label, or the score of a regression.
@@ -309,15 +324,10 @@ class CandidateIndex:
             raise InputError(f"{self.folder / file}: spoiled, in rows {rows} (CRC-32 differs); build the index anew")
         self._checked.add(key)
 
-    def _take(self, content: dict[str, Any]) -> None:
-        """Map the files as far as `content` says."""
+    def _take(self, content: dict[str, Any], mapped: list[np.ndarray]) -> None:
+        self._content, (self._vectors, self._ends, self._texts) = content, mapped
         self.count, self.width, self.dtype = content["count"], content["width"], content["dtype"]
         self._sums, self._checked = content["sums"], set()
-        shapes = _shapes(content)
-        self._vectors, self._ends, self._texts = (
-            np.memmap(self.folder / name, kind, "r", shape=shape) if math.prod(shape) else np.empty(shape, kind)
-            for name, (kind, shape) in shapes.items()
-        )
 
 
 def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
@@ -440,7 +450,7 @@ def _write_content(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
-    """index.json. Raises InputError where it is missing, spoiled or another program's, or files are too short."""
+    """index.json. Raises InputError where it is missing, spoiled or another program's."""
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: no index of candidates ({INDEX} is missing); `python -m dse index` makes one")
     whole = read_json(folder / INDEX, "the index")
@@ -450,11 +460,43 @@ def _read_content(folder: Path) -> dict[str, Any]:
         )
     if whole.pop("sha256", None) != sha256_json(whole):
         raise InputError(f"{folder / INDEX}: spoiled (its hash differs); build the index anew")
-    for name, (kind, shape) in _shapes(whole).items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else -1
-        if size < _bytes(kind, shape):
-            raise InputError(f"{folder / name}: missing or truncated; build the index anew")
     return {key: value for key, value in whole.items() if key not in ("format", "version")}
+
+
+def _mapped(folder: Path, content: dict[str, Any]) -> list[np.ndarray]:
+    """The files as far as `content` counts them. Raises InputError where they are missing or too short."""
+    arrays = []
+    for name, (kind, shape) in _shapes(content).items():
+        try:
+            with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
+                arrays.append(np.memmap(file, kind, "r", shape=shape) if math.prod(shape) else np.empty(shape, kind))
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter
+            raise InputError(f"{folder / name}: missing or truncated; build the index anew") from error
+    return arrays
+
+
+def _opened(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """index.json and its files, mapped, of one index, also while others take its place."""
+    for _ in range(_ATTEMPTS):
+        before, refusal = _number(folder), None
+        try:
+            content = _read_content(folder)
+            mapped = _mapped(folder, content)
+        except InputError as error:
+            refusal = error
+        if _number(folder) == before:  # all of it was read from one folder
+            if refusal is not None:
+                raise refusal
+            return content, mapped
+    raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
+
+
+def _number(folder: Path) -> int | None:
+    """What tells a folder from the one that took its place."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def check_index_place(folder: Path, what: str) -> None:

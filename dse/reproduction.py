@@ -361,10 +361,13 @@ class Work:
         """The teacher's folder, or a student's best epoch."""
         if stage == "teacher":
             return self.folder / stage
-        runs = sorted(self.folder.glob(f"{stage}/{stage}_*/best"))
-        if not runs:
-            raise InputError(f"--output_dir: {self.folder / stage} holds no student; remove the folder")
-        return runs[-1]
+        from dse.checkpoint import best_folders, told_by
+
+        for run in sorted(self.folder.glob(f"{stage}/{stage}_*"), reverse=True):
+            found = {told_by(path).get("epoch"): path for path in best_folders(run)}
+            if epochs := found.keys() - {None}:
+                return found[max(epochs)]  # of `best` and, where it could not be replaced, those beside it
+        raise InputError(f"--output_dir: {self.folder / stage} holds no student; remove the folder")
 
     def _measure(self, folder: Path) -> dict[str, dict[str, float]]:
         from dse.prediction import load_scorer

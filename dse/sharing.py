@@ -30,6 +30,7 @@ from dse.reporting import at_best_threshold
 FORMAT, VERSION = "dse student", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+STUDENT_FILES = [*_FILES[1:], CARD, "added_tokens.json"]  # that may lie beside config.json
 
 
 class Shareable(ModelHubMixin):
@@ -178,7 +179,7 @@ def _weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
 
 def check_replaceable(folder: Path, what: str) -> None:
     """Raise InputError when a folder to be written is a file, or holds something else than a student."""
-    check_ours(folder, what, CONFIG, FORMAT, {*_FILES, CARD, "added_tokens.json"})
+    check_ours(folder, what, CONFIG, FORMAT, {CONFIG, *STUDENT_FILES})
 
 
 def model_card(config: dict[str, Any]) -> str:
@@ -209,12 +210,11 @@ def model_card(config: dict[str, Any]) -> str:
         f"## Use\n\n```python\n{use}\n```",
     ]
     if table:
-        parts.append(
-            f"## Metrics on the validation data, epoch {origin['epoch']}\n\n| metric | value |\n| --- | --- |\n{table}"
-        )
+        title = f"## Metrics on the validation data, epoch {origin.get('epoch')}"
+        parts.append(f"{title}\n\n| metric | value |\n| --- | --- |\n{table}")
     if commands:
         lines = "\n".join(commands)
-        parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin['logits_sha256']}")
+        parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin.get('logits_sha256')}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dse import parallel
-from dse.files import InputError, remove_stale_parts, save_tensors
+from dse.files import InputError, remove_stale_parts, save_tensors, utc_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +43,19 @@ def _is_state(name: str) -> bool:
 
 
 class States:
-    """A run's states by position. Only files that begin with its stem are ever removed, after a newer one is whole.
+    """A run's states by position. Only its own are ever removed or replaced, after a newer one is whole.
 
     Args:
+        stem: with which its files' names begin.
         own: was the folder made for the run? Then it goes when it ends up empty.
+        mine: tells which of the files are the run's, where other runs' may be among them.
     """
 
-    def __init__(self, folder: Path, stem: str, own: bool = False) -> None:
+    def __init__(
+        self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] = lambda path: True
+    ) -> None:
         self.folder, self.stem, self.own = folder, stem, own
-        paths = sorted(folder.glob(f"{glob.escape(stem)}_*.pt"))
+        paths = [path for path in sorted(folder.glob(f"{glob.escape(stem)}_*.pt")) if mine(path)]
         self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
         self._spoiled: list[Path] = []
 
@@ -81,10 +85,14 @@ class States:
             name: of a checkpoint's file; a state has its own.
             best_epoch: whose checkpoint is kept.
         """
-        path = self.folder / (name or f"{self.stem}_state_epoch_{position[0]}_update_{position[1]}.pt")
         if not name and position in self.files:
             return self.files[position]
+        tail = f"state_epoch_{position[0]}_update_{position[1]}.pt"
+        path = self.folder / (name or f"{self.stem}_{tail}")
+        if not name and path.exists() and path not in self._spoiled:  # another run's
+            path = self.folder / f"{self.stem}_{utc_stamp()}_{tail}"
         if parallel.is_first():
+            self._remove_parts()
             save_tensors(path, entries)
         self.files[position] = path
         self._remove_but({*sorted(self.files)[-_KEPT:], _after(best_epoch)})
@@ -99,9 +107,13 @@ class States:
         checkpoints = [position for position, path in self.files.items() if not _is_state(path.name)]
         self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
         if self.own and parallel.is_first() and self.folder.is_dir():
-            remove_stale_parts(self.folder, "*", 0.0)  # the folder is this run's alone
+            self._remove_parts()
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
+
+    def _remove_parts(self) -> None:
+        """Remove what this run left of states and students when it was killed; in a folder of its own, at once."""
+        remove_stale_parts(self.folder, *(("*", 0.0) if self.own else (f"{glob.escape(self.stem)}_*",)))
 
     def _remove_but(self, kept: set[Position | None]) -> None:
         for position in set(self.files) - kept:

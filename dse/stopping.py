@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a run in order.
+"""Ctrl-C and SIGTERM, which end a run in order; a console that is gone, which does not end it (`safe_console`).
 
 While `caught` is on, either raises Stopped where the program stands, at once; within `held`, as an update of the
 weights or the writing of a state is, it waits until the program asks with `check`. A second Ctrl-C waits for nothing.
@@ -7,10 +7,13 @@ weights or the writing of a state is, it waits until the program asks with `chec
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
+_LOST = (OSError, ValueError, AttributeError)  # of a stream: cannot be written, is closed, is None
 _DEFAULT_ADVICE = "nothing is half-written; the same command starts again"
 
 
@@ -71,7 +74,9 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _received = number
     if impatient or not _holds:
         raise Stopped(number, anywhere=bool(_holds))
-    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+    if sys.__stderr__ is not None:  # else the number may be another file's
+        with contextlib.suppress(OSError):  # a console that is gone
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
 @contextlib.contextmanager
@@ -94,3 +99,42 @@ def check() -> None:
     """Raise Stopped if a signal waits, and nothing holds it."""
     if _received is not None and not _holds:
         raise Stopped(_received)
+
+
+class _Console:
+    """Standard error, whose losses (a full device, a terminal or `| tee` that is gone) end nothing."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(*_LOST):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*_LOST):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def safe_console() -> Iterator[None]:
+    """Have nothing that is written to standard error within the block raise, nor what is left of it at Python's end."""
+    stream = sys.stderr
+    try:
+        with contextlib.redirect_stderr(_Console(stream)):
+            yield
+    finally:
+        flush_or_silence(stream)
+
+
+def flush_or_silence(stream: Any) -> None:
+    """Flush a standard stream; one that cannot be goes nowhere from here on, or Python's end would fail of it."""
+    try:
+        stream.flush()
+    except _LOST:
+        with contextlib.suppress(*_LOST):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import run_distillation_logits_creator
 from dse import reproduction, results, states, trainer
 from dse.baselines import SentenceBert
 from dse.commands import reproduce
-from dse.files import RunError, sha256_file
+from dse.files import InputError, RunError, sha256_file
 from dse.metrics import best_threshold
 from dse.processors import Examples, get_task
 from dse.reporting import duration
@@ -567,3 +568,18 @@ def test_the_estimate_follows_what_was_measured(flags, tmp_path):
     new, begun = Fake({}), Fake({"teacher": {"seconds": 25.0}})
     assert reproduction.seconds_left([new], [(new, "teacher"), (new, "dse")]) == 50.0
     assert reproduction.seconds_left([new, begun], [(begun, "dse")]) == 100.0  # two and a half times as long
+
+
+def test_21_the_best_epoch_may_stand_beside_best(student, tmp_path):
+    """The newest run's latest best epoch counts, not an older epoch's `best`, nor a folder of the user's."""
+    for place, epoch in (("dse_1/best", 99), ("dse_2/best", 1), ("dse_2/best_epoch_10", 10), ("dse_2/best_epoch_3", 3)):
+        model = student()
+        model.origin = {"epoch": epoch}
+        model.save_pretrained(tmp_path / "dse" / place)
+    model.origin = {"epoch": 11}
+    model.save_pretrained(tmp_path / "dse" / "dse_2" / "best_of_mine")
+    (tmp_path / "dse" / "dse_2" / "best.txt").write_text("mine")
+    place = SimpleNamespace(folder=tmp_path)
+    assert reproduction.Work.model_folder(place, "dse") == tmp_path / "dse" / "dse_2" / "best_epoch_10"
+    with pytest.raises(InputError, match="holds no student"):
+        reproduction.Work.model_folder(place, "labels_only")

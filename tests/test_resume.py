@@ -15,6 +15,7 @@ from conftest import as_flags
 from soak_resume import soak
 from test_scripts import assert_same_run, results_of
 
+import dse.__main__
 import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
@@ -25,6 +26,7 @@ from dse.distillation import save_logits
 from dse.files import InputError, RunError
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
+from dse.pretrained import load_tokenizer, tokenizer_key
 from dse.states import States
 
 
@@ -476,6 +478,20 @@ def test_logits_go_on_where_they_stopped(creator, tmp_path, monkeypatch, capsys)
     assert len(after) == len(in_all) - 5 > 0
 
 
+def test_19_logits_that_go_on_with_another_length(creator, tmp_path, monkeypatch, capsys):
+    """The ids are the same at both lengths, and the steps are not: no row may be left out between them."""
+    path = tmp_path / "teacher_logits.pt"
+    run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
+    unbroken = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patched:
+        stop_forward(patched, 5)
+        stopped(run_distillation_logits_creator.main, creator, capsys)
+    run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
+    assert torch.load(path, weights_only=True).abs().sum(dim=1).min() > 0
+    assert path.read_bytes() == unbroken
+
+
 def test_logits_of_other_work_or_spoiled_ones_are_begun_anew(creator, tmp_path, monkeypatch, capsys, caplog):
     with monkeypatch.context() as patched:
         stop_forward(patched, 4)
@@ -532,15 +548,15 @@ def test_the_best_folder_follows_the_best_epoch_while_the_run_is_under_way(
     """After each epoch, and not only at the end of the run, which a kill may keep from coming."""
     seen, save = [], States.save
 
-    def saved(self, *args):
-        seen.append(json.loads((self.folder / "best" / "config.json").read_text())["origin"]["epoch"])
+    def saved(self, *args):  # an epoch's checkpoint is written before its `best`
+        seen.append(epochs_of(self.folder))
         return save(self, *args)
 
     give_scores(monkeypatch, [0.2, 0.1, 0.7, 0.7])
     monkeypatch.setattr(States, "save", saved)
     monkeypatch.setattr(dse_train_runner, "mend_best", lambda *_: None)
     dse_train_runner.main(student_flags(epochs=4))
-    assert seen == [0, 0, 2, 2]
+    assert seen == [{}, {"best": 0}, {"best": 0}, {"best": 2}]
     student = DSESiameseClassifier.from_pretrained(checkpoints()[0].parent / "best")
     assert checkpoints()[0].name.endswith("_epoch_2.pt")
     for name, tensor in load_checkpoint(checkpoints()[0])["model"].items():
@@ -753,3 +769,298 @@ def test_a_cache_that_is_deleted_under_a_running_job(student_flags, checkpoints,
 def test_kills_in_short(tmp_path):
     """Two of tests/soak_resume.py's; the whole soak is run by hand."""
     assert soak(kills=2, seed=1, pairs=300, folder=tmp_path) == 2
+
+
+def epochs_of(run: Path) -> dict[str, int]:
+    """The students' folders of a run, and the epochs that they tell."""
+    return {path.parent.name: json.loads(path.read_text())["origin"]["epoch"] for path in run.glob("best*/config.json")}
+
+
+def better_each_epoch(monkeypatch) -> None:
+    """Have every epoch score higher than those before it."""
+    monkeypatch.setattr(dse_train_runner, "score_of", lambda task, record: ("f1", 0.1 * record["epoch"]))
+
+
+def test_21_a_foreign_file_in_best_costs_no_work(
+    unbroken, student_flags, checkpoints, tmp_path, monkeypatch, capsys, caplog
+):
+    """It stays, the training ends, and the only student that the run leaves is its best epoch's."""
+    better_each_epoch(monkeypatch)
+    flags = {"gradient_accumulation_steps": 1}
+    with monkeypatch.context() as patched:
+        stop_at(patched, 4)
+        stopped(dse_train_runner.main, student_flags(**flags), capsys)
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    assert epochs_of(run) == {"best": 0}
+    (run / "best" / ".DS_Store").write_text("mine")
+    dse_train_runner.main([*student_flags(**flags), "--resume"])
+    assert "the best epoch so far, 1, cannot be put in" in caplog.text
+    assert_same_run(checkpoints()[-1], unbroken)
+    assert epochs_of(run) == {"best_epoch_1": 1}
+    assert [path.name for path in (run / "best").iterdir()] == [".DS_Store"]
+    assert DSESiameseClassifier.from_pretrained(run / "best_epoch_1").origin["epoch"] == 1
+    dse_train_runner.main([*student_flags(**{**flags, "epochs": 3}), "--resume"])
+    assert epochs_of(run) == {"best_epoch_2": 2}
+    (run / "best" / ".DS_Store").unlink()
+    dse_train_runner.main([*student_flags(**{**flags, "epochs": 4}), "--resume"])
+    assert epochs_of(run) == {"best": 3}
+
+
+def test_21_the_checkpoint_comes_before_the_best_folder(student_flags, tmp_path, monkeypatch):
+    """A kill while `best` is written costs no work, and the next end of the run mends it."""
+
+    def killed(*_):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(DSESiameseClassifier, "save_pretrained", killed)
+        dse_train_runner.main(student_flags())
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    assert [path.name[-10:] for path in run.glob("*.pt")] == ["epoch_0.pt"]
+    dse_train_runner.main([*student_flags(epochs=1), "--resume"])  # of 2 that are wanted: nothing to train
+    assert epochs_of(run) == {"best": 0}
+
+
+def test_21_mend_best_with_a_foreign_file(student_flags, tmp_path, checkpoints, edit_json, caplog):
+    """And with a student that tells nothing of its training (item 26)."""
+    dse_train_runner.main(student_flags(epochs=1))
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    student = DSESiameseClassifier.from_pretrained(run / "best")
+    student.origin = None
+    student.save_pretrained(run / "best")
+    (run / "best" / ".DS_Store").write_text("mine")
+    dse_train_runner.main([*student_flags(epochs=1), "--resume"])
+    assert "cannot be put in" in caplog.text
+    assert json.loads((run / "best_epoch_0" / "config.json").read_text())["origin"]["epoch"] == 0
+    shutil.rmtree(run / "best_epoch_0")
+    (run / "best" / ".DS_Store").unlink()
+    dse_train_runner.main([*student_flags(epochs=1), "--resume"])
+    assert epochs_of(run) == {"best": 0}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_23_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, tmp_path, monkeypatch, capsys):
+    """Same experiment name, in every position that the run itself will have: checkpoints, states and `best`."""
+    flags = {**FLAGS, "checkpoint_dir": tmp_path / "other"}
+    with monkeypatch.context() as patched:
+        patched.setattr(dse_train_runner, "utc_stamp", lambda: "2020_01_01-00_00_00")
+        stop_at(patched, 5)  # leaves checkpoint 0, its `best` and states of epoch 1
+        stopped(dse_train_runner.main, student_flags(**flags), capsys)
+    (other,) = (tmp_path / "other").iterdir()
+    before = contents(other)
+    assert {"bert_distillation_state_epoch_1_update_1.pt", "best/model.safetensors"} <= set(before)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    (start,) = (tmp_path / "checkpoints").glob("*/*_state_epoch_0_update_2.pt")
+    mine = Path(shutil.copyfile(start, other / start.name))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        line = stopped(dse_train_runner.main, student_flags(**FLAGS, trainer_checkpoint=mine), capsys)[1]
+    assert {name: contents(other).get(name) for name in before} == before
+    state = line.split("state in ")[1].split(";")[0]  # of the position that the other run has a state of, too
+    assert state.endswith("_state_epoch_1_update_2.pt")
+    dse_train_runner.main(student_flags(**FLAGS, trainer_checkpoint=state))
+    after = contents(other)
+    assert {name: after.get(name) for name in before} == before
+    assert not mine.exists()
+    new = [path for path in other.glob("*.pt") if path.name not in before]
+    assert {load_checkpoint(path)["stamp"] for path in new} == {load_checkpoint(start)["stamp"]}
+    assert_same_run(max(new, key=lambda path: path.stat().st_mtime_ns), unbroken)
+    assert epochs_of(other) == {"best": 0, "best_epoch_0": 0}
+
+
+@pytest.mark.parametrize("task", ["mrpc", "mnli"])
+def test_23_only_a_task_with_a_mismatched_set_has_a_second_folder(task, teacher_flags, tmp_path):
+    others = tmp_path / "teacher-MM" / "eval_results.txt"
+    others.parent.mkdir()
+    others.write_text("of another teacher")
+    finetune_bert.main(teacher_flags(task, do_eval=False))
+    assert others.exists() == (task == "mrpc")
+
+
+def test_23_a_folder_beside_that_cannot_be_written_is_nothing_to_mrpc(teacher_flags, tmp_path):
+    (tmp_path / "teacher-MM").write_text("a file")
+    finetune_bert.main(teacher_flags())
+    assert (tmp_path / "teacher" / "eval_results.txt").exists()
+
+
+def test_24_a_spoiled_run_does_not_block_a_sound_one(student_flags, checkpoints, caplog):
+    """The spoiled one is newer; it stays as it is."""
+    dse_train_runner.main(student_flags(epochs=1))
+    (sound,) = checkpoints()
+    spoiled = sound.parent.with_name("bert_distillation_2099_01_01-00_00_00")
+    shutil.copytree(sound.parent, spoiled)
+    truncate(spoiled / sound.name)
+    before = contents(spoiled)
+    dse_train_runner.main([*student_flags(epochs=2), "--resume"])
+    assert f"none of the states in {spoiled} can be read" in caplog.text
+    assert contents(spoiled) == before
+    assert {path.name[-10:] for path in sound.parent.glob("*.pt")} >= {"epoch_1.pt"}
+
+
+def test_20_what_kills_left_of_states_goes_with_the_next_state(
+    student_flags, teacher_flags, tmp_path, monkeypatch, capsys
+):
+    """Of the first save of a run that has no other file, and of later ones, though it was a minute ago."""
+    number = 2**22 + 1
+    first = tmp_path / "checkpoints" / "bert_distillation_2020_01_01-00_00_00"
+    first.mkdir(parents=True)
+    (first / f".bert_distillation_state_epoch_0_update_2.pt.{number}.part").write_bytes(bytes(1000))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        stopped(dse_train_runner.main, [*student_flags(**FLAGS), "--resume"], capsys)
+    assert not first.exists()
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    left = run / f".bert_distillation_state_epoch_1_update_1.pt.{number}.part"
+    (run / f".best.{number}.part").mkdir()
+    left.write_bytes(bytes(1000))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 1)
+        stopped(dse_train_runner.main, [*student_flags(**FLAGS), "--resume"], capsys)
+    assert not list(run.glob(".*.part"))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 1)
+        stopped(finetune_bert.main, teacher_flags(), capsys)
+    left = tmp_path / "teacher" / "training_state" / f".teacher_state_epoch_0_update_2.pt.{number}.part"
+    left.write_bytes(bytes(1000))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 1)
+        stopped(finetune_bert.main, [*teacher_flags(), "--resume"], capsys)
+    assert not left.exists()
+
+
+def test_26_a_state_within_an_epoch_is_exported_without_metrics(student_flags, tmp_path, monkeypatch, capsys, caplog):
+    """Those of the epoch before are of other weights."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
+    for state in (tmp_path / "checkpoints").glob("*/*_state_*.pt"):
+        caplog.set_level("INFO")
+        dse.__main__.main(["export", "--trainer_checkpoint", str(state), "--output", str(tmp_path / "out")])
+        assert "student of mrpc, within an epoch, without metrics: " in caplog.text
+        origin = DSESiameseClassifier.from_pretrained(tmp_path / "out").origin
+        assert (origin["epoch"], origin["metrics"]) == (None, {})
+    assert "Metrics" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def moved(argv: list[str], changes: dict[str, object]) -> list[str]:
+    """The flags with other values."""
+    argv = list(argv)
+    for flag, value in changes.items():
+        argv[argv.index(f"--{flag}") + 1] = str(value)
+    return argv
+
+
+def test_30_a_student_goes_on_where_its_inputs_have_other_names(
+    unbroken, student_flags, bert, data, logits, copied, checkpoints, tmp_path, monkeypatch, capsys, refused, caplog
+):
+    """Data, logits, encoder and the run's folder elsewhere: hashes tell that they are the same, or another."""
+    argv = [*student_flags(**FLAGS), "--resume"]
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        stopped(dse_train_runner.main, argv, capsys)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    changes = {
+        "data_dir": copied(data("mrpc"), "data"), "bert_model": copied(bert, "bert"),
+        "distillation_logits_path": copied(logits("mrpc").parent, "logits") / "mrpc_logits.pt",
+        "checkpoint_dir": tmp_path / "elsewhere", "log_dir": tmp_path / "other_logs",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    other = copied(bert, "other")
+    flip(other / "model.safetensors", 0.9)
+    line = refused(dse_train_runner.main, moved(argv, {**changes, "bert_model": other}))
+    assert f"--bert_model: {other} now, {bert} in the run, which differ in the SHA-256" in line
+    line = refused(dse_train_runner.main, moved(argv, {**changes, "bert_model": "./gone"}))
+    assert "--bert_model: there is no folder ./gone" in line
+    dse_train_runner.main(moved(argv, {**changes, "data_dir": "data"}))
+    assert_same_run(checkpoints("elsewhere")[-1], unbroken)
+
+
+def test_30_a_student_needs_its_encoder_no_more(
+    unbroken, student_flags, bert, copied, checkpoints, monkeypatch, capsys
+):
+    """Its folder is gone, and the name is the same; and so where the state does not know the encoder's hashes."""
+    model = copied(bert, "gone")
+    for known in (True, False):
+        argv = [*student_flags(**FLAGS, bert_model=model), "--resume"]
+        with monkeypatch.context() as patched:
+            stop_at(patched, 5)
+            stopped(dse_train_runner.main, argv, capsys)
+        (run,) = (checkpoints()[0].parent.parent).iterdir()
+        if not known:
+            for path in run.glob("*.pt"):
+                entries = load_checkpoint(path)
+                del entries["data"]["bert"]
+                files.save_tensors(path, entries)
+        shutil.rmtree(model)
+        dse_train_runner.main(argv)
+        assert_same_run(checkpoints()[-1], unbroken)
+        shutil.rmtree(run)
+        copied(bert, "gone")
+
+
+def test_30_an_older_state_knows_its_encoder_by_name(student_flags, bert, copied, checkpoints, refused):
+    dse_train_runner.main(student_flags(epochs=1))
+    (path,) = checkpoints()
+    entries = load_checkpoint(path)
+    del entries["data"]["bert"]
+    files.save_tensors(path, entries)
+    line = refused(dse_train_runner.main, [*student_flags(bert_model=copied(bert)), "--resume"])
+    assert "in the run: going on needs the same encoder" in line
+    dse_train_runner.main([*student_flags(), "--resume"])
+    assert checkpoints()[-1].name.endswith("epoch_1.pt")
+
+
+def test_30_a_teacher_goes_on_where_its_inputs_have_other_names(
+    teacher_flags, bert, data, copied, tmp_path, monkeypatch, capsys, refused, edit_json, caplog
+):
+    flags = [*teacher_flags(), "--resume"]
+    finetune_bert.main(teacher_flags(output_dir=tmp_path / "unbroken"))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        stopped(finetune_bert.main, flags, capsys)
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    changes = {"data_dir": copied(data("mrpc"), "data"), "bert_model": copied(bert, "bert"),
+               "output_dir": tmp_path / "moved", "log_dir": "logs"}  # fmt: skip
+    other = copied(bert, "other")
+    flip(other / "model.safetensors", 0.9)
+    line = refused(finetune_bert.main, moved(flags, {**changes, "bert_model": other}))
+    assert f"--bert_model: {other} now, {bert} in the run, which differ in the SHA-256" in line
+    finetune_bert.main(moved(flags, changes))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("moved", "unbroken")]
+    assert weights[0] == weights[1]
+    finetune_bert.main(moved(flags, {**changes, "data_dir": data("mrpc")}))
+    assert "nothing to train: the teacher in" in caplog.text
+
+
+def test_27_an_earlier_teachers_tokenizer_does_not_change_the_new_ones(
+    teacher_flags, bert, tmp_path, monkeypatch, capsys
+):
+    """Files that the new one has not; what is not a tokenizer's stays. Where they cannot go, one line says so."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    stale = {"special_tokens_map.json": '{"unk_token": "doctor"}', "added_tokens.json": '{"doctor": 101}',
+             "vocab.txt": "[PAD]\n[UNK]\n", "notes.txt": "mine"}  # fmt: skip
+
+    def put_back() -> None:
+        for name, text in stale.items():
+            (folder / name).write_text(text)
+
+    put_back()
+    expected = tokenizer_key(load_tokenizer(bert, True, "--bert_model"))
+    finetune_bert.main([*teacher_flags(), "--overwrite_output_dir"])
+    assert tokenizer_key(load_tokenizer(folder, True, "--output_dir")) == expected
+    assert {path.name for path in folder.iterdir()} & set(stale) == {"notes.txt"}
+    put_back()
+    monkeypatch.setattr(finetune_bert, "TOKENIZER_FILES", ())
+    del stale["added_tokens.json"]
+    (folder / "added_tokens.json").unlink()
+    code, line = stopped(finetune_bert.main, [*teacher_flags(), "--overwrite_output_dir"], capsys)
+    assert (code, "its tokenizer is not the one of the training" in line) == (1, True)
+    (folder / "special_tokens_map.json").unlink()
+    finetune_bert.main([*teacher_flags(), "--overwrite_output_dir", "--resume"])
+    assert (folder / "eval_results.txt").exists()

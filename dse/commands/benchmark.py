@@ -8,11 +8,10 @@ Prints a table; `--output FILE` writes JSON.
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from dse import cli
 from dse.config import check_fits_bert
-from dse.files import check_writable, write_json
+from dse.files import check_output_file, write_json
 from dse.pretrained import bert_config, find_bert, load_tokenizer
 from dse.processors import check_sentence_pairs, get_task
 from dse.reporting import check_can_plot
@@ -53,10 +52,10 @@ def run(args: argparse.Namespace) -> None:
     task = get_task(args.task_name)
     check_sentence_pairs(task)
     if args.output:
-        check_writable(Path(args.output).parent, "--output")
+        check_output_file(args.output, "--output")
     if args.plot:
         check_can_plot("--plot")
-        check_writable(Path(args.plot).parent, "--plot")
+        check_output_file(args.plot, "--plot")
     cli.set_up_logging()
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")

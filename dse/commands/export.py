@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     """A checkpoint's student as a folder that loads."""
     # 1. Refuse what cannot work.
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
-    check_writable(Path(args.output).absolute().parent, "--output")
+    output = Path(args.output).resolve()
+    check_writable(output.parent, "--output", output.name)
     cli.set_up_logging()
     from dse.sharing import check_replaceable
 
@@ -40,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
 
     model, _ = student_from_checkpoint(load_checkpoint(args.trainer_checkpoint))
     model.save_pretrained(args.output)
-    logger.info("student of %s, epoch %d: %s", model.settings.task.name, model.origin["epoch"], args.output)
+    epoch = model.origin["epoch"]
+    when = "within an epoch, without metrics" if epoch is None else f"epoch {epoch}"
+    logger.info("student of %s, %s: %s", model.settings.task.name, when, args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if args.append and args.half:
         raise InputError("--half: is decided when an index is made; leave it out with --append")
     cli.check_texts(args.candidates, "--candidates")
-    check_writable(Path(args.output).absolute().parent, "--output")
+    output = Path(args.output).resolve()
+    check_writable(output.parent, "--output", output.name)
     cli.set_up_logging()
     from dse.index import CandidateIndex, check_index_place
 

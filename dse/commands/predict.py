@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dse import cli
-from dse.files import InputError, check_writable
+from dse.files import InputError, check_output_file
 from dse.processors import BINARY, get_task, read_examples
 
 PROG = "python -m dse predict"
@@ -46,15 +46,13 @@ def run(args: argparse.Namespace) -> None:
     """Read the test set, predict, and write GLUE's file."""
     # 1. Refuse what cannot work, and read the rows, before anything heavy is loaded.
     task = get_task(args.task_name)
-    check_writable(args.output_dir, "--output_dir")
+    path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
+    check_output_file(path, "--output_dir")
     cli.set_up_logging()
     if task.test is None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
     if args.threshold is not None and task.kind != BINARY:
         raise InputError(f"--threshold: {task.name} ({task.kind}) has none; leave it out")
-    path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
-    if path.is_dir():
-        raise InputError(f"--output_dir: {path} is a folder; name another place")
     # Every row must be answered: one that is skipped would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     import numpy as np

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dse import cli
-from dse.files import InputError, check_writable, json_text, write_whole
+from dse.files import InputError, check_output_file, json_text, write_whole
 from dse.processors import ranked_label
 
 PROG = "python -m dse score"
@@ -82,9 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_index:
         cli.check_texts(args.candidates, "--candidates")
     if args.output != "-":
-        check_writable(Path(args.output).absolute().parent, "--output")
-        if Path(args.output).is_dir():
-            raise InputError(f"--output: {args.output} is a folder; name a file")
+        check_output_file(args.output, "--output")
     cli.set_up_logging()
     from dse.index import CandidateIndex
 

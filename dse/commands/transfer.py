@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dse import cli
-from dse.files import InputError, check_writable, write_json
+from dse.files import InputError, check_output_file, write_json
 from dse.pretrained import find_bert
 from dse.processors import TASKS, labelled_test, read_examples
 
@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if not data_dir.is_dir():
         raise InputError(f"--data_dir: {data_dir} is no folder; expected one with GLUE's folders, MRPC and so on")
     if args.output:
-        check_writable(Path(args.output).absolute().parent, "--output")
-        if Path(args.output).is_dir():
-            raise InputError(f"--output: {args.output} is a folder; name a file")
+        check_output_file(args.output, "--output")
     cli.set_up_logging()
     from dse import transfer
 
