@@ -20,7 +20,7 @@ from dse import cli, parallel, stopping
 from dse.cache import cache_name, check_cache_path
 from dse.config import DSEConfig, check_fc_dims, check_fits_bert
 from dse.files import InputError, check_file, check_name, check_writable, read_json, sha256_file, utc_stamp
-from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, tokenizer_to_files
+from dse.pretrained import bert_config, bert_hashes, find_bert, last_part, load_tokenizer, tokenizer_to_files
 from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
 from dse.reporting import (
     Record,
@@ -158,8 +158,6 @@ def start_fresh(args: argparse.Namespace, stamp: str, data: dict[str, Any]) -> S
     bert = bert_config(folder, "--bert_model")
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
-    from dse.checkpoint import bert_hashes
-
     data["bert"] = bert_hashes(folder)
     return Start(tokenizer, stamp, DSEConfig.from_flags(args, bert), bert_folder=folder)
 

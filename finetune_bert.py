@@ -35,6 +35,7 @@ from dse.pretrained import (
     TRAINING,
     TRAINING_FORMAT,
     bert_config,
+    bert_hashes,
     check_hashes,
     find_bert,
     last_part,
@@ -194,8 +195,6 @@ def run_of(
     args: argparse.Namespace, task: Task, data: dict[str, Examples], bert_folder: Path, tokenizer: Any
 ) -> dict[str, Any]:
     """What makes a training this one: task, flags, data, encoder, tokenizer."""
-    from dse.checkpoint import bert_hashes
-
     others = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
     flags = {flag: value for flag, value in vars(args).items() if flag not in others}
     return {

@@ -35,11 +35,10 @@ from dse.files import (
     load_tensors,
     one_line,
     remove_stale_parts,
-    sha256_file,
     utc_stamp,
 )
 from dse.models import DSESiameseClassifier, empty_student
-from dse.pretrained import find_bert, tokenizer_from_files, weight_files
+from dse.pretrained import bert_hashes, find_bert, tokenizer_from_files
 from dse.processors import Task, task_from_dict, task_to_dict
 from dse.reporting import Record, winning_threshold
 from dse.sharing import CONFIG, STUDENT_FILES, read_config
@@ -111,11 +110,6 @@ def check_same_run(checkpoint: dict[str, Any], task: Task, flags: dict[str, Any]
             raise
         here = there  # it is gone, or a hub's, and not needed: the weights are the checkpoint's
     check_same_bert(then, now, there, here)
-
-
-def bert_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of an encoder's files, by name, that decide what a training begins with; its tokenizer apart."""
-    return {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
 
 
 def check_same_bert(then: str, now: str, there: dict[str, str] | None, here: dict[str, str] | None) -> None:
@@ -204,7 +198,7 @@ def told_by(folder: Path) -> dict[str, Any]:
 
 def best_folders(run: Path) -> list[Path]:
     """Where the best epoch's student may be in a run's folder; what is there may be something else (`told_by`)."""
-    return [run / BEST, *run.glob(f"{BEST}_epoch_*")]
+    return [run / BEST, *(path for path in run.glob(f"{BEST}_epoch_*") if path.name.rpartition("_")[2].isdecimal())]
 
 
 def save_best(model: DSESiameseClassifier, run: Path) -> None:

@@ -143,6 +143,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [first, *(folder / name for name in sorted(set(shards.values())))]
 
 
+def bert_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of a BERT's files, by name, that decide what a training begins with; its tokenizer apart."""
+    return {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
+
+
 def bert_config(folder: Path, flag: str) -> dict[str, Any]:
     """The config.json of a BERT folder. Raises InputError when it is another model's, or none."""
     if not (folder / "config.json").is_file():

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dse import cli, parallel, reproduction, stopping
 from dse.config import check_fits_bert
-from dse.files import InputError, RunError, check_writable, sha256_file
-from dse.pretrained import bert_config, find_bert, load_tokenizer, saved_casing, tokenizer_key, weight_files
+from dse.files import InputError, RunError, check_writable
+from dse.pretrained import bert_config, bert_hashes, find_bert, load_tokenizer, saved_casing, tokenizer_key
 from dse.processors import TASKS, Task, get_task
 from dse.reporting import duration
 from dse.reproduction import PRESETS, STAGES, Encoder, Work, seconds_left
@@ -93,8 +93,7 @@ def make_works(args: argparse.Namespace) -> list[Work]:
         raise InputError(f"--bert_model: {folder} has less than the preset {args.preset} needs, {needs}") from error
     lower_case = saved_casing(folder, "--bert_model") is not False
     tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
-    hashes = {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
-    encoder = Encoder(folder.resolve(), {**hashes, "tokenizer": tokenizer_key(tokenizer)}, lower_case)
+    encoder = Encoder(folder.resolve(), {**bert_hashes(folder), "tokenizer": tokenizer_key(tokenizer)}, lower_case)
     stages = list(STAGES)
     if not reproduction.has_sentence_transformers():
         stages.remove("sentence_bert")
