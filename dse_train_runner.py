@@ -346,7 +346,7 @@ def make_entries(
         **HEADER,
         "architecture": trainer.model.config.to_dict(),
         "tokenizer": tokenizer_to_files(start.tokenizer),
-        "task": task_to_dict(task),
+        "task": task_to_dict(task, ranks=True),
         "data": data,
         "run": {"task_name": args.task_name, **run_flags(args)},
         "stamp": start.stamp,
@@ -374,8 +374,7 @@ def make_after_epoch(
     log_file: Path | None,
 ) -> Callable[[Record], bool]:
     """After each epoch: checkpoint or state, JSON line, plots; True ends the training early."""
-    from dse.checkpoint import origin_of, save_best
-    from dse.encoding import DEFAULT_THRESHOLD, TextSettings
+    from dse.checkpoint import origin_of, save_best, settings_of
 
     def after_epoch(record: Record) -> bool:
         best = best_epoch(task, trainer.history)
@@ -387,8 +386,7 @@ def make_after_epoch(
             logger.info("checkpoint %s", trainer.saved)
             if best == record["epoch"] and parallel.is_first():
                 run = {"task_name": args.task_name, **run_flags(args)}
-                threshold = winning_threshold(record["validation"]) or DEFAULT_THRESHOLD
-                trainer.model.settings = TextSettings(start.tokenizer, task, args.max_seq_length, threshold)
+                trainer.model.settings = settings_of(start.tokenizer, task, args.max_seq_length, trainer.history)
                 trainer.model.origin = origin_of(run, trainer.seed, trainer.history, data, start.stamp)
                 save_best(trainer.model, start.states.folder)
         else:
@@ -450,11 +448,18 @@ def train(
 
 def mend_best(folder: Path, checkpoint: Path, epoch: int, stamp: str) -> None:
     """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints."""
-    from dse.checkpoint import BEST, load_checkpoint, remove_older_best, save_best, student_from_checkpoint, told_by
+    from dse.checkpoint import (
+        best_folders,
+        load_checkpoint,
+        remove_older_best,
+        save_best,
+        student_from_checkpoint,
+        told_by,
+    )
 
-    for place in (folder / BEST, folder / f"{BEST}_epoch_{epoch}"):
+    for place in best_folders(folder):
         told = told_by(place)
-        if told.get("epoch") == epoch and told.get("stamp", stamp) == stamp:
+        if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
             remove_older_best(folder, place, stamp)
             return
     if checkpoint.is_file():
@@ -469,8 +474,8 @@ def report_best(task: Task, history: list[Record]) -> None:
     threshold = winning_threshold(best["validation"])
     where = "" if threshold is None else f" with threshold {threshold}"
     logger.info("best %s %.4f at epoch %d%s", name, value, best["epoch"], where)
-    logger.info("its train metrics: %s", format_metrics(best["train"]))
-    logger.info("its validation metrics: %s", format_metrics(best["validation"]))
+    logger.info("its train metrics: %s", format_metrics(best["train"], threshold))
+    logger.info("its validation metrics: %s", format_metrics(best["validation"], threshold))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -49,13 +49,7 @@ from dse.processors import Examples, Task, get_task, read_examples, task_from_di
 PROG = "finetune_bert.py"
 STATE = "training_state"  # folder of the states in the output folder
 HEADER = {"format": "dse teacher state", "version": 1}
-TOKENIZER_FILES = (
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+STALE = ("vocab.txt", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, read where there, not written
 logger = logging.getLogger("dse.finetune_bert")
 
 
@@ -115,6 +109,8 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     output_dir = Path(args.output_dir)
     for folder in results_dirs(args, task).values():
         check_writable(folder, "--output_dir", f"{STATE}/teacher_state_epoch_{args.num_train_epochs}_update_{2**32}.pt")
+    logits = f"{last_part(args.output_dir)}_logits.partial"  # of the next stage, named after this folder
+    check_name(output_dir.parent / logits, "--output_dir")
     cache = cache_name("train", last_part(args.bert_model), args.max_seq_length, task.name, "joint")
     check_name(Path(args.data_dir) / cache, "--data_dir, --bert_model or --task_name")
     free = args.overwrite_output_dir or args.resume or not args.do_train
@@ -124,6 +120,16 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
             f"--output_dir: {output_dir} is not empty; give {hint}--overwrite_output_dir to train into it, "
             "or another folder"
         )
+
+    stale = [name for name in STALE if (output_dir / name).is_file()]
+    if args.do_train and set(stale) - files_of_earlier(args):
+        raise InputError(f"--output_dir: {output_dir} holds {', '.join(stale)}, which would change the teacher's "
+                         "tokenizer: move them away, or name another folder")  # fmt: skip
+
+
+def files_of_earlier(args: argparse.Namespace) -> set[str]:
+    """The files of the teacher that is in the output folder, as its training.json lists them."""
+    return set((read_training(Path(args.output_dir)) or {"sha256": {}})["sha256"])
 
 
 def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
@@ -273,13 +279,12 @@ def save_teacher(args: argparse.Namespace, model: Any, tokenizer: Any, about: di
         hashes = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         training = {"format": TRAINING_FORMAT, **about, "sha256": hashes}
         write_json(beside / TRAINING, training)
-        for name in TOKENIZER_FILES:  # an earlier teacher's would be read along with this one's
-            if name not in hashes:
-                (Path(args.output_dir) / name).unlink(missing_ok=True)
+        for name in files_of_earlier(args) - hashes.keys():  # they would be read along with this one's
+            (Path(args.output_dir) / name).unlink(missing_ok=True)
     if tokenizer_key(tokenizer_in(Path(args.output_dir))) != about["tokenizer"]:
         raise RunError(
-            f"{args.output_dir}: its tokenizer is not the one of the training, because of files that were there "
-            "before: move them away, and run the same command again with --resume"
+            f"{args.output_dir}: its tokenizer is not the one of the training, because of other files there: move "
+            "these away, and go on from the last state"
         )
     for folder in results_dirs(args, task_from_dict(about["task"])).values():
         (folder / "eval_results.txt").unlink(missing_ok=True)  # of the teacher that was replaced

@@ -26,7 +26,7 @@ import torch
 
 from dse.cli import same_value
 from dse.config import DSEConfig
-from dse.encoding import DEFAULT_THRESHOLD, TextSettings
+from dse.encoding import TextSettings
 from dse.files import (
     InputError,
     RunError,
@@ -37,6 +37,7 @@ from dse.files import (
     remove_stale_parts,
     utc_stamp,
 )
+from dse.metrics import DEFAULT_THRESHOLD
 from dse.models import DSESiameseClassifier, empty_student
 from dse.pretrained import bert_hashes, find_bert, tokenizer_from_files
 from dse.processors import Task, task_from_dict, task_to_dict
@@ -161,12 +162,15 @@ def student_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[DSESiameseClass
     run, trainer = checkpoint["run"], checkpoint["trainer"]
     history = trainer["history"] if trainer["partial"] is None else []  # its metrics are of other weights
     tokenizer = tokenizer_from_files(checkpoint["tokenizer"])
-    threshold = winning_threshold(history[-1].get("validation", {})) if history else None
-    model.settings = TextSettings(
-        tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"], threshold or DEFAULT_THRESHOLD
-    )
+    model.settings = settings_of(tokenizer, task_from_dict(checkpoint["task"]), run["max_seq_length"], history)
     model.origin = origin_of(run, trainer["seed"], history, checkpoint["data"], checkpoint["stamp"])
     return model.eval(), tokenizer
+
+
+def settings_of(tokenizer: Any, task: Task, max_seq_length: int, history: list[Record]) -> TextSettings:
+    """A student's settings, with the threshold that won on dev in the last epoch."""
+    threshold = winning_threshold(history[-1].get("validation", {})) if history else None
+    return TextSettings(tokenizer, task, max_seq_length, threshold or DEFAULT_THRESHOLD)
 
 
 def origin_of(
@@ -204,27 +208,30 @@ def best_folders(run: Path) -> list[Path]:
 def save_best(model: DSESiameseClassifier, run: Path) -> None:
     """Write the best epoch's student into a run's folder, as `best`, or as `best_epoch_<n>` where that cannot be.
 
-    That is so where others' files are in `best`, or another run's student. What this run wrote of earlier epochs goes.
+    That is so where others' files are in `best`, or another student. What this run wrote of earlier epochs goes.
     """
-    epoch, stamp = model.origin["epoch"], model.origin["stamp"]
-    for place in (run / BEST, run / f"{BEST}_epoch_{epoch}"):
+    origin = model.origin
+    for place in (run / BEST, run / f"{BEST}_epoch_{origin['epoch']}"):
+        told = told_by(place)
+        # What was written before there were stamps is this run's if the same command wrote it.
+        key = "stamp" if "stamp" in told else "commands"
+        if (place / CONFIG).exists() and told.get(key) != origin[key]:
+            logger.warning("%s holds another run's student and stays: the best epoch goes elsewhere", place)
+            continue
         try:
-            if told_by(place).get("stamp", stamp) != stamp:
-                raise InputError(f"{place} is of another run")
             model.save_pretrained(place)
         except (InputError, RunError) as error:
-            logger.warning("the best epoch so far, %d, cannot be put in %s: %s", epoch, place, error)
-        else:
-            remove_older_best(run, place, stamp)
-            logger.info("best epoch so far, %d: %s", epoch, place)
-            return
+            logger.warning("the best epoch so far, %d, goes elsewhere: %s", origin["epoch"], error)
+            continue
+        remove_older_best(run, place, origin["stamp"])
+        logger.info("best epoch so far, %d: %s", origin["epoch"], place)
+        return
 
 
 def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
     """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
     for place in best_folders(run):
-        told = told_by(place) if place != newest else {}
-        if told and told.get("stamp", stamp) == stamp:
+        if place != newest and told_by(place).get("stamp") == stamp:
             with contextlib.suppress(OSError):
                 for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
                     (place / name).unlink(missing_ok=True)
@@ -295,7 +302,7 @@ def find_run(
             try:
                 path, checkpoint = states.newest(load_checkpoint)
             except InputError as error:
-                logger.warning("%s; looking for another run of %s", error, experiment)
+                logger.warning("%s: none of its states can be read; looking for another run of %s", folder, experiment)
                 refusal = refusal or error
                 continue
             try:

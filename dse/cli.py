@@ -13,7 +13,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,13 +33,15 @@ logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LESS_MEMORY = (
+    "lower the batch size (in training, raise --gradient_accumulation_steps with it), give --bf16 or "
+    "--gradient_checkpointing where the command takes them, or take smaller layers"
+)
 DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviations, and errors on one line."""
-
-    flags: Set[str] = frozenset()  # of the command that runs
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
@@ -50,7 +52,6 @@ class Parser(argparse.ArgumentParser):
             if found := re.search("[\0\ud800-\udfff]", word):
                 what = "has a NUL character" if found[0] == "\0" else "is not valid UTF-8"
                 self.error(f"{word!a} {what}: give another name")
-        Parser.flags = self._option_string_actions.keys()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -71,7 +72,6 @@ def clear_errors(prog: str) -> Iterator[None]:
     So too for work that cannot go on (exit code 1), Ctrl-C (130), SIGTERM (143), and a reader of the output that has
     had enough (141).
     """
-    before = Parser.flags
     with stopping.safe_console():
         try:
             with stopping.caught(), parallel.together():
@@ -92,32 +92,18 @@ def clear_errors(prog: str) -> Iterator[None]:
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 _leave(prog, f"error: {error.filename}: the name is too long; give a shorter one", 2, error)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
                 stopping.flush_or_silence(sys.stdout)
                 _leave(prog, f"error: the output cannot be written ({error.strerror}); make room", 1, error)
             if not _is_lack_of_memory(error):
                 raise
-            _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_less_memory()}", 1, error)
-        finally:
-            Parser.flags = before
+            _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_LESS_MEMORY}", 1, error)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Storage size calculation overflowed")
     is_systems = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or is_systems or any(word in str(error) for word in words)
-
-
-def _less_memory() -> str:
-    """What a user can do, of the flags that the command has."""
-    sizes = ("--batch_size", "--train_batch_size", "--val_batch_size", "--eval_batch_size", "--fc_dims")
-    ways = [*(f"give {flag}" for flag in ("--bf16", "--gradient_checkpointing") if flag in Parser.flags),
-            *(f"lower {flag}" for flag in sizes if flag in Parser.flags)]  # fmt: skip
-    if "--train_batch_size" in Parser.flags:
-        ways.append("raise --gradient_accumulation_steps, which divides --train_batch_size")
-    elif "--gradient_accumulation_steps" in Parser.flags:
-        ways.append("raise --gradient_accumulation_steps with a lower --batch_size, which leaves the update's size")
-    return ", ".join(ways) or "free some, or take a smaller model"
 
 
 def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:

@@ -10,7 +10,7 @@ Texts are what Python calls strings, of any length: what is beyond the student's
 steps of similar length; what else is in a call changes a number by rounding only.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -20,10 +20,9 @@ import torch
 
 from dse.evaluation import embed_texts, predict_pairs
 from dse.features import SeparateFeatures, encode_texts, padding_for
-from dse.metrics import decisions, sigmoid
+from dse.metrics import DEFAULT_THRESHOLD, decisions, sigmoid
 from dse.processors import MULTICLASS, REGRESSION, Task, ranked_label
 
-DEFAULT_THRESHOLD = 0.5
 Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and text_pair
 
 
@@ -78,7 +77,7 @@ class TextInterface:
             raise ValueError(f"convert_to: {convert_to!r} is none of numpy, tensor, list")
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
-        texts = checked_texts([sentences] if alone else sentences, "sentences")
+        texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
         embeddings = np.empty((0, self.config.embedding_size), np.float32)
         if texts:
             features = self._features(texts, texts)
@@ -172,33 +171,33 @@ class TextInterface:
 
     def _precision(self, half: bool) -> torch.autocast:
         kind, own = self.device.type, next(self.parameters()).dtype  # a model of another dtype keeps to its own
-        enabled = half and own == torch.float32
+        quantized = any("quantized" in type(module).__module__ for module in self.modules())  # these take float32 alone
+        enabled = half and own == torch.float32 and not quantized
         return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
 
 
 def _check_batch_size(batch_size: int) -> None:
     if not isinstance(batch_size, Integral):
-        raise TypeError(f"batch_size: got a {type(batch_size).__name__}, expected a whole number")
+        raise TypeError(f"batch_size: got {type(batch_size).__name__}, expected a whole number")
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is below 1")
 
 
 def _sides(pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:
     firsts, seconds = [], []
-    for i, pair in enumerate(elements(pairs, "pairs", "pairs of texts")):
+    for i, pair in enumerate(elements(pairs, "pairs", "a list of pairs of texts")):
         if isinstance(pair, Mapping) and set(pair) == {"text", "text_pair"}:
             pair = pair["text"], pair["text_pair"]
-        elif not isinstance(pair, str):
-            pair = elements(pair, f"pairs, number {i}", "two texts, or text and text_pair")
-        if isinstance(pair, str) or len(pair := list(pair)) != 2:
-            raise TypeError(f"pairs: number {i} is not a pair of texts: {str(pair)[:80]!r}; expected (text, text)")
+        pair = list(elements(pair, f"pairs, number {i}", "(text, text), or a mapping of text and text_pair alone"))
+        if len(pair) != 2:
+            raise TypeError(f"pairs, number {i}: got {len(pair)} texts, expected 2")
         firsts.append(pair[0])
         seconds.append(pair[1])
-    return checked_texts(firsts, "pairs, first texts"), checked_texts(seconds, "pairs, second texts")
+    return list(checked_texts(firsts, "pairs, first texts")), list(checked_texts(seconds, "pairs, second texts"))
 
 
-def elements(value: Any, what: str, of: str) -> Iterable[Any]:
-    """`value`, if its elements are what a caller means, in the order that a caller means.
+def elements(value: Any, what: str, of: str) -> Iterator[Any]:
+    """The elements of `value`, if they are what a caller means, in the order that a caller means.
 
     A string would give its letters, bytes numbers, a mapping its keys, a table its columns' names, a set any order.
 
@@ -208,27 +207,24 @@ def elements(value: Any, what: str, of: str) -> Iterable[Any]:
     Raises TypeError for these, and for what cannot be iterated.
     """
     refused = isinstance(value, str | bytes | bytearray | Mapping | set | frozenset) or hasattr(value, "columns")
-    if refused or not isinstance(value, Iterable):
-        raise TypeError(f"{what}: got a {type(value).__name__}, expected {of} in a list or another ordered iterable")
-    return value
+    try:
+        if not refused:
+            return iter(value)
+    except TypeError:  # what cannot be iterated
+        pass
+    raise TypeError(f"{what}: got {type(value).__name__}, expected {of}")
 
 
-def checked_texts(texts: Iterable[Any], what: str) -> list[str]:
-    """A list of the texts. Raises TypeError as `elements` does and for what is not a string, ValueError for one that
+def checked_texts(texts: Iterable[Any], what: str) -> Iterator[str]:
+    """The texts, one by one. Raises TypeError as `elements` does and for what is not a string, ValueError for one that
     UTF-8 cannot hold.
     """
-    texts = list(elements(texts, what, "strings"))
-    for i, text in enumerate(texts):
-        check_text(text, i, what)
-    return texts
-
-
-def check_text(text: Any, number: int, what: str) -> None:
-    """Raise TypeError for what is not a string, ValueError for one that UTF-8 cannot hold."""
-    if not isinstance(text, str):
-        raise TypeError(f"{what}: number {number} is a {type(text).__name__}, and a string was expected")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{what}: number {number} is text that UTF-8 cannot hold ({error.reason})") from error
+    for i, text in enumerate(elements(texts, what, "a list of strings")):
+        if not isinstance(text, str):
+            raise TypeError(f"{what}, number {i}: got {type(text).__name__}, expected a string")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{what}, number {i}: UTF-8 cannot hold it ({error.reason})") from error
+        yield text

@@ -16,7 +16,7 @@ from dse import parallel, stopping
 from dse.distillation import distillation_loss, hard_loss, student_loss, teacher_loss
 from dse.features import Features, SeparateFeatures, in_batches
 from dse.files import InputError, RunError, load_tensors, save_tensors, sha256_json
-from dse.metrics import agreement, decisions, student_metrics, teacher_metrics
+from dse.metrics import DEFAULT_THRESHOLD, agreement, decisions, student_metrics, teacher_metrics
 from dse.processors import REGRESSION, Task
 from dse.reporting import show_number
 
@@ -297,7 +297,7 @@ def measure_student(
 
 
 def tell_agreement(
-    task: Task, outputs: np.ndarray, labels: np.ndarray, who: str, whose: str, threshold: float = 0.5
+    task: Task, outputs: np.ndarray, labels: np.ndarray, who: str, whose: str, threshold: float = DEFAULT_THRESHOLD
 ) -> None:
     """Log how far outputs agree with labels; warn where they agree less than a guess would.
 
@@ -310,10 +310,13 @@ def tell_agreement(
     value = agreement(task.kind, outputs, labels, threshold)
     if task.kind == REGRESSION:
         logger.info("%s: Pearson correlation with %s %s", who, whose, show_number(value))
-        guess, why = 0.0, "0: its scores may run the other way"
-    else:
-        logger.info("%s agrees with %s in %.1f %% of %d rows", who, whose, 100 * value, len(labels))
-        guess = np.bincount(labels).max() / len(labels)
-        why = f"the {100 * guess:.1f} % of the most frequent label: its labels may not be in the order {task.labels}"
+        if value < 0:
+            logger.warning("%s correlates negatively with %s: its scores may run the other way", who, whose)
+        return
+    logger.info("%s agrees with %s in %.1f %% of %d rows", who, whose, 100 * value, len(labels))
+    guess = np.bincount(labels).max() / len(labels)
     if value < guess:
-        logger.warning("%s agrees with %s less than %s", who, whose, why)
+        logger.warning(
+            "%s agrees with %s less than the most frequent label does (%.1f %%): check the order of its labels, which "
+            "should be %s, and the data", who, whose, 100 * guess, ", ".join(task.labels),
+        )  # fmt: skip

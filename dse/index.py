@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from dse.encoding import check_text, checked_texts, elements
+from dse.encoding import checked_texts, elements
 from dse.features import batches_of
 from dse.files import (
     InputError,
@@ -126,12 +126,12 @@ class CandidateIndex:
     """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`."""
 
     def __init__(
-        self, model: "DSESiameseClassifier", folder: Path, content: dict[str, Any], keep: Any = None,
-        mapped: "list[np.ndarray] | None" = None,
+        self, model: "DSESiameseClassifier", folder: Path, content: dict[str, Any], mapped: list[np.ndarray],
+        keep: Any = None,
     ) -> None:  # fmt: skip
         self.model, self.folder = model, folder
         self._keep = keep  # a temporary folder, removed with the last reference to it
-        self._take(content, _mapped(folder, content) if mapped is None else mapped)
+        self._take(content, mapped)
 
     def __len__(self) -> int:
         return self.count
@@ -186,8 +186,8 @@ class CandidateIndex:
             _write_content(beside, content)
             mapped = _mapped(beside, content)
             if folder.is_dir():  # the two change places when no append is under way
-                held.enter_context(FileLock(folder / _LOCK))
-        return cls(model, folder, content, keep, mapped)
+                held.enter_context(_locked(folder))
+        return cls(model, folder, content, mapped, keep)
 
     @classmethod
     def open(cls, folder: str | Path, model: "DSESiameseClassifier") -> "CandidateIndex":
@@ -198,11 +198,11 @@ class CandidateIndex:
             raise InputError(
                 f"{folder}: this index was made by another model; build it anew, or give the model it is of"
             )
-        return cls(model, folder, content, mapped=mapped)
+        return cls(model, folder, content, mapped)
 
     def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
         """Add candidates behind those that are there; a stop in between leaves the index as it was."""
-        with FileLock(self.folder / _LOCK):
+        with _locked(self.folder):
             remove_stale_parts(self.folder, INDEX, 0.0)  # nobody else writes it now
             content = _read_content(self.folder)  # another process may have added some
             if content["model"] != fingerprint(self.model):
@@ -233,7 +233,7 @@ class CandidateIndex:
 
         Raises TypeError for what is not text, InputError for a label that the task lacks or has to be told.
         """
-        texts = [queries] if isinstance(queries, str) else checked_texts(queries, "queries")
+        texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         scores = np.empty((len(texts), len(self)), np.float32)
         for rows, columns, some in self._blocks(texts, rank_label, show=False):
             scores[rows, columns] = some.cpu().numpy()
@@ -254,7 +254,7 @@ class CandidateIndex:
         """
         if top_k < 1:
             raise ValueError(f"top_k: {top_k} is below 1")
-        texts = [queries] if isinstance(queries, str) else checked_texts(queries, "queries")
+        texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         best: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in texts]
         for rows, columns, some in self._blocks(texts, rank_label, show_progress):
             for row, scores in zip(range(rows.start, rows.stop), some.cpu(), strict=True):
@@ -365,15 +365,9 @@ def _embedded(
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     disable = None if show is None else not show
     with tqdm(desc="embed", unit="sentence", disable=disable, leave=False) as bar:
-        for texts in batches_of(_strings(sentences), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
+        for texts in batches_of(checked_texts(sentences, "sentences"), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
             yield model.encode(texts, batch_size, show_progress=False), texts
             bar.update(len(texts))
-
-
-def _strings(sentences: Iterable[str]) -> Iterator[str]:
-    for i, text in enumerate(elements(sentences, "sentences", "strings")):
-        check_text(text, i, "sentences")
-        yield text
 
 
 def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndarray, list[str]]]) -> None:
@@ -384,12 +378,12 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndar
         sizes = [_bytes(*shape) for shape in _shapes(content).values()]
         for file, size in zip(files, sizes, strict=True):
             file.truncate(size)  # what an append left that did not end
-        for part in elements(parts, "parts", "(embeddings, texts) parts"):
-            if not (isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[0], np.ndarray)):
+        for part in elements(parts, "parts", "a list of (embeddings, texts) parts"):
+            if not (isinstance(part, tuple | list) and len(part) == 2):
                 raise TypeError(
-                    f"parts: got a {type(part).__name__}, expected (array, texts): [(E, texts)] is one part"
+                    f"parts: got {type(part).__name__}, expected (embeddings, texts): [(E, texts)] is one part"
                 )
-            vectors, texts = part[0], checked_texts(part[1], "parts, texts")
+            vectors, texts = np.asarray(part[0]), list(checked_texts(part[1], "parts, texts"))
             if vectors.shape != (len(texts), content["width"]):
                 raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
             encoded = [text.encode() for text in texts]
@@ -470,8 +464,10 @@ def _mapped(folder: Path, content: dict[str, Any]) -> list[np.ndarray]:
         try:
             with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
                 arrays.append(np.memmap(file, kind, "r", shape=shape) if math.prod(shape) else np.empty(shape, kind))
-        except (OSError, ValueError) as error:  # ValueError: the file is shorter
+        except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
             raise InputError(f"{folder / name}: missing or truncated; build the index anew") from error
+        except OSError as error:
+            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
     return arrays
 
 
@@ -489,6 +485,17 @@ def _opened(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
                 raise refusal
             return content, mapped
     raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder that is there; another may take its place while one waits for the lock."""
+    while True:
+        before = _number(folder)
+        with FileLock(folder / _LOCK):
+            if _number(folder) == before:
+                yield
+                return
 
 
 def _number(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore
 
 from dse.processors import BINARY, MULTICLASS, REGRESSION
 
+DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
 SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # what ranks checkpoints
 
 
@@ -36,7 +37,7 @@ def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray
 
 
 def student_metrics(
-    kind: str, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (0.5,)
+    kind: str, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (DEFAULT_THRESHOLD,)
 ) -> dict[str, float]:
     """Metrics of a student.
 
@@ -68,14 +69,14 @@ def student_metrics(
     return metrics
 
 
-def decisions(kind: str, outputs: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+def decisions(kind: str, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
     """A student's outputs, or a teacher's in the same form, to what they say: (n,) places of labels, or scores."""
     if kind == REGRESSION:
         return outputs[:, 0]
     return (sigmoid(outputs[:, 0]) > threshold).astype(np.int64) if kind == BINARY else outputs.argmax(axis=1)
 
 
-def agreement(kind: str, outputs: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
+def agreement(kind: str, outputs: np.ndarray, labels: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> float:
     """The share of pairs whose label the outputs give; of a regression the Pearson correlation with the scores."""
     said = decisions(kind, outputs, threshold)
     return correlations(said, labels)[0] if kind == REGRESSION else float((said == labels).mean())

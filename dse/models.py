@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 # Weights that may be left over: heads, and what older versions of transformers stored.
 _HEADS = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
+
+# A forked child has none of the threads that its parent's products were shared with, and would wait for them.
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class SentenceEncoder(nn.Module):
@@ -137,7 +141,6 @@ class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
 
     def __init__(self, bert: BertModel, config: DSEConfig) -> None:
         super().__init__()
-        _one_thread_after_fork()
         self.config = config
         self.dse_model = DSEModel(bert, config)
         self.siamese_head = SiameseHead(config)
@@ -160,13 +163,6 @@ class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
         """
         u, v = self.embed(*args, **inputs).chunk(2)
         return self.siamese_head(u, v)
-
-
-@cache
-def _one_thread_after_fork() -> None:
-    """A forked child has none of the threads that its parent's products were shared with, and would wait for them."""
-    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def empty_student(config: DSEConfig) -> DSESiameseClassifier:
@@ -274,10 +270,10 @@ def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
         raise InputError(
             f"{folder}: gives {len(names)} logits, and {task.name} needs {len(labels)}: {', '.join(labels)}"
         )
-    unnamed = names and all(name.startswith("LABEL_") for name in names)
-    if unnamed and task.labels:
-        logger.warning("%s names its labels %s: whether they mean %s is not known", folder, names, labels)
-    if names and not unnamed and names != labels:
+    if all(name.startswith("LABEL_") for name in names):  # or none: transformers leaves out LABEL_0 and LABEL_1
+        if task.labels:
+            logger.warning("%s does not name its labels: whether they are in the order %s is not known", folder, labels)
+    elif names != labels:
         raise InputError(f"{folder}: its labels in order are {names}, those of {task.name} are {labels}")
     if config.get("finetuning_task") not in (None, task.name):
         logger.warning("%s was fine-tuned on %s and is used for %s", folder, config["finetuning_task"], task.name)

@@ -189,12 +189,13 @@ def is_plain(module: nn.Module) -> bool:
         kind = type(each)
         if kind not in _PLAIN_LAYERS and not kind.__module__.startswith(_PLAIN_MODULES):
             return False
-        hooks = each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks
-        origins = [str(getattr(hook, "__module__", "")) for some in hooks for hook in some.values()]
+        hooks = (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks)
         # transformers' own note states, or make checkpointing work: they change nothing
-        others = [origin for origin in origins if not origin.startswith("transformers.")]
-        odd = [weight for weight in each._parameters.values() if type(weight) not in (nn.Parameter, type(None))]
-        if others or odd or "forward" in vars(each) or (kind is nn.Linear and each.bias is None):
+        hooked = any(
+            not str(getattr(h, "__module__", "")).startswith("transformers.") for x in hooks for h in x.values()
+        )
+        odd = any(type(weight) not in (nn.Parameter, type(None)) for weight in each._parameters.values())
+        if hooked or odd or "forward" in vars(each) or (kind is nn.Linear and each.bias is None):
             return False
     return True
 

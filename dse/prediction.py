@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from dse.distillation import distillation_targets
-from dse.encoding import DEFAULT_THRESHOLD, TextSettings
+from dse.encoding import TextSettings
 from dse.evaluation import predict, predict_pairs
 from dse.features import joint_features, padding_for, separate_features
 from dse.files import InputError, read_json, write_text
-from dse.metrics import decisions
+from dse.metrics import DEFAULT_THRESHOLD, decisions
 from dse.models import DSESiameseClassifier, load_teacher, teacher_logits
 from dse.pretrained import bert_config, find_bert, load_tokenizer, read_training, saved_casing
 from dse.processors import REGRESSION, Examples, Task

@@ -135,12 +135,21 @@ def _check_folder(folder: Path, flag: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a BERT folder's weights are loaded from, with the index of shards if there is one."""
+    """The files that a BERT folder's weights are loaded from, with the index of shards if there is one.
+
+    Raises InputError for an index that is spoiled, or names shards that are not there.
+    """
     first = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
     if first.suffix != ".json":
         return [first]
-    shards = read_json(first, "the index of the weights").get("weight_map", {})
-    return [first, *(folder / name for name in sorted(set(shards.values())))]
+    shards = read_json(first, "the index of the weights").get("weight_map")
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    lost = [name for name in names if "\0" in name or not (folder / name).is_file()]
+    if lost or not names:
+        raise InputError(
+            f"{first}: the shards {', '.join(lost[:3]) or 'that it should name'} are missing; fetch them again"
+        )
+    return [first, *(folder / name for name in names)]
 
 
 def bert_hashes(folder: Path) -> dict[str, str]:
@@ -226,7 +235,7 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= vocab_size:
         raise InputError(
             f"{flag}: the vocabulary of {folder} does not fit its model: {len(vocabulary)} entries for {vocab_size} "
-            f"embeddings, {', '.join(tokens)} expected among them"
+            f"embeddings, {', '.join(map(str, tokens))} expected among them"
         )
     if saved is not None and saved != do_lower_case:
         logger.warning(
@@ -251,9 +260,11 @@ def _check_tokenizer_class(folder: Path, flag: str) -> None:
                 f"{flag}: {folder / name} names the tokenizer {named}; expected BERT's: {', '.join(known)}"
             )
         for key, expected in _SPLITTING.items() if name == "tokenizer_config.json" else ():
-            if config.get(key) not in (None, expected, [], {}):
+            value = config.get(key)
+            some = isinstance(expected, list) and isinstance(value, list) and set(map(str, value)) <= set(expected)
+            if value not in (None, expected, {}) and not some:
                 raise InputError(
-                    f"{flag}: {folder / name}: {key} is {config[key]!r}, and BERT's WordPiece has {expected!r}; "
+                    f"{flag}: {folder / name}: {key} is {value!r}, and BERT's WordPiece has {expected!r}; "
                     "take a model whose tokenizer is BERT's"
                 )
 

@@ -151,7 +151,7 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
             raise InputError(f"--rank_label: {task.name} is a regression, whose score ranks; leave it out")
         return None
     usual = ENTAILMENT if ENTAILMENT in task.labels else task.labels[1] if task.kind == BINARY else None
-    label = next((label for label in (asked, task.rank_label, usual) if label is not None), None)
+    label = asked if asked is not None else task.rank_label if task.rank_label is not None else usual
     if label is None:
         raise InputError(
             f"--rank_label: nothing says which label of {task.name} ranks candidates: give one of "
@@ -162,10 +162,14 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
     return label
 
 
-def task_to_dict(task: Task) -> dict[str, Any]:
-    """The task's line as JSON values, for files that must know which task they belong to."""
+def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
+    """The task's line as JSON values, for files that must know which task they belong to.
+
+    Args:
+        ranks: the rank label too, which decides how a student is used, and nothing that is read or learned.
+    """
     line = asdict(task)
-    if task.rank_label is None:  # as files of before it was a key
+    if not ranks or task.rank_label is None:
         del line["rank_label"]
     line["also_validate"] = [list(pair) for pair in task.also_validate]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in line.items()}
@@ -191,7 +195,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,), "kind": (str,), "labels": (list,), "train": (str,), "dev": (str,), "test": (str, type(None)),
     "text_a": _COLUMN, "text_b": (*_COLUMN, type(None)), "label": _COLUMN, "header": (bool,), "metrics": (list,),
     "test_text_a": (*_COLUMN, type(None)), "test_text_b": (*_COLUMN, type(None)),
-    "test_label": (*_COLUMN, type(None)), "skip_short_rows": (bool,), "rank_label": (str, type(None)),
+    "test_label": (*_COLUMN, type(None)), "skip_short_rows": (bool,), "rank_label": (str, int, type(None)),
 }  # fmt: skip
 
 
@@ -212,6 +216,8 @@ def _task_from_json(path: Path) -> Task:
         if not all(isinstance(entry, types) and not isinstance(entry, bool) for entry in line.get(key, ())):
             raise InputError(f"{path}: {key!r} must be a list of {what}, found {line[key]!r}")
         line[key] = tuple(map(str, line.get(key, ())))
+    if line.get("rank_label") is not None:
+        line["rank_label"] = str(line["rank_label"])
     task = Task(**line)
     _check_own_task(path, task)
     return task if task.metrics else replace(task, metrics=DEFAULT_METRICS[task.kind])
@@ -231,7 +237,7 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f"{path}: metrics {list(task.metrics)}: a {task.kind} task knows {', '.join(known)}")
     if not re.fullmatch(r"[\w.-]+", task.name) or task.name.lower() in TASKS:
         raise InputError(f"{path}: name {task.name!r} must be letters, digits, '_', '.', '-' and no name of the table")
-    columns = [getattr(task, key) for key, types in _JSON_TYPES.items() if int in types]
+    columns = [getattr(task, key) for key, types in _JSON_TYPES.items() if int in types and key != "rank_label"]
     if not task.header and any(isinstance(column, str) for column in columns):
         raise InputError(f'{path}: columns by name need a header line; give numbers from 0, or "header": true')
     if any(isinstance(column, int) and column < -1 for column in columns):
@@ -311,6 +317,7 @@ def _read_tsv(path: Path, task: Task, columns: tuple[int | str | None, ...], hea
     if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
         _check_header_label(task, path, names, place_label)
     used = [place for place in places if place is not None]
+    numbered = own and not any(isinstance(column, str) for column in columns)  # by a name, a header is sure to be one
     # in GLUE's files, a last column must be one of its own
     needed = len(names) if own else max(used) + (2 if -1 in used else 1)
     rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
@@ -340,7 +347,7 @@ def _read_tsv(path: Path, task: Task, columns: tuple[int | str | None, ...], hea
     if uneven:
         logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
                        "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
-    _check_texts(path, rows, [names[place] for place in places[:2] if place is not None] if header and own else [])
+    _check_texts(path, rows, [names[place] for place in places[:2] if place is not None] if header and numbered else [])
     rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
     return rows
 
@@ -397,11 +404,9 @@ def _compare_headers(task: Task, train: Path, other: Path, columns: tuple[int | 
     except InputError:  # no train file, say
         return
 
-    def name(names: list[str], column: int | str) -> str | None:
-        return column if isinstance(column, str) else names[column] if column < len(names) else None
-
     both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
-    if any(own is not None and name(ours, own) != name(theirs, trained) for own, trained in both):
+    numbers = [pair for pair in both if all(isinstance(column, int) for column in pair)]  # names are found, or refused
+    if any(ours[own : own + 1 or None] != theirs[trained : trained + 1 or None] for own, trained in numbers):
         logger.warning("%s, line 1: the header %r, and %s has %r: does each file have a header, and are the columns "
                        "the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
 

@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics if any, updates, rate, seconds
 
 
-def format_metrics(metrics: dict[str, float | None]) -> str:
-    """Metrics on one line, four decimals; of several thresholds those of the best."""
-    return ", ".join(f"{name} {show_number(value)}" for name, value in at_best_threshold(metrics).items())
+def format_metrics(metrics: dict[str, float | None], threshold: float | None = None) -> str:
+    """Metrics on one line, four decimals; of several thresholds those of one (`at_threshold`)."""
+    return ", ".join(f"{name} {show_number(value)}" for name, value in at_threshold(metrics, threshold).items())
 
 
 def show_number(value: float | None) -> str:
@@ -24,30 +24,31 @@ def show_number(value: float | None) -> str:
 
 
 def winning_threshold(metrics: dict[str, float]) -> float | None:
-    """The threshold with the best f1, the first of equals; None for metrics without thresholds.
+    """The threshold with the best f1, of equals the one nearest to 0.5; None for metrics without thresholds.
 
-    >>> winning_threshold({"loss": 0.3, "f1_0.4": 0.8, "f1_0.5": 0.9, "f1_0.6": 0.9})
-    0.5
+    >>> winning_threshold({"loss": 0.3, "f1_0.1": 0.9, "f1_0.4": 0.9, "f1_0.5": 0.8})
+    0.4
     """
-    found = [name for name in metrics if name.startswith("f1_")]
-    return float(max(found, key=metrics.__getitem__).removeprefix("f1_")) if found else None
+    found = {float(name.removeprefix("f1_")): f1 for name, f1 in metrics.items() if name.startswith("f1_")}
+    return max(found, key=lambda threshold: (found[threshold], -abs(threshold - 0.5)), default=None)
 
 
-def at_best_threshold(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics without those of all thresholds but the winning one.
+def at_threshold(metrics: dict[str, Any], threshold: float | None = None) -> dict[str, Any]:
+    """The metrics without those of all thresholds but one; None: the winning one.
 
-    >>> at_best_threshold({"loss": 0.3, "accuracy_0.4": 0.7, "f1_0.4": 0.8, "accuracy_0.5": 0.6, "f1_0.5": 0.9})
+    >>> at_threshold({"loss": 0.3, "accuracy_0.4": 0.7, "f1_0.4": 0.8, "accuracy_0.5": 0.6, "f1_0.5": 0.9})
     {'loss': 0.3, 'accuracy_0.5': 0.6, 'f1_0.5': 0.9}
     """
-    best = winning_threshold(metrics)
-    others = {name.removeprefix("f1_") for name in metrics if name.startswith("f1_")} - {str(best)}
+    kept = str(winning_threshold(metrics) if threshold is None else threshold)
+    others = {name.removeprefix("f1_") for name in metrics if name.startswith("f1_")} - {kept}
     return {name: value for name, value in metrics.items() if name.rpartition("_")[2] not in others}
 
 
 def format_record(record: Record) -> str:
     """An epoch's record on one line."""
     parts = [f"{record['seconds']:.1f} s, rate {record['rate']:.3g}"]
-    parts += [f"{part}: {format_metrics(record[part])}" for part in ("train", "validation") if part in record]
+    threshold = winning_threshold(record.get("validation", {}))
+    parts += [f"{p}: {format_metrics(record[p], threshold)}" for p in ("train", "validation") if p in record]
     return "; ".join(parts)
 
 

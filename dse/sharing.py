@@ -10,6 +10,7 @@ Hashes of weights and tokenizer are compared at loading, so a spoiled file is fo
 
 import hashlib
 import json
+import logging
 import shlex
 from pathlib import Path
 from typing import Any, Self
@@ -20,12 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from dse import __version__
 from dse.config import DSEConfig
-from dse.encoding import DEFAULT_THRESHOLD, TextSettings
+from dse.encoding import TextSettings
 from dse.files import InputError, check_ours, json_text, one_line, read_json, replace_folder, sha256_file, sha256_json
-from dse.metrics import SCORES
+from dse.metrics import DEFAULT_THRESHOLD, SCORES
+from dse.packing import is_plain
 from dse.pretrained import tokenizer_in, tokenizer_key
 from dse.processors import BINARY, ranked_label, task_from_dict, task_to_dict
-from dse.reporting import at_best_threshold
+from dse.reporting import at_threshold
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "dse student", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -44,9 +48,15 @@ class Shareable(ModelHubMixin):
         Raises InputError for a folder with other things in it, ValueError for a student without `settings`.
         (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
         """
+        from dse.models import empty_student
+
         folder = Path(folder)
         check_replaceable(folder, str(folder))
         settings = self._settings()
+        with torch.device("meta"):
+            names = empty_student(self.config).state_dict().keys()
+        if self.state_dict().keys() != names:
+            raise InputError(f"{folder}: it cannot hold the student's wrapped layers: merge them first")
         with replace_folder(folder) as beside:
             save_file(weights_of(self), beside / WEIGHTS, metadata={"format": "pt"})
             settings.tokenizer.save_pretrained(beside)
@@ -55,7 +65,7 @@ class Shareable(ModelHubMixin):
                 "version": VERSION,
                 "dse_version": __version__,
                 "architecture": self.config.to_dict(),
-                "task": task_to_dict(settings.task),
+                "task": task_to_dict(settings.task, ranks=True),
                 "labels": list(settings.task.labels),
                 "score_name": SCORES[settings.task.kind],
                 "max_seq_length": settings.max_seq_length,
@@ -134,6 +144,9 @@ def fingerprint(model: Any) -> str:
     bert = architecture.pop("bert")  # of which another version of transformers may know more
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     about = [architecture, bert, tokenizer_key(settings.tokenizer), settings.max_seq_length]
+    if not is_plain(model):
+        logger.warning("the student has hooks or wrapped layers, by which its indexes cannot be told apart")
+        about.append("not plain")
     digest.update(sha256_json(about).encode())
     return digest.hexdigest()
 
@@ -186,7 +199,7 @@ def model_card(config: dict[str, Any]) -> str:
     """README.md of a student: YAML for the hub, metrics, use, commands."""
     task, architecture, origin = config["task"], config["architecture"], config["origin"] or {}
     labels = f", labels in order: {', '.join(config['labels'])}" if config["labels"] else ""
-    metrics = at_best_threshold(origin.get("metrics") or {})
+    metrics = at_threshold(origin.get("metrics") or {})
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     commands = [command_line(script, _without_places(flags)) for script, flags in origin.get("commands", [])]
     use = "\n".join([
@@ -222,14 +235,14 @@ def _meaning(config: dict[str, Any]) -> str:
     """What scores, probabilities and labels mean, a line each."""
     task, labels = task_from_dict(config["task"]), config["labels"]
     try:
-        ranked = ranked_label(task)
+        ranked = f"`{ranked_label(task)}`"
     except InputError:  # nothing says which: a search has to
         ranked = "the label that `rank_label` names"
-    lines = [f"candidates rank by {'the score' if ranked is None else f'the probability of `{ranked}`'}"]
+    lines = [f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}"]
     if task.kind == BINARY:
         lines += [
             f"`score` gives the logit of `{labels[1]}`; `predict(probabilities=True)` gives the probability of "
-            f'`{ranked}`, and `probabilities="all"` both columns',
+            f'{ranked}, and `probabilities="all"` both columns',
             f"`predict` says `{labels[1]}` where its probability is above {config['threshold']}",
         ]
     return "".join(f"\n- {line}" for line in lines)

@@ -100,15 +100,15 @@ def test_predict_by_hand(student, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.encode(["a", None]), "number 1 is a NoneType"),
-        (lambda model: model.encode([b"a"]), "number 0 is a bytes"),
-        (lambda model: model.encode(["a", "\ud800"]), "number 1 is text that UTF-8 cannot hold"),
+        (lambda model: model.encode(["a", None]), "number 1: got NoneType, expected a string"),
+        (lambda model: model.encode([b"a"]), "number 0: got bytes, expected a string"),
+        (lambda model: model.encode(["a", "\ud800"]), "number 1: UTF-8 cannot hold it"),
         (lambda model: model.encode("a", batch_size=0), "batch_size: 0"),
         (lambda model: model.score([("a", "b")], batch_size=0), "batch_size: 0"),
         (lambda model: model.encode("a", convert_to="jax"), "convert_to: 'jax'"),
-        (lambda model: model.score([("a", "b"), "ab"]), "number 1 is not a pair"),
-        (lambda model: model.score([("a", "b", "c")]), "number 0 is not a pair"),
-        (lambda model: model.score([("a", 3)]), "second texts: number 0 is a int"),
+        (lambda model: model.score([("a", "b"), "ab"]), "number 1: got str, expected .text, text., or a mapping"),
+        (lambda model: model.score([("a", "b", "c")]), "number 0: got 3 texts, expected 2"),
+        (lambda model: model.score([("a", 3)]), "second texts, number 0: got int, expected a string"),
     ],
 )
 def test_what_is_no_text_is_refused(student, call, message):

@@ -236,9 +236,9 @@ def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
 
 def test_what_is_no_list_of_texts(student, tmp_path):
     model = student()
-    with pytest.raises(TypeError, match="got a str, expected strings in a list"):
+    with pytest.raises(TypeError, match="got str, expected a list of strings"):
         CandidateIndex.build(model, "candidates.txt")
-    with pytest.raises(TypeError, match="number 20 is a int"):
+    with pytest.raises(TypeError, match="number 20: got int"):
         CandidateIndex.build(model, [*CANDIDATES[:20], 3])
 
 
@@ -262,7 +262,14 @@ def test_an_index_larger_than_memory_opens(student, tmp_path):
     mapped = {**content, "count": rows, "text_bytes": 0}
     with open(tmp_path / "index" / "ends.bin", "ab") as file:
         file.truncate(8 * rows)
-    assert len(CandidateIndex(model, tmp_path / "index", mapped).vectors(rows - 1, rows)) == 1
+    assert (
+        len(
+            CandidateIndex(model, tmp_path / "index", mapped, index_module._mapped(tmp_path / "index", mapped)).vectors(
+                rows - 1, rows
+            )
+        )
+        == 1
+    )
 
 
 def test_append_goes_on_from_what_another_process_appended(student, tmp_path):

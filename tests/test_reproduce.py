@@ -403,14 +403,15 @@ def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, re
         reproduce.main(flags)
     assert stop.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"python -m dse reproduce: error: {place} is not done: state: cannot be written"
+    goes_on = "the same command goes on with what is left"
+    assert last == f"python -m dse reproduce: error: {place} is not done (state: cannot be written): {goes_on}"
     monkeypatch.setitem(reproduction.PRESETS, "small", SLOWER)
     line = refused(reproduce.main, flags)
     assert line.startswith(
         f"python -m dse reproduce: error: --output_dir: {place} cannot be made (finetune_bert.py, of its own flags: "
         "--learning_rate: 0.0005 now, 0.002 in the run"
     )
-    assert line.endswith("; remove it, and it begins anew, or name another --output_dir")
+    assert line.endswith("; move it away, and it begins anew, or name another --output_dir")
     assert "goes on with what is left" not in capsys.readouterr().err
 
 

@@ -794,7 +794,7 @@ def test_21_a_foreign_file_in_best_costs_no_work(
     assert epochs_of(run) == {"best": 0}
     (run / "best" / ".DS_Store").write_text("mine")
     dse_train_runner.main([*student_flags(**flags), "--resume"])
-    assert "the best epoch so far, 1, cannot be put in" in caplog.text
+    assert "the best epoch so far, 1, goes elsewhere: " in caplog.text
     assert_same_run(checkpoints()[-1], unbroken)
     assert epochs_of(run) == {"best_epoch_1": 1}
     assert [path.name for path in (run / "best").iterdir()] == [".DS_Store"]
@@ -821,19 +821,23 @@ def test_21_the_checkpoint_comes_before_the_best_folder(student_flags, tmp_path,
     assert epochs_of(run) == {"best": 0}
 
 
-def test_21_mend_best_with_a_foreign_file(student_flags, tmp_path, checkpoints, edit_json, caplog):
-    """And with a student that tells nothing of its training (item 26)."""
+def test_21_a_student_that_the_run_did_not_write_stays_in_best(student_flags, tmp_path, caplog):
+    """One that tells nothing of its training (item 26), and one that tells of another command without a stamp."""
     dse_train_runner.main(student_flags(epochs=1))
     (run,) = (tmp_path / "checkpoints").iterdir()
-    student = DSESiameseClassifier.from_pretrained(run / "best")
-    student.origin = None
-    student.save_pretrained(run / "best")
-    (run / "best" / ".DS_Store").write_text("mine")
-    dse_train_runner.main([*student_flags(epochs=1), "--resume"])
-    assert "cannot be put in" in caplog.text
-    assert json.loads((run / "best_epoch_0" / "config.json").read_text())["origin"]["epoch"] == 0
-    shutil.rmtree(run / "best_epoch_0")
-    (run / "best" / ".DS_Store").unlink()
+    mine = DSESiameseClassifier.from_pretrained(run / "best")
+    own = {key: value for key, value in mine.origin.items() if key != "stamp"}  # as before there were stamps
+    for origin in (None, {**own, "commands": [["dse_train_runner.py", {"lr": 1}]]}):
+        mine.origin = origin
+        mine.save_pretrained(run / "best")
+        before = contents(run / "best")
+        dse_train_runner.main([*student_flags(epochs=1), "--resume"])
+        assert "holds another run's student and stays" in caplog.text
+        assert contents(run / "best") == before
+        assert json.loads((run / "best_epoch_0" / "config.json").read_text())["origin"]["epoch"] == 0
+        shutil.rmtree(run / "best_epoch_0")
+    mine.origin = {**own, "epoch": 9}
+    mine.save_pretrained(run / "best")
     dse_train_runner.main([*student_flags(epochs=1), "--resume"])
     assert epochs_of(run) == {"best": 0}
 
@@ -897,7 +901,7 @@ def test_24_a_spoiled_run_does_not_block_a_sound_one(student_flags, checkpoints,
     truncate(spoiled / sound.name)
     before = contents(spoiled)
     dse_train_runner.main([*student_flags(epochs=2), "--resume"])
-    assert f"none of the states in {spoiled} can be read" in caplog.text
+    assert f"{spoiled}: none of its states can be read; looking for another run" in caplog.text
     assert contents(spoiled) == before
     assert {path.name[-10:] for path in sound.parent.glob("*.pt")} >= {"epoch_1.pt"}
 
@@ -1038,29 +1042,32 @@ def test_30_a_teacher_goes_on_where_its_inputs_have_other_names(
 
 
 def test_27_an_earlier_teachers_tokenizer_does_not_change_the_new_ones(
-    teacher_flags, bert, tmp_path, monkeypatch, capsys
+    teacher_flags, bert, tmp_path, monkeypatch, capsys, refused, edit_json
 ):
-    """Files that the new one has not; what is not a tokenizer's stays. Where they cannot go, one line says so."""
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    stale = {"special_tokens_map.json": '{"unk_token": "doctor"}', "added_tokens.json": '{"doctor": 101}',
-             "vocab.txt": "[PAD]\n[UNK]\n", "notes.txt": "mine"}  # fmt: skip
+    """Files that the new one does not write: an earlier teacher's go, others' are refused, before the training."""
+    folder, flags = tmp_path / "teacher", [*teacher_flags(), "--overwrite_output_dir"]
+    stale = {"special_tokens_map.json": '{"unk_token": "doctor"}', "vocab.txt": "[PAD]\n[UNK]\n"}
 
     def put_back() -> None:
-        for name, text in stale.items():
+        for name, text in {**stale, "notes.txt": "mine"}.items():
             (folder / name).write_text(text)
 
+    finetune_bert.main(flags)
     put_back()
-    expected = tokenizer_key(load_tokenizer(bert, True, "--bert_model"))
-    finetune_bert.main([*teacher_flags(), "--overwrite_output_dir"])
-    assert tokenizer_key(load_tokenizer(folder, True, "--output_dir")) == expected
-    assert {path.name for path in folder.iterdir()} & set(stale) == {"notes.txt"}
+    before = contents(folder)
+    assert f"{folder} holds vocab.txt, special_tokens_map.json, which would change" in refused(
+        finetune_bert.main, flags
+    )
+    assert contents(folder) == before
+    training = json.loads(before["training.json"])
+    edit_json(folder / "training.json", sha256={**training["sha256"], **dict.fromkeys(stale, "of an earlier teacher")})
+    finetune_bert.main(flags)
+    assert tokenizer_key(load_tokenizer(folder, True, "--output_dir")) == training["tokenizer"]
+    assert {path.name for path in folder.iterdir()} & {*stale, "notes.txt"} == {"notes.txt"}
     put_back()
-    monkeypatch.setattr(finetune_bert, "TOKENIZER_FILES", ())
-    del stale["added_tokens.json"]
-    (folder / "added_tokens.json").unlink()
-    code, line = stopped(finetune_bert.main, [*teacher_flags(), "--overwrite_output_dir"], capsys)
+    monkeypatch.setattr(finetune_bert, "STALE", ())
+    code, line = stopped(finetune_bert.main, flags, capsys)
     assert (code, "its tokenizer is not the one of the training" in line) == (1, True)
     (folder / "special_tokens_map.json").unlink()
-    finetune_bert.main([*teacher_flags(), "--overwrite_output_dir", "--resume"])
+    finetune_bert.main([*flags, "--resume"])
     assert (folder / "eval_results.txt").exists()

@@ -17,7 +17,7 @@ import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
-from dse import __main__, cli, evaluation, files, index, parallel, stopping
+from dse import __main__, evaluation, files, index, parallel, stopping
 from dse.files import InputError, RunError
 from dse.index import CandidateIndex
 
@@ -267,20 +267,8 @@ def no_memory(error: Exception):
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_26_lack_of_memory_names_the_flags_that_the_command_has(
-    error, teacher_flags, student_flags, data, monkeypatch, capsys
-):
-    logits = ["--task_name", "mrpc", "--data_dir", str(data("mrpc")), "--train_features_path", "x",
-              "--bert_checkpoint_dir", "x"]  # fmt: skip
-    example = ["--task_name", "mrpc"]
-    before = cli.Parser.flags
-    both, lower = "give --bf16, give --gradient_checkpointing, lower ", "raise --gradient_accumulation_steps, which div"
-    for script, argv, says in (
-        ("finetune_bert", teacher_flags(), [f"{both}--train_batch_size, lower --eval_batch_size, {lower}"]),
-        ("dse_train_runner", student_flags(), [f"{both}--batch_size, lower --val_batch_size, lower --fc_dims, raise"]),
-        ("run_distillation_logits_creator", logits, ["): lower --batch_size\n"]),
-        ("load_dse_checkpoint_example", example, ["): lower --fc_dims\n"]),
-    ):
+def test_26_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flags, student_flags, monkeypatch, capsys):
+    for script, argv in (("finetune_bert", teacher_flags()), ("dse_train_runner", student_flags())):
         module = importlib.import_module(script)
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
             patched.setattr(module, "run", no_memory(error))
@@ -288,8 +276,8 @@ def test_26_lack_of_memory_names_the_flags_that_the_command_has(
         assert stop.value.code == 1
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert all(text in told for text in [f"{script}.py: error: out of memory (", *says])
-    assert cli.Parser.flags == before
+        ways = ("the batch size", "--gradient_accumulation_steps", "--bf16", "--gradient_checkpointing")
+        assert all(text in told for text in [f"{script}.py: error: out of memory (", *ways])
 
 
 def test_26_a_head_beyond_memory(student_flags, refused, capsys):
@@ -299,7 +287,7 @@ def test_26_a_head_beyond_memory(student_flags, refused, capsys):
         with pytest.raises(SystemExit) as stop:
             dse_train_runner.main(student_flags(fc_dims=sizes))
         assert stop.value.code == 1
-        assert "lower --fc_dims" in capsys.readouterr().err.splitlines()[-1]
+        assert "take smaller layers" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_26_other_errors_are_not_hidden(monkeypatch, teacher_flags):

@@ -157,10 +157,10 @@ def do(work: Work, stage: str) -> None:
         stop.advice = f"{place} is not done: {GOES_ON}"
         raise
     except InputError as error:
-        mend = "remove it, and it begins anew, or name another --output_dir"
+        mend = "move it away, and it begins anew, or name another --output_dir"
         raise InputError(f"--output_dir: {place} cannot be made ({error}); {mend}") from error
     except RunError as error:
-        raise RunError(f"{place} is not done: {error}") from error
+        raise RunError(f"{place} is not done ({error}): {GOES_ON}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

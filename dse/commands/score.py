@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         cli.check_texts(args.candidates, "--candidates")
     if args.output != "-":
         check_output_file(args.output, "--output")
+    elif sys.stdout is None:
+        raise InputError("--output: standard output is closed; name a file")
     cli.set_up_logging()
     from dse.index import CandidateIndex
 
