@@ -928,6 +928,15 @@ def test_a_foreign_header_or_no_rows_is_a_failure(task, file, content, why, serv
     assert get("--no_verify", tasks=task)[0] == 0
 
 
+def test_a_column_more_is_no_foreign_header(server, get, glue):
+    """A mirror's test file with labels."""
+    rows = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"
+    server.files["/glue/data/WNLI.zip"] = zip_of({**wnli(), "WNLI/test.tsv": rows})
+    code, table = get("--no_verify", tasks="WNLI")
+    assert (code, table["WNLI"][0]) == (0, "done")
+    assert "test.tsv has the header 'index | sentence1 | sentence2 | label'" in table["WNLI"][1]
+
+
 def test_a_foreign_header_in_a_folder_of_the_user_is_warned_of(recorded, get, glue):
     (glue / "WNLI").mkdir(parents=True)
     for name, content in wnli().items():

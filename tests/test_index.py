@@ -1,5 +1,6 @@
 """The index: scores of the head on pairs, the best ones, files that are whole, spoiled or of another model."""
 
+import errno
 import os
 import random
 import threading
@@ -326,3 +327,44 @@ def test_append_waits_for_another_one(student, tmp_path, monkeypatch):
         index.append(["more"])
     index.append(["more"])
     assert len(CandidateIndex.open(tmp_path / "index", index.model)) == 24
+
+
+def test_a_lock_counts_in_the_folder_that_is_there(tmp_path, monkeypatch):
+    """Another folder takes the place while one waits for the lock."""
+    folder, taken = tmp_path / "index", []
+    folder.mkdir()
+
+    class Lock:
+        def __init__(self, path):
+            self.folder = path.parent
+
+        def __enter__(self):
+            taken.append(self.folder.stat().st_ino)
+            if len(taken) == 1:
+                self.folder.rename(tmp_path / "old")
+                self.folder.mkdir()
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(index_module, "FileLock", Lock)
+    with index_module._locked(folder):
+        assert len(taken) == 2
+        assert taken[1] == folder.stat().st_ino
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_truncated(student, tmp_path, monkeypatch):
+    CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
+
+    def too_many(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(index_module, "open", too_many, raising=False)
+    with pytest.raises(InputError, match=r"vectors\.bin: cannot be read \(Too many open files\)"):
+        CandidateIndex.open(tmp_path / "index", student())
+
+
+def test_embeddings_as_tensors_are_stored_too(student):
+    model = student()
+    parts = [(model.encode(CANDIDATES[:2], convert_to="tensor"), CANDIDATES[:2])]
+    assert len(CandidateIndex.from_embeddings(model, parts)) == 2

@@ -487,6 +487,10 @@ def test_19_logits_that_go_on_with_another_length(creator, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         stop_forward(patched, 5)
         stopped(run_distillation_logits_creator.main, creator, capsys)
+    partial = torch.load(tmp_path / "teacher_logits.partial", weights_only=True)
+    assert 0 < partial["done"].sum() < len(partial["done"])
+    assert partial["outputs"][~partial["done"]].isnan().all()
+    assert partial["outputs"][partial["done"]].isfinite().all()
     run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
     assert torch.load(path, weights_only=True).abs().sum(dim=1).min() > 0
     assert path.read_bytes() == unbroken

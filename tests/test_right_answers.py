@@ -24,7 +24,7 @@ from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.prediction import answers
 from dse.processors import Task, get_task, ranked_label, read_examples, task_from_dict, task_to_dict
-from dse.reporting import format_metrics
+from dse.reporting import format_metrics, winning_threshold
 from dse.synthetic import make_pair
 
 OWN = {  # the label of what is wanted comes first
@@ -136,6 +136,8 @@ def test_rank_label_in_a_tasks_json(tmp_path):
     assert "rank_label" not in task_to_dict(get_task("mrpc"), ranks=True), (
         "files from before the key would count as another task's"
     )
+    path.write_text(json.dumps({**OWN, "labels": [0, 1], "rank_label": 0}))
+    assert ranked_label(get_task(str(path))) == "0"
     path.write_text(json.dumps({**OWN, "rank_label": "maybe"}))
     with pytest.raises(InputError, match="rank_label 'maybe' is not one of the labels"):
         get_task(str(path))
@@ -448,3 +450,17 @@ def test_the_example_says_whose_the_probability_is(student_flags, checkpoints, c
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     second = 1 / (1 + np.exp(-float(lines["Score"])))
     assert lines["Probabilities"] == f"entailment {1 - second:.4f}, not_entailment {second:.4f}"
+
+
+def test_a_card_where_nothing_says_what_ranks(student, tmp_path):
+    model = student("snli")
+    model.settings = replace(model.settings, task=Task("mine", "multiclass", ("good", "bad", "neither")))
+    model.save_pretrained(tmp_path / "student")
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "- candidates rank by the probability of the label that `rank_label` names\n" in card
+
+
+def test_of_equal_thresholds_the_one_nearest_to_a_half():
+    metrics = {f"f1_{threshold}": f1 for threshold, f1 in ((0.1, 1.0), (0.4, 1.0), (0.6, 0.5), (0.9, 1.0))}
+    assert winning_threshold(metrics) == 0.4
+    assert winning_threshold({"loss": 1.0}) is None

@@ -307,7 +307,7 @@ def test_standard_output_is_utf_8_and_may_be_cut_off(saved, tmp_path, monkeypatc
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_refusals_of_the_commands(saved, student, tmp_path, refused):
+def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch):
     queries = tmp_path / "q.txt"
     queries.write_text("one\n")
     model = student()
@@ -324,6 +324,9 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused):
     assert "no index of candidates" in line(score, candidates=tmp_path)
     assert "another model" in line(score, candidates=tmp_path / "foreign")
     assert "can be read once" in line(score, queries="-", candidates="-")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", None)
+        assert "--output: standard output is closed" in line(score)
     assert "no student" in line(score, model=tmp_path)
     assert "is not a label of mrpc: give one of 0, 1" in line(score, rank_label="entailment")
     assert "is a folder" in line(score, output=tmp_path)

@@ -76,6 +76,7 @@ FILES = [
     ("no header, by a text", {**SCORED, "label": 3}, "0\thow\tso\tn/a\n1\thow\tme\t1.5\n",
      "line 1: a header is expected, but its cell 'how' is a text of a row too"),
     ("no header, by the second text", {**SCORED, "label": 3}, "0\thow\tso\tn/a\n1\twho\tso\t1.5\n", "its cell 'so' is"),
+    ("a text that is a column's name, by name", NAMED, HEADER + "q\ta\tyes\n", [("q", "a", 1)]),
     ("empty names and texts", NUMBERED, "\t\t\n\t\tyes\n", [("", "", 1)]),
     ("a column of the name of a label", {**NAMED, "label": "yes"}, "q\ta\tyes\nhow\tso\tyes\n", [("how", "so", 1)]),
     ("GLUE without its header", "wnli", "0\ta\tb\t1\n1\tc\td\t0\n",
@@ -167,6 +168,8 @@ SPLITS = [
      "id\tq\ta\n0\twho\tme\n", [("who", "me")]),
     ("a test file with other columns of its own", {**NUMBERED, "test_text_a": 2, "test_text_b": 1}, "test",
      "id\tq\ta\n0\twho\tme\n", ([("me", "who")], "test.tsv, line 1: the header 'id | q | a', and ")),
+    ("a test file with other names of its own", {**NAMED, "test_text_a": "Q1", "test_text_b": "A1"}, "test",
+     "Q1\tA1\nwho\tme\n", [("who", "me")]),
     ("no headers at all", {**BARE, "label": 2}, "dev", "who\tme\tno\n", [("who", "me", 0)]),
 ]  # fmt: skip
 

@@ -424,8 +424,45 @@ def test_a_quantized_student_scores_and_is_not_indexed(student):
         embeddings = torch.cat([quantized.embed(one["input_ids"], one["attention_mask"]) for one in ids]).numpy()
     np.testing.assert_allclose(quantized.encode(texts), embeddings, atol=2e-2 * np.abs(embeddings).max())
     np.testing.assert_allclose(quantized.score(pairs), model.score(pairs), atol=2e-2)
+    half = quantized.encode(texts, half=True)
+    np.testing.assert_allclose(half, embeddings, atol=2e-2 * np.abs(embeddings).max())
+    assert half.dtype == np.float16
     with pytest.raises(InputError, match="not a plain tensor, so the student cannot be stored or indexed"):
         CandidateIndex.build(quantized, texts)
+
+
+def test_a_hooked_students_index_is_not_a_plain_ones(student, tmp_path, caplog):
+    hooked = student()
+    hooked.siamese_head.fc_layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    CandidateIndex.build(hooked, ["a car", "the town"], tmp_path / "index")
+    assert "has hooks or wrapped layers, by which its indexes cannot be told apart" in caplog.text
+    with pytest.raises(InputError, match="made by another model"):
+        CandidateIndex.open(tmp_path / "index", student())
+    assert len(CandidateIndex.open(tmp_path / "index", hooked)) == 2
+
+
+def test_a_folder_is_not_replaced_by_one_that_does_not_load(student, tmp_path):
+    """Weight norm stores a layer's weight under two other names."""
+    model = student()
+    model.save_pretrained(tmp_path / "student")
+    torch.nn.utils.parametrizations.weight_norm(model.siamese_head.fc_layers[0])
+    with pytest.raises(InputError, match="cannot hold the student's wrapped layers: merge them first"):
+        model.save_pretrained(tmp_path / "student")
+    np.testing.assert_array_equal(
+        DSESiameseClassifier.from_pretrained(tmp_path / "student").encode("a car"), student().encode("a car")
+    )
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{"x": "model-00001-of-00002.safetensors"}, ["a"], {"a": "\0"}, {}, None, {"a": 1}]
+)
+def test_shards_that_are_not_there(weight_map, bert, copied, refused, student_flags):
+    folder = copied(bert)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    line = refused(dse_train_runner.main, student_flags(bert_model=folder))
+    assert "model.safetensors.index.json: the shards " in line
+    assert "are missing; fetch them again" in line
 
 
 def test_a_plain_student_stays_packed_after_it_was_padded(student, monkeypatch):
