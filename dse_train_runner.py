@@ -415,7 +415,7 @@ def train(
     log_file: Path | None,
 ) -> None:
     """Train to the end of --epochs, or of --patience, keeping states."""
-    from dse.checkpoint import new_run_folder
+    from dse.checkpoint import mend_best, new_run_folder
     from dse.states import States
 
     if start.states is None:
@@ -444,26 +444,6 @@ def train(
         start.states.finish(best)
     if best is not None and parallel.is_first():
         mend_best(start.states.folder, start.states.files[best + 1, 0], best, start.stamp)
-
-
-def mend_best(folder: Path, checkpoint: Path, epoch: int, stamp: str) -> None:
-    """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints."""
-    from dse.checkpoint import (
-        best_folders,
-        load_checkpoint,
-        remove_older_best,
-        save_best,
-        student_from_checkpoint,
-        told_by,
-    )
-
-    for place in best_folders(folder):
-        told = told_by(place)
-        if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
-            remove_older_best(folder, place, stamp)
-            return
-    if checkpoint.is_file():
-        save_best(student_from_checkpoint(load_checkpoint(checkpoint))[0], folder)
 
 
 def report_best(task: Task, history: list[Record]) -> None:

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     add("--data_dir", required=True, help="folder of the task's files")
-    add(
-        "--train_features_path",
-        required=True,
-        help="cache of joint features, as finetune_bert.py leaves it; made if absent",
-    )
+    add("--train_features_path", required=True, help="cache of finetune_bert.py's features; made if absent")
     add("--bert_checkpoint_dir", required=True, help="the teacher: a folder that finetune_bert.py made")
     add("--do_lower_case", action="store_true", help="uncased model")
     add("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
@@ -99,25 +96,20 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size, "max_seq_length": args.max_seq_length, "padding": padding, "device": device.type,
     }  # fmt: skip
     progress = Progress(path.with_suffix(".partial"), work, args.save_every)
-    logits = predict(
-        teacher, lambda inputs: teacher_logits(teacher, inputs), features, args.batch_size, device, "teacher logits",
-        progress,
-    )  # fmt: skip
+    forward = partial(teacher_logits, teacher)
+    logits = torch.from_numpy(predict(teacher, forward, features, args.batch_size, device, "teacher logits", progress))
     if not parallel.is_first():
         return
-    outputs = distillation_targets(task.kind, torch.from_numpy(logits)).numpy()
+    outputs = distillation_targets(task.kind, logits).numpy()
     tell_agreement(task, outputs, features.labels, "the teacher", "the training labels")
 
     # 4. The file, and what it belongs to.
     about = {
-        **logits_identity(task, examples.files, len(examples)),
-        "teacher": identity,
-        "max_seq_length": args.max_seq_length,
-        "do_lower_case": args.do_lower_case,
-        "created": utc_stamp(),
+        **logits_identity(task, examples.files, len(examples)), "teacher": identity, "created": utc_stamp(),
+        "max_seq_length": args.max_seq_length, "do_lower_case": args.do_lower_case,
         "commands": [*teacher_commands(teacher_dir), [PROG, vars(args)]],
-    }
-    save_logits(path, torch.from_numpy(logits), about)
+    }  # fmt: skip
+    save_logits(path, logits, about)
     progress.remove()
     logger.info("logits %s written to %s", tuple(logits.shape), path)
 

@@ -228,6 +228,22 @@ def save_best(model: DSESiameseClassifier, run: Path) -> None:
         return
 
 
+def mend_best(run: Path, checkpoint: Path, epoch: int, stamp: str) -> None:
+    """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints.
+
+    Args:
+        checkpoint: of the best epoch; where it is gone, nothing is written.
+        epoch, stamp: of the best epoch, and of the run.
+    """
+    for place in best_folders(run):
+        told = told_by(place)
+        if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
+            remove_older_best(run, place, stamp)
+            return
+    if checkpoint.is_file():
+        save_best(student_from_checkpoint(load_checkpoint(checkpoint))[0], run)
+
+
 def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
     """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
     for place in best_folders(run):

@@ -558,7 +558,7 @@ def test_the_best_folder_follows_the_best_epoch_while_the_run_is_under_way(
 
     give_scores(monkeypatch, [0.2, 0.1, 0.7, 0.7])
     monkeypatch.setattr(States, "save", saved)
-    monkeypatch.setattr(dse_train_runner, "mend_best", lambda *_: None)
+    monkeypatch.setattr("dse.checkpoint.mend_best", lambda *_: None)
     dse_train_runner.main(student_flags(epochs=4))
     assert seen == [{}, {"best": 0}, {"best": 0}, {"best": 2}]
     student = DSESiameseClassifier.from_pretrained(checkpoints()[0].parent / "best")
