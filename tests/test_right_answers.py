@@ -22,7 +22,6 @@ from dse.evaluation import measure_student
 from dse.files import InputError, json_text
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
-from dse.prediction import answers
 from dse.processors import Task, get_task, ranked_label, read_examples, task_from_dict, task_to_dict
 from dse.reporting import format_metrics, winning_threshold
 from dse.synthetic import make_pair
@@ -427,12 +426,6 @@ def test_a_card_tells_no_place_of_the_users(student_flags, checkpoints, tmp_path
     assert str(tmp_path) not in card
     assert str(bert.parent) not in card
     assert f"--bert_model {bert.name} " in card
-
-
-def test_answers_take_the_threshold_of_the_student():
-    assert answers(get_task("rte"), np.log(np.array([[0.3 / 0.7], [0.5]], np.float32)), 0.31) == [
-        "entailment", "not_entailment",
-    ]  # fmt: skip
 
 
 def test_scores_that_are_nan_are_refused(student):
