@@ -81,19 +81,18 @@ def run(args: argparse.Namespace) -> None:
 
     device = cli.select_device(args.disable_gpu, args.gpu_id)
     parallel.join(device)
-    identity = teacher_identity(teacher_dir)
+    belongs = logits_identity(task, examples.files, len(examples))
+    belongs |= {"teacher": teacher_identity(teacher_dir), "max_seq_length": args.max_seq_length}
     teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
     padding = padding_for(device, args.padding)
-    features = cached_features(
-        "joint", task, examples, tokenizer, args.max_seq_length, args.train_features_path, True, padding
-    )
+    cache = args.train_features_path
+    features = cached_features("joint", task, examples, tokenizer, args.max_seq_length, cache, True, padding)
     logger.info("device %s, %d pairs of %s", cli.describe_device(device), len(features), task.name)
 
     # 3. Logits, in file order.
     work = {
-        **logits_identity(task, examples.files, len(examples)),
-        "teacher": identity, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
-        "batch_size": args.batch_size, "max_seq_length": args.max_seq_length, "padding": padding, "device": device.type,
+        **belongs, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
+        "batch_size": args.batch_size, "padding": padding, "device": device.type,
     }  # fmt: skip
     progress = Progress(path.with_suffix(".partial"), work, args.save_every)
     forward = partial(teacher_logits, teacher)
@@ -104,11 +103,8 @@ def run(args: argparse.Namespace) -> None:
     tell_agreement(task, outputs, features.labels, "the teacher", "the training labels")
 
     # 4. The file, and what it belongs to.
-    about = {
-        **logits_identity(task, examples.files, len(examples)), "teacher": identity, "created": utc_stamp(),
-        "max_seq_length": args.max_seq_length, "do_lower_case": args.do_lower_case,
-        "commands": [*teacher_commands(teacher_dir), [PROG, vars(args)]],
-    }  # fmt: skip
+    commands = [*teacher_commands(teacher_dir), [PROG, vars(args)]]
+    about = {**belongs, "do_lower_case": args.do_lower_case, "created": utc_stamp(), "commands": commands}
     save_logits(path, logits, about)
     progress.remove()
     logger.info("logits %s written to %s", tuple(logits.shape), path)

@@ -245,7 +245,7 @@ def _by_batches(
     width = parallel.highest(outputs.shape[1])
     outputs, done = _of_all(outputs if outputs.shape[1] == width else np.zeros((len(costs), width), np.float32), done)
     if not done.all():
-        raise RunError(f"{what}: rows {np.flatnonzero(~done)[:3].tolist()} and so on were not computed; run it again")
+        raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as {done.argmin()}; run it again")
     return outputs
 
 

@@ -187,8 +187,8 @@ def check_name(path: str | Path, flag: str) -> None:
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise InputError(
-                    f"{flag}: {place.name[:50]}... is too long for a file's name, or its path is: {len(place.name)} "
-                    "characters, what this program adds included; give shorter names"
+                    f"{flag}: {place.name[:50]}... is too long for a file's name, or its path is: it has "
+                    f"{len(os.fsencode(place.name))} bytes with what this program adds; give shorter names"
                 ) from error
 
 

@@ -145,7 +145,9 @@ def fingerprint(model: Any) -> str:
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     about = [architecture, bert, tokenizer_key(settings.tokenizer), settings.max_seq_length]
     if not is_plain(model):
-        logger.warning("the student has hooks or wrapped layers, by which its indexes cannot be told apart")
+        logger.warning(
+            "the student has hooks or wrapped layers: an index cannot tell whether they are the same when it is opened"
+        )
         about.append("not plain")
     digest.update(sha256_json(about).encode())
     return digest.hexdigest()

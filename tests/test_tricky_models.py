@@ -435,7 +435,7 @@ def test_a_hooked_students_index_is_not_a_plain_ones(student, tmp_path, caplog):
     hooked = student()
     hooked.siamese_head.fc_layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
     CandidateIndex.build(hooked, ["a car", "the town"], tmp_path / "index")
-    assert "has hooks or wrapped layers, by which its indexes cannot be told apart" in caplog.text
+    assert "has hooks or wrapped layers: an index cannot tell whether they are the same" in caplog.text
     with pytest.raises(InputError, match="made by another model"):
         CandidateIndex.open(tmp_path / "index", student())
     assert len(CandidateIndex.open(tmp_path / "index", hooked)) == 2
