@@ -359,3 +359,10 @@ def test_25_an_open_index_stays_what_it_was(student, tmp_path):
     opened.save(tmp_path / "saved")
     for one in (built, opened, CandidateIndex.open(tmp_path / "saved", model)):
         assert sorted(hit.text for hit in one.search("one", 9)) == ["one", "two"]
+
+
+def test_18_a_names_limit_is_told_in_bytes(tmp_path):
+    """130 letters of two bytes, and 14 of the hidden neighbour: a dot before, `.4194304.part` after."""
+    with pytest.raises(InputError, match="it has 274 bytes with what this program adds"):
+        files.check_name(tmp_path / ("é" * 130), "--output_dir")
+    files.check_name(tmp_path / ("e" * 130), "--output_dir")
