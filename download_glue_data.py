@@ -22,9 +22,10 @@ from urllib.parse import urljoin, urlsplit
 import filelock
 
 from dse import cli
-from dse.download import DownloadError, fetch, forget, keep_aside, shown, unzip
-from dse.files import InputError, RunError, check_writable, read_json, sha256_file, utc_stamp, write_json, write_whole
-from dse.processors import read_lines
+from dse.data.download import DownloadError, fetch, forget, keep_aside, shown, unzip
+from dse.system.errors import InputError, RunError
+from dse.system.files import check_writable, read_json, sha256_file, utc_stamp, write_json, write_whole
+from dse.system.text_files import read_lines
 
 PROG = "download_glue_data.py"
 BASE_URL = "https://dl.fbaipublicfiles.com/glue/data/"

@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dse import cli, parallel, stopping
-from dse.cache import cache_name, check_cache_path
-from dse.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.files import InputError, check_file, check_name, check_writable, read_json, sha256_file, utc_stamp
-from dse.pretrained import bert_config, bert_hashes, find_bert, last_part, load_tokenizer, tokenizer_to_files
-from dse.processors import Examples, Task, check_sentence_pairs, get_task, read_examples, task_to_dict
-from dse.reporting import (
+from dse import cli
+from dse.data.cache import cache_name, check_cache_path
+from dse.data.processors import Examples, read_examples
+from dse.data.tasks import Task, check_sentence_pairs, get_task, task_to_dict
+from dse.data.tokenizers import load_tokenizer, tokenizer_to_files
+from dse.networks.config import DSEConfig, check_fc_dims, check_fits_bert
+from dse.networks.pretrained import bert_config, bert_hashes, find_bert, last_part
+from dse.system import parallel, signals
+from dse.system.device import describe_device, seed_everything, select_device
+from dse.system.errors import InputError
+from dse.system.files import check_file, check_name, check_writable, read_json, sha256_file, utc_stamp
+from dse.training.reporting import (
     Record,
     append_json_line,
     check_can_plot,
@@ -34,10 +39,10 @@ from dse.reporting import (
 if TYPE_CHECKING:
     import torch
 
-    from dse.features import Features
+    from dse.data.features import Features
     from dse.models import DSESiameseClassifier
-    from dse.states import States
-    from dse.trainer import Trainer
+    from dse.storage.states import States
+    from dse.training.trainer import Trainer
 
 PROG = "dse_train_runner.py"
 logger = logging.getLogger("dse.dse_train_runner")
@@ -164,8 +169,8 @@ def start_fresh(args: argparse.Namespace, stamp: str, data: dict[str, Any]) -> S
 
 def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start | None:
     """From --trainer_checkpoint, or with --resume from the run's newest whole state; None where there is none."""
-    from dse.checkpoint import check_same_run, find_run, load_checkpoint, take_over
-    from dse.pretrained import tokenizer_from_files
+    from dse.data.tokenizers import tokenizer_from_files
+    from dse.storage.checkpoint import check_same_run, find_run, load_checkpoint, take_over
 
     def check(checkpoint: dict[str, Any]) -> None:
         check_same_run(checkpoint, task, run_flags(args), data)
@@ -212,7 +217,7 @@ def make_features(
     args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any, padding: str
 ) -> dict[str, "Features"]:
     """Separate features of each split, from caches whose names the user gave or that lie beside the data."""
-    from dse.features import cached_features
+    from dse.data.features import cached_features
 
     paths = features_paths(args, task)
     return {
@@ -222,8 +227,9 @@ def make_features(
 
 
 def make_model(args: argparse.Namespace, start: Start) -> "DSESiameseClassifier":
-    from dse.checkpoint import student_from_checkpoint
-    from dse.models import new_student, set_dropout
+    from dse.models import new_student
+    from dse.networks.student import set_dropout
+    from dse.storage.checkpoint import student_from_checkpoint
 
     if start.checkpoint is not None:
         model, _ = student_from_checkpoint(start.checkpoint)
@@ -247,10 +253,10 @@ def make_trainer(
 ) -> "Trainer":
     import torch
 
-    from dse.distillation import distillation_targets, student_loss
-    from dse.evaluation import measure_student
-    from dse.optimization import make_optimizer
-    from dse.trainer import Trainer, count_updates
+    from dse.training.losses import distillation_targets, student_loss
+    from dse.training.metrics import measure_student
+    from dse.training.optimization import make_optimizer
+    from dse.training.trainer import Trainer, count_updates
 
     # The original's schedule counts batches, though updates are fewer; the paper's numbers rest on it.
     per_update = args.gradient_accumulation_steps if args.schedule_in_updates else 1
@@ -278,7 +284,8 @@ def make_validate(
     args: argparse.Namespace, task: Task, trainer: "Trainer", features: dict[str, "Features"]
 ) -> Callable[[], dict[str, float]]:
     """Metrics on dev and, with a prefix, on the task's other validation sets (mm_…, test_…)."""
-    from dse.evaluation import measure_student, predict_pairs
+    from dse.networks.inference import predict_pairs
+    from dse.training.metrics import measure_student
 
     measure = measure_student(task, args.tune_positive_thresholds)
 
@@ -297,7 +304,7 @@ def make_validate(
 
 def score_of(task: Task, record: Record) -> tuple[str, float]:
     """Name and value of the score that ranks checkpoints; the loss where the correlation is undefined."""
-    from dse.metrics import best_score
+    from dse.training.metrics import best_score
 
     return best_score(task.kind, record["validation"])
 
@@ -340,7 +347,7 @@ def make_entries(
     args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any]
 ) -> Callable[[str], dict[str, Any]]:
     """A function from the name of a checkpoint under way, or "", to all that a checkpoint or state holds now."""
-    from dse.checkpoint import HEADER
+    from dse.storage.checkpoint import HEADER
 
     unchanging = {
         **HEADER,
@@ -374,7 +381,7 @@ def make_after_epoch(
     log_file: Path | None,
 ) -> Callable[[Record], bool]:
     """After each epoch: checkpoint or state, JSON line, plots; True ends the training early."""
-    from dse.checkpoint import origin_of, save_best, settings_of
+    from dse.storage.checkpoint import origin_of, save_best, settings_of
 
     def after_epoch(record: Record) -> bool:
         best = best_epoch(task, trainer.history)
@@ -415,8 +422,8 @@ def train(
     log_file: Path | None,
 ) -> None:
     """Train to the end of --epochs, or of --patience, keeping states."""
-    from dse.checkpoint import mend_best, new_run_folder
-    from dse.states import States
+    from dse.storage.checkpoint import mend_best, new_run_folder
+    from dse.storage.states import States
 
     if start.states is None:
         folder = Path(args.checkpoint_dir) / "of the first process"
@@ -472,16 +479,16 @@ def run(args: argparse.Namespace) -> None:
     start = (start_again(args, task, data) if again else None) or start_fresh(args, stamp, data)
 
     # 2. Teacher logits that belong to this data; features; device and seed.
-    from dse.distillation import load_logits, logits_identity
-    from dse.features import padding_for
+    from dse.networks.batches import padding_for
+    from dse.storage.logits import load_logits, logits_identity
 
     logits = load_logits(
         args.distillation_logits_path, logits_identity(task, examples["train"].files, len(examples["train"]))
     )
-    device = cli.select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
+    device = select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
     features = make_features(args, task, examples, start.tokenizer, padding_for(device, args.padding))
-    seed = cli.seed_everything(args.random_seed)
+    seed = seed_everything(args.random_seed)
 
     # 3. Student and trainer.
     model = make_model(args, start).to(device)
@@ -495,7 +502,7 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
     logger.info(
         "device %s, seed %d, task %s, %s, embeddings of %d",
-        cli.describe_device(device), trainer.seed, task.name,
+        describe_device(device), trainer.seed, task.name,
         ", ".join(f"{split} {len(rows)}" for split, rows in features.items()), start.config.embedding_size,
     )  # fmt: skip
 
@@ -503,7 +510,7 @@ def run(args: argparse.Namespace) -> None:
     validate = make_validate(args, task, trainer, features)
     if args.run_evaluation_before_fine_tune:
         logger.info("before training: %s", format_metrics(validate()))
-    with stopping.advice("the same command with --resume goes on"):
+    with signals.advice("the same command with --resume goes on"):
         train(args, task, trainer, start, data, validate, log_file)
 
     # 5. The best epoch.

@@ -16,12 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dse import cli, parallel, stopping
-from dse.cache import cache_name
-from dse.config import check_fits_bert
-from dse.files import (
-    InputError,
-    RunError,
+from dse import cli
+from dse.data.cache import cache_name
+from dse.data.processors import Examples, read_examples
+from dse.data.tasks import Task, get_task, task_from_dict, task_to_dict
+from dse.data.tokenizers import load_tokenizer, tokenizer_in, tokenizer_key
+from dse.networks.config import check_fits_bert
+from dse.networks.pretrained import (
+    TRAINING,
+    TRAINING_FORMAT,
+    bert_config,
+    bert_hashes,
+    check_hashes,
+    find_bert,
+    last_part,
+    read_training,
+)
+from dse.system import parallel, signals
+from dse.system.device import describe_device, seed_everything, select_device
+from dse.system.errors import InputError, RunError
+from dse.system.files import (
     check_name,
     check_writable,
     load_tensors,
@@ -31,20 +45,6 @@ from dse.files import (
     write_json,
     write_text,
 )
-from dse.pretrained import (
-    TRAINING,
-    TRAINING_FORMAT,
-    bert_config,
-    bert_hashes,
-    check_hashes,
-    find_bert,
-    last_part,
-    load_tokenizer,
-    read_training,
-    tokenizer_in,
-    tokenizer_key,
-)
-from dse.processors import Examples, Task, get_task, read_examples, task_from_dict, task_to_dict
 
 PROG = "finetune_bert.py"
 STATE = "training_state"  # folder of the states in the output folder
@@ -142,7 +142,7 @@ def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
 def make_features(
     args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any, padding: str
 ) -> dict[str, Any]:
-    from dse.features import cached_features
+    from dse.data.features import cached_features
 
     bert_name, length = last_part(args.bert_model), args.max_seq_length
     features = {}
@@ -155,11 +155,11 @@ def make_features(
 def make_trainer(args: argparse.Namespace, task: Task, model: Any, features: Any, device: Any, seed: int) -> Any:
     import torch
 
-    from dse.distillation import teacher_loss
-    from dse.evaluation import measure_teacher
-    from dse.models import teacher_logits
-    from dse.optimization import make_optimizer
-    from dse.trainer import Trainer, count_updates
+    from dse.networks.teacher import teacher_logits
+    from dse.training.losses import teacher_loss
+    from dse.training.metrics import measure_teacher
+    from dse.training.optimization import make_optimizer
+    from dse.training.trainer import Trainer, count_updates
 
     batch_size = args.train_batch_size // args.gradient_accumulation_steps
     if batch_size * args.gradient_accumulation_steps != args.train_batch_size:
@@ -188,8 +188,9 @@ def make_trainer(args: argparse.Namespace, task: Task, model: Any, features: Any
 def evaluate(
     args: argparse.Namespace, task: Task, model: Any, features: Any, device: Any, split: str
 ) -> dict[str, float]:
-    from dse.evaluation import measure_teacher, predict
-    from dse.models import teacher_logits
+    from dse.networks.inference import predict
+    from dse.networks.teacher import teacher_logits
+    from dse.training.metrics import measure_teacher
 
     logits = predict(
         model, lambda inputs: teacher_logits(model, inputs), features, args.eval_batch_size, device, f"evaluate {split}"
@@ -215,7 +216,7 @@ def run_of(
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise InputError, naming both values, where a state or a finished training is of another run."""
-    from dse.checkpoint import check_same_bert, check_same_data, check_same_flags
+    from dse.storage.checkpoint import check_same_bert, check_same_data, check_same_flags
 
     if there["task"] != here["task"]:
         raise InputError(f"--task_name: {here['task']['name']} now, {there['task']['name']} in the run")
@@ -236,7 +237,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def find_state(args: argparse.Namespace, here: dict[str, Any]) -> tuple[Any, Path | None, dict[str, Any]]:
     """The states in the output folder; with --resume, the newest whole one of this training, where there is one."""
-    from dse.states import States
+    from dse.storage.states import States
 
     states = States(Path(args.output_dir) / STATE, "teacher", own=True)
     found = states.newest(load_state) if args.resume else None
@@ -295,7 +296,7 @@ def train(
     args: argparse.Namespace, trainer: Any, tokenizer: Any, here: dict[str, Any], found: Any, validate: Any, log: Any
 ) -> list[dict[str, Any]]:
     """Train to the end from what was `found`, keeping states; the records of all epochs."""
-    from dse.reporting import append_json_line
+    from dse.training.reporting import append_json_line
 
     states, trainer.saved, state = found
     if state:
@@ -365,14 +366,14 @@ def run(args: argparse.Namespace) -> None:
     finished = finished_training(args, here) if args.do_train and args.resume and not found[2] else None
 
     # 2. Device, seed, features, model.
-    from dse.features import padding_for
-    from dse.models import load_teacher
-    from dse.reporting import format_metrics
+    from dse.networks.batches import padding_for
+    from dse.networks.teacher import load_teacher
+    from dse.training.reporting import format_metrics
 
-    device = cli.select_device(args.no_cuda, args.gpu_id, cli.precision_of(args))
+    device = select_device(args.no_cuda, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
-    seed = cli.seed_everything(args.seed)
-    logger.info("device %s, seed %d, task %s", cli.describe_device(device), seed, task.name)
+    seed = seed_everything(args.seed)
+    logger.info("device %s, seed %d, task %s", describe_device(device), seed, task.name)
     trains = args.do_train and finished is None
     if trains and args.resume and not found[2]:
         logger.info("--resume: no state in %s: starting anew", args.output_dir)
@@ -387,13 +388,13 @@ def run(args: argparse.Namespace) -> None:
     if trains:
         trainer = make_trainer(args, task, model, features["train"], device, seed)
         validate = (lambda: evaluate(args, task, model, features["dev"], device, "dev")) if args.do_eval else None
-        with stopping.advice("the same command with --resume goes on"):
+        with signals.advice("the same command with --resume goes on"):
             history = train(args, trainer, tokenizer, here, found, validate, log_file)
     elif args.do_train:
         logger.warning("nothing to train: the teacher in %s is finished", args.output_dir)
 
     # 4. Results of the last epoch's teacher.
-    with stopping.advice(f"the same command{' with --resume' if trains else ''} goes on"):
+    with signals.advice(f"the same command{' with --resume' if trains else ''} goes on"):
         metrics = write_all_results(args, task, model, features, device, history)
     if trains:
         found[0].finish()  # the teacher is there, with its results

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dse import cli
-from dse.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.files import InputError
-from dse.pretrained import bert_config, find_bert, load_tokenizer
-from dse.processors import Task, check_sentence_pairs, get_task
+from dse.data.tasks import Task, check_sentence_pairs, get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.networks.config import DSEConfig, check_fc_dims, check_fits_bert
+from dse.networks.pretrained import bert_config, find_bert
+from dse.system.errors import InputError
+from dse.system.files import same_value
 
 if TYPE_CHECKING:
     from dse.models import DSESiameseClassifier
@@ -36,12 +38,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_trained(path: str, task: Task, given: dict[str, Any]) -> "DSESiameseClassifier":
     """The student of a checkpoint; flags that disagree with it are refused."""
-    from dse.checkpoint import check_task, load_checkpoint, student_from_checkpoint
+    from dse.storage.checkpoint import check_task, load_checkpoint, student_from_checkpoint
 
     checkpoint = load_checkpoint(path)
     check_task(checkpoint, task)
     for flag, value in given.items():
-        if not cli.same_value(checkpoint["run"][flag], value):
+        if not same_value(checkpoint["run"][flag], value):
             raise InputError(
                 f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint['run'][flag]}; "
                 "leave the flag out, the checkpoint knows it"
@@ -60,8 +62,7 @@ def build_untrained(task: Task, given: dict[str, Any]) -> "DSESiameseClassifier"
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
 
-    from dse.encoding import TextSettings
-    from dse.models import new_student
+    from dse.models import TextSettings, new_student
 
     logger.warning("no --trainer_checkpoint: the encoder is pre-trained, but the head is UNTRAINED")
     model = new_student(folder, DSEConfig.from_flags(args, bert)).eval()

@@ -18,12 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dse import cli, parallel
-from dse.cache import check_cache_path
-from dse.config import check_fits_bert
-from dse.files import check_writable, sha256_file, utc_stamp
-from dse.pretrained import bert_config, find_bert, last_part, load_tokenizer, read_training, weight_files
-from dse.processors import check_sentence_pairs, get_task, read_examples
+from dse import cli
+from dse.data.cache import check_cache_path
+from dse.data.processors import read_examples
+from dse.data.tasks import check_sentence_pairs, get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.networks.config import check_fits_bert
+from dse.networks.pretrained import bert_config, find_bert, last_part, read_training, weight_files
+from dse.system import parallel
+from dse.system.device import describe_device, select_device
+from dse.system.files import check_writable, sha256_file, utc_stamp
 
 PROG = "run_distillation_logits_creator.py"
 logger = logging.getLogger("dse.run_distillation_logits_creator")
@@ -74,12 +78,15 @@ def run(args: argparse.Namespace) -> None:
     # 2. Features and teacher.
     import torch
 
-    from dse.distillation import distillation_targets, logits_identity, save_logits
-    from dse.evaluation import Progress, predict, tell_agreement
-    from dse.features import cached_features, padding_for
-    from dse.models import load_teacher, teacher_logits
+    from dse.data.features import cached_features
+    from dse.networks.batches import padding_for
+    from dse.networks.inference import Progress, predict
+    from dse.networks.teacher import load_teacher, teacher_logits
+    from dse.storage.logits import logits_identity, save_logits
+    from dse.training.losses import distillation_targets
+    from dse.training.metrics import tell_agreement
 
-    device = cli.select_device(args.disable_gpu, args.gpu_id)
+    device = select_device(args.disable_gpu, args.gpu_id)
     parallel.join(device)
     belongs = logits_identity(task, examples.files, len(examples))
     belongs |= {"teacher": teacher_identity(teacher_dir), "max_seq_length": args.max_seq_length}
@@ -87,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     padding = padding_for(device, args.padding)
     cache = args.train_features_path
     features = cached_features("joint", task, examples, tokenizer, args.max_seq_length, cache, True, padding)
-    logger.info("device %s, %d pairs of %s", cli.describe_device(device), len(features), task.name)
+    logger.info("device %s, %d pairs of %s", describe_device(device), len(features), task.name)
 
     # 3. Logits, in file order.
     work = {

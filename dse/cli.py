@@ -5,12 +5,9 @@ Loads no torch at import, so that `-h` and refusals are immediate.
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import logging
 import math
-import os
-import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,19 +16,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from dse import parallel, stopping
-from dse.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, POOLER_TYPES
-from dse.files import InputError, RunError, check_writable, one_line
-from dse.processors import read_lines
+from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, POOLER_TYPES
+from dse.system import parallel, signals
+from dse.system.device import describe_device, select_device
+from dse.system.errors import InputError, RunError, one_line
+from dse.system.files import check_writable
 
 if TYPE_CHECKING:
-    import torch
-
     from dse.models import DSESiameseClassifier
 
-logger = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+logger = logging.getLogger(__name__)
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LESS_MEMORY = (
     "lower the batch size (in training, raise --gradient_accumulation_steps with it), give --bf16 or "
@@ -72,9 +67,9 @@ def clear_errors(prog: str) -> Iterator[None]:
     So too for work that cannot go on (exit code 1), Ctrl-C (130), SIGTERM (143), and a reader of the output that has
     had enough (141).
     """
-    with stopping.safe_console():
+    with signals.safe_console():
         try:
-            with stopping.caught(), parallel.together():
+            with signals.caught(), parallel.together():
                 yield
                 if sys.stdout is not None:
                     sys.stdout.flush()  # now, so that its errors are told like others
@@ -82,18 +77,18 @@ def clear_errors(prog: str) -> Iterator[None]:
             _leave(prog, f"error: {error}", 2, error)
         except RunError as error:
             _leave(prog, f"error: {error}", 1, error)
-        except stopping.Stopped as stop:
+        except signals.Stopped as stop:
             if not parallel.is_first():  # the first one tells
                 raise SystemExit(stop.exit_code) from stop
             _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
         except BrokenPipeError as error:  # `| head` has had enough: the console's own are no errors
-            stopping.flush_or_silence(sys.stdout)
+            signals.flush_or_silence(sys.stdout)
             raise SystemExit(141) from error
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 _leave(prog, f"error: {error.filename}: the name is too long; give a shorter one", 2, error)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-                stopping.flush_or_silence(sys.stdout)
+                signals.flush_or_silence(sys.stdout)
                 _leave(prog, f"error: the output cannot be written ({error.strerror}); make room", 1, error)
             if not _is_lack_of_memory(error):
                 raise
@@ -225,13 +220,6 @@ def add_architecture_flags(parser: argparse.ArgumentParser, given_only: bool = F
     add("--freeze_bert", False, "train only the head and the additional layer", action="store_true")
 
 
-def same_value(one: Any, other: Any) -> bool:
-    """Are two values of a flag the same? Paths may be spelled with or without a slash at the end."""
-    if isinstance(one, str) and isinstance(other, str) and one and other:
-        return os.path.normpath(one) == os.path.normpath(other)
-    return one == other
-
-
 def add_padding_flag(parser: argparse.ArgumentParser) -> None:
     """How batches are laid out; the numbers are the same to rounding."""
     parser.add_argument(
@@ -290,46 +278,6 @@ def load_student(args: argparse.Namespace) -> "DSESiameseClassifier":
     return model.to(device)
 
 
-def check_texts(path: str, flag: str) -> None:
-    """Raise InputError unless `path` is a readable UTF-8 file, which is read once for that, or a pipe, or `-`."""
-    if path != "-" and not Path(path).exists():
-        raise InputError(f"{flag}: there is no file {path}; expected a UTF-8 file with a text per line, or -")
-    if Path(path).is_dir():
-        raise InputError(f"{flag}: {path} is a folder; expected a UTF-8 file with a text per line, or -")
-    if Path(path).is_file():
-        for _ in read_lines(Path(path), "the texts", flag=flag):
-            pass
-
-
-def texts_of(path: str, flag: str) -> Iterator[str]:
-    """The lines of a UTF-8 file or, for `-`, of standard input, empty ones too, of which is warned.
-
-    Raises InputError for what is no UTF-8.
-    """
-    lines = read_lines(Path(path), "the texts", flag=flag) if Path(path).is_file() else _lines_of_pipe(path, flag)
-    empty = 0
-    for line in lines:
-        empty += not line.strip()
-        yield line
-    if empty:
-        logger.warning("%s: %d of the lines are empty; each counts as an empty text", flag, empty)
-
-
-def _lines_of_pipe(path: str, flag: str) -> Iterator[str]:
-    """The lines of standard input or of a named pipe, which can be read but once."""
-    number, what = 0, "standard input" if path == "-" else path
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
-        for raw in stream:
-            for row in raw.splitlines():
-                number += 1
-                try:
-                    yield row.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{flag}: {what}, line {number}: byte 0x{row[error.start]:02x} is no valid UTF-8"
-                    ) from error
-
-
 class _ConsoleHandler(logging.Handler):
     """Writes above a progress bar, not through it."""
 
@@ -371,65 +319,3 @@ def precision_of(args: argparse.Namespace) -> str:
     if args.fp16 and args.bf16:
         raise InputError("--bf16: give it or --fp16, not both")
     return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensor, and take none directly from the system.
-
-    By default each big tensor's memory is mapped anew, and its pages are cleared as they are touched, which takes
-    longer than most of what is computed on it. Elsewhere than on glibc nothing changes.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 64 << 20)
-
-
-def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
-    """CUDA where there is one, unless told otherwise; the CPU is made ready (`keep_freed_memory`).
-
-    Raises InputError for a GPU that is not there.
-    """
-    import torch
-
-    if no_gpu or not torch.cuda.is_available():
-        if precision == "fp16":
-            raise InputError("--fp16: needs a CUDA device, and this run has none: leave the flag out, or give --bf16")
-        keep_freed_memory()
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if parallel.launched():
-        if parallel.local_rank() >= count:
-            raise InputError(f"torchrun: process {parallel.local_rank()} of this machine has no GPU: there are {count}")
-        return torch.device("cuda", parallel.local_rank())
-    if not 0 <= gpu_id < count:
-        raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {count}, counted from 0")
-    if count > 1:
-        logger.info(
-            "%d GPUs are there, one is used: number %d; `torchrun --nproc_per_node %d` before a training script or "
-            "run_distillation_logits_creator.py uses all of them", count, gpu_id, count,
-        )  # fmt: skip
-    return torch.device("cuda", gpu_id)
-
-
-def describe_device(device: "torch.device") -> str:
-    """The device in words, for the log."""
-    import torch
-
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"CPU with {torch.get_num_threads()} threads"
-
-
-def seed_everything(seed: int) -> int:
-    """Seed torch and Python; -1 draws a seed. Returns the seed used."""
-    import torch
-
-    if seed == -1:
-        seed = parallel.of_first(int.from_bytes(os.urandom(4), "little"))
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return seed

@@ -19,9 +19,6 @@ a stop in between leaves the index as it was.
 """
 
 import contextlib
-import itertools
-import math
-import os
 import tempfile
 import warnings
 import zlib
@@ -31,42 +28,37 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
-from dse.encoding import checked_texts, elements
-from dse.features import batches_of
-from dse.files import (
-    InputError,
-    check_ours,
-    json_text,
-    read_json,
-    remove_stale_parts,
-    replace_folder,
-    sha256_json,
-    write_text,
+from dse.data.features import batches_of
+from dse.data.tasks import BINARY, REGRESSION, Task, ranked_label
+from dse.networks.heads import PairHead
+from dse.storage.index_files import (
+    _FILES,
+    _KINDS,
+    BLOCK,
+    INDEX,
+    _extend,
+    _locked,
+    _mapped,
+    _opened,
+    _read_content,
+    _write_content,
+    check_index_place,
 )
-from dse.packing import is_plain, linear
-from dse.processors import BINARY, REGRESSION, Task, ranked_label
-from dse.sharing import fingerprint
+from dse.storage.student_folder import fingerprint
+from dse.system.errors import InputError
+from dse.system.files import remove_stale_parts, replace_folder
+from dse.system.text_files import checked_texts
 
 if TYPE_CHECKING:
-    from dse.models import DSESiameseClassifier, SiameseHead
+    from dse.models import DSESiameseClassifier
 
-FORMAT, VERSION = "dse index", 1
-INDEX = "index.json"
-_LOCK = ".lock"  # held while an append writes, or another index takes the folder's place
-_FILES = ("vectors.bin", "ends.bin", "texts.bin")
-_KINDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-_ENDS = np.dtype("<i8")
-BLOCK = 4096  # rows that are scored, and checked, at once
-_ATTEMPTS = 5  # to open one that is replaced meanwhile
+
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
-_PART = 1 << 19  # numbers in a part's hidden layer
 
 
 class Hit(NamedTuple):
@@ -75,51 +67,6 @@ class Hit(NamedTuple):
     score: float  # of a regression, else the log-odds of the rank label: its probability is sigmoid(score)
     row: int  # from 0, in the order in which the candidates were given
     text: str
-
-
-class PairHead:
-    """A student's head for few queries and many candidates, in float32; one that is not plain is called as it is."""
-
-    def __init__(self, head: "SiameseHead") -> None:
-        self.head = None if is_plain(head) else head
-        if self.head is not None:
-            return
-        self.is_dot = head.head_type == "dot"
-        self.first, *self.rest = (
-            (layer.weight.detach().float(), layer.bias.detach().float()) for layer in head.fc_layers
-        )
-        if not self.is_dot:
-            blocks = self.first[0].chunk(4, dim=1)
-            self.of_u, self.of_v, self.of_product, self.of_difference = (block.contiguous() for block in blocks)
-            self.zero = torch.zeros_like(self.first[1])
-
-    def outputs(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """(queries, width) and (candidates, width) to (queries, candidates, outputs), all float32."""
-        if self.head is not None:
-            return torch.stack([self.head(u.expand_as(candidates), candidates).float() for u in queries])
-        return self._of_dots(queries, candidates) if self.is_dot else self._of_blocks(queries, candidates)
-
-    def _of_blocks(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        # Made beforehand: small results kept between the large steps would keep these from using the same memory again.
-        scores = queries.new_empty(len(queries), len(candidates), len((self.rest or [self.first])[-1][1]))
-        constants = queries @ self.of_u.t() + self.first[1]
-        for u, constant, row in zip(queries, constants, scores, strict=True):
-            hidden = linear(candidates, torch.addcmul(self.of_v, self.of_product, u), constant)
-            hidden += linear(torch.sub(candidates, u).abs_(), self.of_difference, self.zero)
-            row.copy_(self._after_first(hidden))
-        return scores
-
-    def _of_dots(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        products = queries @ candidates.t()
-        # In parts, whose hidden layer stays in the processor's cache.
-        parts = products.reshape(-1, 1).split(max(1, _PART // len(self.first[1])))
-        scores = [self._after_first(functional.linear(part, *self.first)) for part in parts]
-        return torch.cat(scores).view(*products.shape, -1)
-
-    def _after_first(self, x: Tensor) -> Tensor:
-        for layer in self.rest:
-            x = functional.linear(x.relu_(), *layer)
-        return x
 
 
 class CandidateIndex:
@@ -368,144 +315,3 @@ def _embedded(
         for texts in batches_of(checked_texts(sentences, "sentences"), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
             yield model.encode(texts, batch_size, show_progress=False), texts
             bar.update(len(texts))
-
-
-def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndarray, list[str]]]) -> None:
-    """Write embeddings and texts behind what `content` counts, and count them in."""
-    kind = _KINDS[content["dtype"]]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(folder / name, "ab")) for name in _FILES]
-        sizes = [_bytes(*shape) for shape in _shapes(content).values()]
-        for file, size in zip(files, sizes, strict=True):
-            file.truncate(size)  # what an append left that did not end
-        for part in elements(parts, "parts", "a list of (embeddings, texts) parts"):
-            if not (isinstance(part, tuple | list) and len(part) == 2):
-                raise TypeError(
-                    f"parts: got {type(part).__name__}, expected (embeddings, texts): [(E, texts)] is one part"
-                )
-            vectors, texts = np.asarray(part[0]), list(checked_texts(part[1], "parts, texts"))
-            if vectors.shape != (len(texts), content["width"]):
-                raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
-            encoded = [text.encode() for text in texts]
-            ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_ENDS)
-            with np.errstate(over="ignore"):
-                stored = np.ascontiguousarray(vectors, dtype=kind)
-            if not np.isfinite(stored).all():
-                raise InputError(
-                    f"{folder}: embeddings with NaN, infinite numbers or, for float16, numbers above 65504; "
-                    "store float32, or train a sound student"
-                )
-            for some in _within_blocks(content["count"], len(texts)):
-                pieces = (stored[some].tobytes(), ends[some].tobytes(), b"".join(encoded[some]))
-                _count_in(content, some.stop - some.start, pieces)
-                for file, piece in zip(files, pieces, strict=True):
-                    file.write(piece)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _within_blocks(count: int, more: int) -> list[slice]:
-    """Rows `count` and on, cut where blocks end.
-
-    >>> _within_blocks(BLOCK - 2, 5)
-    [slice(0, 2, None), slice(2, 5, None)]
-    """
-    cuts = [0, *range(-count % BLOCK or BLOCK, more, BLOCK), more]
-    return [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-
-
-def _count_in(content: dict[str, Any], rows: int, pieces: tuple[bytes, ...]) -> None:
-    if content["count"] % BLOCK == 0:
-        content["sums"].append([0] * len(_FILES))
-    content["sums"][-1] = [zlib.crc32(piece, old) for piece, old in zip(pieces, content["sums"][-1], strict=True)]
-    content["count"] += rows
-    content["text_bytes"] += len(pieces[-1])
-
-
-def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of each file."""
-    count = content["count"]
-    return {
-        "vectors.bin": (_KINDS[content["dtype"]], (count, content["width"])),
-        "ends.bin": (_ENDS, (count,)),
-        "texts.bin": (np.dtype("u1"), (content["text_bytes"],)),
-    }
-
-
-def _bytes(kind: np.dtype, shape: tuple[int, ...]) -> int:
-    return kind.itemsize * math.prod(shape)
-
-
-def _write_content(folder: Path, content: dict[str, Any]) -> None:
-    """Replace index.json: from then on what was written counts."""
-    whole = {"format": FORMAT, "version": VERSION, **content}
-    write_text(folder / INDEX, json_text({**whole, "sha256": sha256_json(whole)}) + "\n")
-
-
-def _read_content(folder: Path) -> dict[str, Any]:
-    """index.json. Raises InputError where it is missing, spoiled or another program's."""
-    if not (folder / INDEX).is_file():
-        raise InputError(f"{folder}: no index of candidates ({INDEX} is missing); `python -m dse index` makes one")
-    whole = read_json(folder / INDEX, "the index")
-    if whole.get("format") != FORMAT or whole.get("version") != VERSION:
-        raise InputError(
-            f"{folder}: expected {FORMAT} {VERSION}, found {whole.get('format')} {whole.get('version')}; build it anew"
-        )
-    if whole.pop("sha256", None) != sha256_json(whole):
-        raise InputError(f"{folder / INDEX}: spoiled (its hash differs); build the index anew")
-    return {key: value for key, value in whole.items() if key not in ("format", "version")}
-
-
-def _mapped(folder: Path, content: dict[str, Any]) -> list[np.ndarray]:
-    """The files as far as `content` counts them. Raises InputError where they are missing or too short."""
-    arrays = []
-    for name, (kind, shape) in _shapes(content).items():
-        try:
-            with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
-                arrays.append(np.memmap(file, kind, "r", shape=shape) if math.prod(shape) else np.empty(shape, kind))
-        except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
-            raise InputError(f"{folder / name}: missing or truncated; build the index anew") from error
-        except OSError as error:
-            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
-    return arrays
-
-
-def _opened(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """index.json and its files, mapped, of one index, also while others take its place."""
-    for _ in range(_ATTEMPTS):
-        before, refusal = _number(folder), None
-        try:
-            content = _read_content(folder)
-            mapped = _mapped(folder, content)
-        except InputError as error:
-            refusal = error
-        if _number(folder) == before:  # all of it was read from one folder
-            if refusal is not None:
-                raise refusal
-            return content, mapped
-    raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the folder that is there; another may take its place while one waits for the lock."""
-    while True:
-        before = _number(folder)
-        with FileLock(folder / _LOCK):
-            if _number(folder) == before:
-                yield
-                return
-
-
-def _number(folder: Path) -> int | None:
-    """What tells a folder from the one that took its place."""
-    try:
-        return folder.stat().st_ino
-    except OSError:
-        return None
-
-
-def check_index_place(folder: Path, what: str) -> None:
-    """Raise InputError when a folder to be written is a file, or holds something else than an index."""
-    check_ours(folder, what, INDEX, FORMAT, {*_FILES, INDEX, _LOCK})

@@ -1,132 +1,220 @@
-"""The student: a BERT that embeds each sentence alone, and a small head over two embeddings.
+"""The student on texts: embeddings and scores of texts, labels, folders and the hub.
 
-    scores = head([u, v, u * v, |u - v|])      (concat), or      head(u . v)      (dot)
+    model = DSESiameseClassifier.from_pretrained(folder)
+    model.encode(sentences)          embeddings, one row per sentence
+    model.score(pairs)               the head's outputs, as in training
+    model.predict(pairs)             labels, or scores for regression
 
-after Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding",
-AAAI 2020. Names in the state dict are the original's: `dse_model.bert.bert.…` is the encoder,
-`dse_model.bert.classifier.…` the additional layer, `siamese_head.fc_layers.<i>.…` the head.
+Texts are what Python calls strings, of any length: what is beyond the student's `max_seq_length` tokens is cut off,
+`[CLS]` and `[SEP]` counted, and an empty text is `[CLS] [SEP]`. Each distinct text is embedded once per call, in
+steps of similar length; what else is in a call changes a number by rounding only.
 
-The teacher is transformers' BertForSequenceClassification, as it is.
+After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
 import logging
 import os
-import re
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
-from transformers.utils import logging as transformers_logging
+from transformers import BertConfig, BertModel
 
-from dse.config import DSEConfig
-from dse.encoding import TextInterface
-from dse.files import InputError, one_line
-from dse.packing import PackedBatch, by_group, first_states, hidden_states, is_plain, padded, padded_inputs
-from dse.poolers import pool
-from dse.pretrained import bert_config
-from dse.processors import Task
-from dse.sharing import Shareable
+from dse.data.features import SeparateFeatures, encode_texts
+from dse.data.tasks import DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, Task, ranked_label
+from dse.networks.batches import padding_for
+from dse.networks.config import DSEConfig
+from dse.networks.heads import SiameseHead
+from dse.networks.inference import embed_texts, predict_pairs
+from dse.networks.student import DSEModel, _load
+from dse.storage.student_folder import Shareable
+from dse.system.text_files import checked_texts, elements
+from dse.training.metrics import decisions, sigmoid
+
+Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and text_pair
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What a student needs beside its weights to take texts: the tokenizer and length of its training, its task."""
+
+    tokenizer: Any
+    task: Task
+    max_seq_length: int  # token ids per sentence
+    threshold: float = DEFAULT_THRESHOLD  # binary: above it, strictly, `predict` says the second label
+
+
+class TextInterface:
+    """encode, score and predict, for a student that has `settings`."""
+
+    settings: TextSettings | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        batch_size: int = 32,
+        normalize: bool = False,
+        convert_to: str = "numpy",
+        show_progress: bool | None = None,
+        half: bool = False,
+    ) -> Any:
+        """Embed sentences.
+
+        Args:
+            sentences: any iterable of strings, or one string.
+            batch_size: sentences of full length that a step may hold; of shorter ones it holds more.
+            normalize: scale each embedding to length 1.
+            convert_to: "numpy", "tensor" (on the model's device) or "list" (of one array per sentence).
+            show_progress: a progress bar; None: where the output is a terminal.
+            half: compute with 16 bits (float16 on CUDA, bfloat16 on CPU) and return float16. Embeddings then differ
+                by about 0.5 % of the largest number in them.
+
+        Returns:
+            (sentences, embedding_size) in the order given, float32, or float16 with `half`; for one string
+            (embedding_size,). No sentences: (0, embedding_size).
+
+        Raises TypeError for what is not text (mappings, sets, tables and bytes too), ValueError for a string that UTF-8
+        cannot hold and for other wrong arguments.
+        """
+        if convert_to not in ("numpy", "tensor", "list"):
+            raise ValueError(f"convert_to: {convert_to!r} is none of numpy, tensor, list")
+        _check_batch_size(batch_size)
+        alone = isinstance(sentences, str)
+        texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
+        embeddings = np.empty((0, self.config.embedding_size), np.float32)
+        if texts:
+            features = self._features(texts, texts)
+            with self._precision(half):
+                distinct = embed_texts(self, features, batch_size, self.device, "encode", show_progress)
+            embeddings = distinct[features.first]
+        if normalize:
+            lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+            embeddings = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+        embeddings = embeddings.astype(np.float16 if half else np.float32, copy=False)
+        if convert_to == "tensor":
+            embeddings = torch.from_numpy(embeddings).to(self.device)
+        if alone:
+            return embeddings[0]
+        return list(embeddings) if convert_to == "list" else embeddings
+
+    def score(self, pairs: Iterable[Pair], batch_size: int = 32, show_progress: bool | None = None) -> np.ndarray:
+        """The head's outputs for pairs of texts, the first one being the query where that matters.
+
+        Args:
+            pairs: (text, text), or {"text": ..., "text_pair": ...}, each.
+            batch_size, show_progress: as in `encode`.
+
+        Returns:
+            float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
+            (pairs, labels) logits for multiclass, labels in the task's order.
+
+        Raises TypeError for what is not a pair of texts, ValueError for wrong arguments.
+        """
+        _check_batch_size(batch_size)
+        firsts, seconds = _sides(pairs)
+        width = self.config.fc_dims[-1]
+        outputs = np.empty((0, width), np.float32)
+        if firsts:
+            features = self._features(firsts, seconds)
+            outputs = predict_pairs(self, features, batch_size, self.device, "score", show_progress)
+        return outputs[:, 0] if width == 1 else outputs
+
+    def predict(
+        self,
+        pairs: Iterable[Pair],
+        probabilities: bool | str = False,
+        threshold: float | None = None,
+        batch_size: int = 32,
+        show_progress: bool | None = None,
+    ) -> list[str] | np.ndarray:
+        """Labels of pairs; scores for regression.
+
+        Args:
+            pairs: as in `score`.
+            probabilities: float32 instead of labels. True: of a binary task (pairs,), the probability of the label that
+                ranks (processors.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
+                (pairs, labels), labels in the task's order. "all": (pairs, labels) for both.
+            threshold: binary: a pair has the second label where that one's probability is above it, strictly. None: the
+                one that was best on dev in training (`settings.threshold`).
+            batch_size, show_progress: as in `encode`.
+
+        Raises ValueError for probabilities of a regression, TypeError as `score` does.
+        """
+        task = self._settings().task
+        if probabilities not in (False, True, "all"):
+            raise ValueError(f"probabilities: got {probabilities!r}, expected False, True or 'all'")
+        if task.kind == REGRESSION and probabilities:
+            raise ValueError(f"probabilities: {task.name} is a regression, which has none; leave it out")
+        outputs = self.score(pairs, batch_size, show_progress)
+        if task.kind == REGRESSION:
+            return outputs
+        if not probabilities:
+            rows = outputs.reshape(len(outputs), self.config.fc_dims[-1])
+            threshold = self.settings.threshold if threshold is None else threshold
+            return [task.labels[place] for place in decisions(task.kind, rows, threshold)]
+        if task.kind == MULTICLASS:
+            return torch.from_numpy(outputs).softmax(dim=-1).numpy()
+        of_labels = np.stack([sigmoid(-outputs), sigmoid(outputs)], axis=1).astype(np.float32)
+        return of_labels if probabilities == "all" else of_labels[:, task.labels.index(ranked_label(task))]
+
+    def _settings(self) -> TextSettings:
+        if self.settings is None:
+            raise ValueError("this student has no tokenizer: load it with from_pretrained, or set `settings`")
+        return self.settings
+
+    def _features(self, firsts: list[str], seconds: list[str]) -> SeparateFeatures:
+        settings = self._settings()
+        texts = firsts if firsts is seconds else firsts + seconds
+        distinct, places = encode_texts(texts, settings.tokenizer, settings.max_seq_length)
+        padding = padding_for(self.device, None)
+        return SeparateFeatures(
+            distinct, places[: len(firsts)], places[-len(seconds) :], None, settings.tokenizer.pad_token_id,
+            padding=padding, max_seq_length=settings.max_seq_length,
+        )  # fmt: skip
+
+    def _precision(self, half: bool) -> torch.autocast:
+        kind, own = self.device.type, next(self.parameters()).dtype  # a model of another dtype keeps to its own
+        quantized = any("quantized" in type(module).__module__ for module in self.modules())  # these take float32 alone
+        enabled = half and own == torch.float32 and not quantized
+        return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, Integral):
+        raise TypeError(f"batch_size: got {type(batch_size).__name__}, expected a whole number")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is below 1")
+
+
+def _sides(pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:
+    firsts, seconds = [], []
+    for i, pair in enumerate(elements(pairs, "pairs", "a list of pairs of texts")):
+        if isinstance(pair, Mapping) and set(pair) == {"text", "text_pair"}:
+            pair = pair["text"], pair["text_pair"]
+        pair = list(elements(pair, f"pairs, number {i}", "(text, text), or a mapping of text and text_pair alone"))
+        if len(pair) != 2:
+            raise TypeError(f"pairs, number {i}: got {len(pair)} texts, expected 2")
+        firsts.append(pair[0])
+        seconds.append(pair[1])
+    return list(checked_texts(firsts, "pairs, first texts")), list(checked_texts(seconds, "pairs, second texts"))
+
 
 logger = logging.getLogger(__name__)
-
-# Weights that may be left over: heads, and what older versions of transformers stored.
-_HEADS = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
 
 # A forked child has none of the threads that its parent's products were shared with, and would wait for them.
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
-
-
-class SentenceEncoder(nn.Module):
-    """BERT, a pooler, dropout and, if wanted, a linear layer: token ids to one vector per sentence."""
-
-    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.bert = bert
-        self.dropout = nn.Dropout(bert.config.hidden_dropout_prob)
-        self.classifier = None
-        if config.additional_embedding_layer_size != -1:
-            self.classifier = nn.Linear(config.pooled_size, config.additional_embedding_layer_size)
-        if config.freeze_bert:
-            bert.requires_grad_(False)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        packed: PackedBatch | None = None,
-    ) -> Tensor:
-        """(batch, length) ids and mask, int64, or the same sentences packed, to (batch, embedding_size), float32."""
-        if packed is None:
-            pooled = self._pool(input_ids, attention_mask)
-        elif is_plain(self.bert):
-            pooled = self._pool_packed(packed)
-        else:
-            pooled = torch.cat([self._pool(**inputs) for inputs in padded_inputs(packed)]).index_select(0, packed.order)
-        pooled = self.dropout(pooled)
-        return pooled if self.classifier is None else self.classifier(pooled)
-
-    def _pool_packed(self, batch: PackedBatch) -> Tensor:
-        if self.config.pooler_type == "cls":
-            return self.bert.pooler(first_states(self.bert, batch).unsqueeze(1))
-        top = hidden_states(self.bert, batch, self.config.pooler_num_top_hidden_layers)
-        # By group, the layers' states of its tokens.
-        parts = zip(*(by_group(states, batch) for states in top), strict=True)
-        pooled = [
-            pool(self.config.pooler_type, [padded(states, group) for states in layers], group.mask)
-            for group, layers in zip(batch.groups, parts, strict=True)
-        ]
-        return torch.cat(pooled).index_select(0, batch.order)
-
-    def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.config.pooler_type == "cls":
-            return self.bert(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        output = self.bert(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        # hidden_states[0] is the embedding layer; k <= number of layers keeps it out.
-        top = output.hidden_states[-self.config.pooler_num_top_hidden_layers :]
-        return pool(self.config.pooler_type, top, attention_mask)
-
-
-class DSEModel(nn.Module):
-    """Sentences to embeddings. One level more than needed: it gives the state dict the original's names."""
-
-    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
-        super().__init__()
-        self.bert = SentenceEncoder(bert, config)
-
-    def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        """As SentenceEncoder: to (batch, embedding_size), float32."""
-        return self.bert(*args, **inputs)
-
-
-class SiameseHead(nn.Module):
-    """Two embeddings to outputs: their blocks, then linear layers with ReLU between them."""
-
-    def __init__(self, config: DSEConfig) -> None:
-        super().__init__()
-        self.head_type = config.siamese_head_type
-        first = 4 * config.embedding_size if self.head_type == "concat" else 1
-        sizes = (first, *config.fc_dims)
-        self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """(batch, embedding_size) twice to (batch, fc_dims[-1]), computed in the dtype of its weights."""
-        if not torch.is_autocast_enabled(u.device.type):
-            kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), torch.float32)
-            u, v = u.to(kind), v.to(kind)
-        if self.head_type == "concat":
-            x = torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
-        else:
-            x = (u * v).sum(dim=-1, keepdim=True)
-        for layer in self.fc_layers[:-1]:
-            x = torch.relu(layer(x))
-        return self.fc_layers[-1](x)
 
 
 class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
@@ -172,54 +260,6 @@ def empty_student(config: DSEConfig) -> DSESiameseClassifier:
     return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))
 
 
-def set_dropout(model: DSESiameseClassifier, rate: float) -> None:
-    """Another rate for all dropout: of the embeddings, and in the encoder, where packed batches read its config."""
-    config = model.dse_model.bert.bert.config
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = rate
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
-
-
-def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits (batch, labels) of a BertForSequenceClassification, from padded or packed inputs."""
-    if "packed" not in inputs:
-        return model(**inputs).logits
-    batch = inputs["packed"]
-    if not is_plain(model):
-        return torch.cat([model(**some).logits for some in padded_inputs(batch)]).index_select(0, batch.order)
-    pooled = model.bert.pooler(first_states(model.bert, batch).unsqueeze(1))
-    return model.classifier(model.dropout(pooled))
-
-
-def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]]:
-    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
-
-    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
-    """
-    transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = bert_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except Exception as error:  # a spoiled file raises whatever its reader trips over
-        raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
-    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
-    encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
-    if encoder:
-        raise InputError(
-            f"{folder}: no whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
-        )
-    unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
-    if unused:
-        logger.warning(
-            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
-            folder, len(unused), unused[0],
-        )  # fmt: skip
-    return model, new
-
-
 def new_student(folder: Path, config: DSEConfig) -> DSESiameseClassifier:
     """A student with the pre-trained encoder of a folder, float32, and an untrained head.
 
@@ -230,50 +270,3 @@ def new_student(folder: Path, config: DSEConfig) -> DSESiameseClassifier:
         logger.warning("%s has no tanh pooler: --pooler_type cls starts from a random one", folder)
     # With transformers' defaults written out, so that a checkpoint means the same under a later version.
     return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))
-
-
-def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceClassification:
-    """A cross-encoder, float32: BERT, its tanh pooler, dropout and a linear layer to the task's logits.
-
-    Args:
-        fine_tuned: True for a folder that finetune_bert.py made for this task, whose classifier is used as it
-            is; raises InputError for any other. False for training: the classifier starts from
-            N(0, initializer_range), bias 0, even where the folder has one.
-    """
-    labels = list(task.labels) or ["score"]
-    types = bert_config(folder, "the teacher").get("type_vocab_size", 2)
-    if types < 2 and task.text_b is not None:
-        raise InputError(f"{folder}: type_vocab_size is {types}, and a teacher of pairs needs 2: take another BERT")
-    if fine_tuned:
-        _check_teacher_task(folder, task, labels)
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    model, new = _load(BertForSequenceClassification, folder, num_labels=len(labels), **names)
-    model.config.finetuning_task = task.name
-    if fine_tuned:
-        if new:
-            raise InputError(
-                f"{folder}: no fine-tuned teacher: {', '.join(sorted(new))} missing; finetune_bert.py makes one"
-            )
-        return model
-    if any("pooler." in name for name in new):
-        logger.warning("%s has no tanh pooler: the teacher starts from a random one", folder)
-    nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
-    nn.init.zeros_(model.classifier.bias)
-    return model
-
-
-def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
-    """Labels in another order would give logits that mean something else."""
-    config = bert_config(folder, "the teacher")
-    names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
-    if names and len(names) != len(labels):
-        raise InputError(
-            f"{folder}: gives {len(names)} logits, and {task.name} needs {len(labels)}: {', '.join(labels)}"
-        )
-    if all(name.startswith("LABEL_") for name in names):  # or none: transformers leaves out LABEL_0 and LABEL_1
-        if task.labels:
-            logger.warning("%s does not name its labels: whether they are in the order %s is not known", folder, labels)
-    elif names != labels:
-        raise InputError(f"{folder}: its labels in order are {names}, those of {task.name} are {labels}")
-    if config.get("finetuning_task") not in (None, task.name):
-        logger.warning("%s was fine-tuned on %s and is used for %s", folder, config["finetuning_task"], task.name)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dse.processors import REGRESSION, TASKS, Task, get_task
-from dse.synthetic import make_pair, write_tiny_bert
+from dse.data.tasks import REGRESSION, TASKS, Task, get_task
+from dse.experiments.synthetic import make_pair, write_tiny_bert
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)  # for models this small; on a busy machine threads wait for each other for minutes
@@ -65,8 +65,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def logits(tmp_path_factory, data):
     """A function from a task's name to random teacher logits that belong to its tiny data."""
-    from dse.distillation import logits_identity, save_logits
-    from dse.processors import read_examples
+    from dse.data.processors import read_examples
+    from dse.storage.logits import logits_identity, save_logits
 
     folder = tmp_path_factory.mktemp("logits")
 
@@ -112,10 +112,10 @@ def student_flags(bert, data, logits, tmp_path):
 @pytest.fixture
 def student(bert):
     """A function that makes an untrained student of a task, the same one each time, ready for texts."""
-    from dse.config import DSEConfig
-    from dse.encoding import TextSettings
-    from dse.models import new_student
-    from dse.pretrained import bert_config, load_tokenizer
+    from dse.data.tokenizers import load_tokenizer
+    from dse.models import TextSettings, new_student
+    from dse.networks.config import DSEConfig
+    from dse.networks.pretrained import bert_config
 
     def make(name: str = "mrpc", **changes: object):
         torch.manual_seed(3)

@@ -20,7 +20,7 @@ LONG = 600  # seconds that no process needs, on a machine however slow
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["dse_train_runner", "finetune_bert", "run_distillation_logits_creator", "torch.distributed",
-     *(f"dse.{name}" for name in ("checkpoint", "evaluation", "features", "models", "prediction", "states", "trainer"))]
+     "dse.experiments.predictions", "dse.storage.checkpoint", "dse.training.trainer"]
 )  # fmt: skip
 
 

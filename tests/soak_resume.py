@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 def make_inputs(folder: Path, pairs: int) -> None:
     """A tiny BERT with dropout, and made-up pairs."""
-    from dse.synthetic import write_pairs, write_tiny_bert
+    from dse.experiments.synthetic import write_pairs, write_tiny_bert
 
     write_tiny_bert(folder / "bert", seed=0, hidden_size=32)
     (folder / "data").mkdir()
@@ -56,8 +56,8 @@ def run_stages(folder: str) -> None:
 
 def outcome(folder: Path) -> dict[str, object]:
     """All that must be the same, by name; times and stamps apart."""
-    from dse.checkpoint import load_checkpoint
-    from dse.files import sha256_file
+    from dse.storage.checkpoint import load_checkpoint
+    from dse.system.files import sha256_file
 
     training = json.loads((folder / "teacher" / "training.json").read_text())
     (run,) = (folder / "checkpoints").iterdir()

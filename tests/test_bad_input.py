@@ -14,7 +14,7 @@ import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
-from dse import files
+from dse.system import files
 
 ROOT = Path(__file__).parents[1]
 UNWRITABLE = f"{__file__}/nowhere"  # below a file, where even root makes no folder
@@ -445,7 +445,7 @@ print(codes, "torch" in sys.modules)
 
 
 def test_a_json_line_per_epoch_is_json(tmp_path):
-    from dse.reporting import append_json_line
+    from dse.training.reporting import append_json_line
 
     append_json_line(tmp_path / "log.jsonl", {"epoch": 0, "train": {"pearson": float("nan")}})
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"epoch": 0, "train": {"pearson": None}}

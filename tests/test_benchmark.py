@@ -7,7 +7,7 @@ import torch
 from conftest import as_flags
 
 from dse import __main__ as entry
-from dse import benchmarks
+from dse.experiments import benchmarks
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import random
 import pytest
 
 from dse import __main__ as entry
-from dse import synthetic
 from dse.commands import quickstart
-from dse.processors import get_task, read_examples
+from dse.data.processors import read_examples
+from dse.data.tasks import get_task
+from dse.experiments import synthetic
 
 
 def test_help_lists_the_commands(capsys):

@@ -25,10 +25,10 @@ from processes import LONG
 
 import download_glue_data
 import finetune_bert
-from dse import download
-from dse.download import DownloadError
-from dse.files import RunError
-from dse.synthetic import make_pair
+from dse.data import download
+from dse.data.download import DownloadError
+from dse.experiments.synthetic import make_pair
+from dse.system.errors import RunError
 
 ROOT = Path(__file__).parents[1]
 REAL_MRPC = ROOT.parent / "shared" / "data" / "glue_data" / "MRPC"

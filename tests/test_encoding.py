@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dse.features import encode_texts
-from dse.processors import get_task
-from dse.synthetic import make_pair
+from dse.data.features import encode_texts
+from dse.data.tasks import get_task
+from dse.experiments.synthetic import make_pair
 
 PAIRS = [make_pair(random.Random(seed))[1:] for seed in range(9)]
 TEXTS = [text for pair in PAIRS for text in pair]

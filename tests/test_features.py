@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from dse.features import (
-    cached_features,
-    encode_texts,
-    joint_features,
-    kept_lengths,
-    padding_for,
-    separate_features,
-)
-from dse.files import InputError, RunError
-from dse.pretrained import load_tokenizer
-from dse.processors import Examples, get_task
+from dse.data.features import cached_features, encode_texts, joint_features, kept_lengths, separate_features
+from dse.data.processors import Examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.networks.batches import padding_for
+from dse.system.errors import InputError, RunError
 
 MRPC = get_task("mrpc")
 CLS, SEP, PAD = 2, 3, 0
@@ -114,7 +109,7 @@ def make(tokenizer, path, form="separate", task=MRPC, examples=PAIRS, length=16,
 @pytest.mark.parametrize("form", ["joint", "separate"])
 def test_a_cache_gives_the_same_features_without_tokenizing(form, tokenizer, tmp_path, monkeypatch):
     made = make(tokenizer, tmp_path / "cache", form)
-    monkeypatch.setattr("dse.features._distinct_pieces", None)  # calling it would fail
+    monkeypatch.setattr("dse.data.features._distinct_pieces", None)  # calling it would fail
     read = make(tokenizer, tmp_path / "cache", form)
     for name, array in made.arrays().items():
         np.testing.assert_array_equal(array, read.arrays()[name])
@@ -189,7 +184,7 @@ def test_no_cache_when_writing_fails(tokenizer, tmp_path, monkeypatch, caplog):
     def fail(*_, **__):
         raise SafetensorError("I/O error: Permission denied")
 
-    monkeypatch.setattr("dse.cache.save_file", fail)
+    monkeypatch.setattr("dse.data.cache.save_file", fail)
     assert len(make(tokenizer, tmp_path / "cache")) == 2
     assert "no feature cache" in caplog.text
     with pytest.raises(RunError, match="cache: cannot be written"):
@@ -209,7 +204,7 @@ def test_texts_in_parts_give_the_rows_of_all_at_once(make_features, tokenizer, m
     pairs = Examples([" ".join(words[:n]) for n in (8, 1, 3, 5, 2)], [" ".join(words[n:]) for n in (7, 4, 8, 5, 2)])
     expected = make_features(MRPC, pairs, tokenizer, 9).arrays()
     for name, size in (("_TOKENIZE_AT_ONCE", 3), ("_ROWS_AT_ONCE", 2)):
-        monkeypatch.setattr(f"dse.features.{name}", size)
+        monkeypatch.setattr(f"dse.data.features.{name}", size)
         got = make_features(MRPC, pairs, tokenizer, 9).arrays()
         for array in expected:
             np.testing.assert_array_equal(got[array], expected[array], err_msg=f"{name} {array}")

@@ -8,15 +8,18 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from dse.config import PADDINGS, POOLER_TYPES, DSEConfig
-from dse.distillation import distillation_targets, student_loss
-from dse.evaluation import predict, predict_pairs
-from dse.features import SeparateFeatures, in_batches, joint_features, separate_features
-from dse.models import DSESiameseClassifier, new_student, teacher_logits
-from dse.optimization import make_optimizer
-from dse.pretrained import bert_config, load_tokenizer
-from dse.processors import Examples, get_task
-from dse.trainer import Trainer
+from dse.data.features import SeparateFeatures, in_batches, joint_features, separate_features
+from dse.data.processors import Examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.models import DSESiameseClassifier, new_student
+from dse.networks.config import PADDINGS, POOLER_TYPES, DSEConfig
+from dse.networks.inference import predict, predict_pairs
+from dse.networks.pretrained import bert_config
+from dse.networks.teacher import teacher_logits
+from dse.training.losses import distillation_targets, student_loss
+from dse.training.optimization import make_optimizer
+from dse.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny-bert"

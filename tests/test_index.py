@@ -12,10 +12,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from dse import index as index_module
-from dse.files import InputError
+from dse.data.tasks import get_task
+from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, Hit
-from dse.processors import get_task
-from dse.synthetic import make_pair
+from dse.networks import heads
+from dse.storage import index_files
+from dse.system.errors import InputError
 
 CANDIDATES = [make_pair(random.Random(seed))[2] for seed in range(23)]
 QUERIES = [make_pair(random.Random(seed))[1] for seed in (100, 101, 102)]
@@ -24,8 +26,9 @@ QUERIES = [make_pair(random.Random(seed))[1] for seed in (100, 101, 102)]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 5 rows, made 8 at a time, two queries at once: nothing ends where something else does."""
-    for name, value in (("BLOCK", 5), ("_EMBED_AT_ONCE", 8), ("_QUERIES", 2), ("_PART", 40)):
-        monkeypatch.setattr(index_module, name, value)
+    places = ((index_files, "BLOCK", 5), (index_module, "BLOCK", 5), (index_module, "_EMBED_AT_ONCE", 8))
+    for module, name, value in (*places, (index_module, "_QUERIES", 2), (heads, "_PART", 40)):
+        monkeypatch.setattr(module, name, value)
 
 
 def pair_scores(model, queries: list[str], candidates: list[str]) -> np.ndarray:
@@ -226,7 +229,7 @@ def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
         yield CANDIDATES[1]
 
     index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    monkeypatch.setattr(index_module, "FileLock", Lock)
+    monkeypatch.setattr(index_files, "FileLock", Lock)
     index.append(slowly())
     assert len(index) == 25
     other.join()
@@ -299,11 +302,11 @@ def test_append_counts_what_was_appended_while_it_waited_for_the_lock(student, t
         """Another append, which has the lock, ends before this one gets it."""
 
         def __enter__(self):
-            monkeypatch.setattr(index_module, "FileLock", FileLock)
+            monkeypatch.setattr(index_files, "FileLock", FileLock)
             other.append(["theirs"])
             return super().__enter__()
 
-    monkeypatch.setattr(index_module, "FileLock", TakenByAnother)
+    monkeypatch.setattr(index_files, "FileLock", TakenByAnother)
     index.append(["mine"])
     again = CandidateIndex.open(tmp_path / "index", model)
     assert [again.text(row) for row in range(len(again))] == [*CANDIDATES, "theirs", "mine"]
@@ -322,7 +325,7 @@ def test_nothing_is_appended_to_another_models_index(student, tmp_path):
 
 def test_append_waits_for_another_one(student, tmp_path, monkeypatch):
     index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
-    monkeypatch.setattr(index_module, "FileLock", partial(FileLock, timeout=0))  # waits no longer than that
+    monkeypatch.setattr(index_files, "FileLock", partial(FileLock, timeout=0))  # waits no longer than that
     with FileLock(tmp_path / "index" / ".lock"), pytest.raises(Timeout):
         index.append(["more"])
     index.append(["more"])
@@ -347,7 +350,7 @@ def test_a_lock_counts_in_the_folder_that_is_there(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(index_module, "FileLock", Lock)
+    monkeypatch.setattr(index_files, "FileLock", Lock)
     with index_module._locked(folder):
         assert len(taken) == 2
         assert taken[1] == folder.stat().st_ino
@@ -359,7 +362,7 @@ def test_a_file_that_cannot_be_opened_is_not_called_truncated(student, tmp_path,
     def too_many(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(index_module, "open", too_many, raising=False)
+    monkeypatch.setattr(index_files, "open", too_many, raising=False)
     with pytest.raises(InputError, match=r"vectors\.bin: cannot be read \(Too many open files\)"):
         CandidateIndex.open(tmp_path / "index", student())
 

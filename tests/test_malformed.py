@@ -15,9 +15,9 @@ import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import __main__ as commands
-from dse.files import sha256_json
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
+from dse.system.files import sha256_json
 
 HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from dse.config import POOLER_TYPES, DSEConfig
-from dse.files import InputError
-from dse.models import SiameseHead, empty_student, load_teacher, new_student
-from dse.poolers import pool
-from dse.pretrained import bert_config, find_bert
-from dse.processors import get_task
+from dse.data.tasks import get_task
+from dse.models import empty_student, new_student
+from dse.networks.config import POOLER_TYPES, DSEConfig
+from dse.networks.heads import SiameseHead
+from dse.networks.poolers import pool
+from dse.networks.pretrained import bert_config, find_bert
+from dse.networks.teacher import load_teacher
+from dse.system.errors import InputError
 
 # One sentence of [CLS], two tokens, [SEP] and padding, one hidden unit; two layers.
 LOW = torch.tensor([[[8.0], [1.0], [-3.0], [2.0], [99.0]]])

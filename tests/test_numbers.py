@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dse.distillation import distillation_targets, student_loss, teacher_loss
-from dse.metrics import best_score, student_metrics, teacher_metrics
-from dse.optimization import BertAdam, clip_each, make_optimizer, scheduled_rate
+from dse.training.losses import distillation_targets, student_loss, teacher_loss
+from dse.training.metrics import best_score, student_metrics, teacher_metrics
+from dse.training.optimization import BertAdam, clip_each, make_optimizer, scheduled_rate
 
 
 def sigmoid_cross_entropy(z: float, y: int) -> float:

@@ -7,12 +7,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from dse import evaluation, packing
-from dse.config import POOLER_TYPES, DSEConfig
-from dse.evaluation import by_length, embed_texts, predict, predict_pairs
-from dse.features import JointFeatures, Ragged, SeparateFeatures
-from dse.models import DSESiameseClassifier, empty_student, set_dropout, teacher_logits
-from dse.packing import keep_factors, pack
+from dse.data.features import JointFeatures, Ragged, SeparateFeatures
+from dse.models import DSESiameseClassifier, empty_student
+from dse.networks import inference, kernels, packed_bert
+from dse.networks.batches import pack
+from dse.networks.config import POOLER_TYPES, DSEConfig
+from dse.networks.inference import by_length, embed_texts, predict, predict_pairs
+from dse.networks.kernels import keep_factors
+from dse.networks.student import set_dropout
+from dse.networks.teacher import teacher_logits
 
 LENGTHS = [3, 12, 7, 7, 2, 9, 4, 5, 12, 3, 6]  # in two groups, both with padding
 
@@ -110,11 +113,11 @@ def test_idle_tokens_reach_nothing():
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_linear_against_torchs_own(onednn, monkeypatch):
-    monkeypatch.setattr(packing, "_ONEDNN", torch.ops.mkldnn._linear_pointwise if onednn else None)
+    monkeypatch.setattr(kernels, "_ONEDNN", torch.ops.mkldnn._linear_pointwise if onednn else None)
     torch.manual_seed(0)
     inputs = [torch.randn(9, 6), torch.randn(4, 6), torch.randn(4)]
     results = []
-    for compute in (packing.linear, torch.nn.functional.linear):
+    for compute in (packed_bert.linear, torch.nn.functional.linear):
         leaves = [x.clone().requires_grad_() for x in inputs]
         outputs = compute(*leaves)
         (outputs * torch.arange(36.0).view(9, 4)).sum().backward()
@@ -122,7 +125,7 @@ def test_linear_against_torchs_own(onednn, monkeypatch):
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     states = inputs[0].clone().requires_grad_()  # and frozen weights
-    packing.linear(states, inputs[1], inputs[2]).sum().backward()
+    packed_bert.linear(states, inputs[1], inputs[2]).sum().backward()
     torch.testing.assert_close(states.grad, inputs[1].sum(dim=0).expand(9, 6), rtol=1e-5, atol=1e-5)
 
 
@@ -190,7 +193,9 @@ def test_dropout_comes_where_the_padded_model_has_it(pooler, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "dropout", multiply)
     monkeypatch.setattr(
-        packing, "keep_factors", lambda shapes, rate, device, dtype: [torch.full(shape, 1 + rate) for shape in shapes]
+        packed_bert,
+        "keep_factors",
+        lambda shapes, rate, device, dtype: [torch.full(shape, 1 + rate) for shape in shapes],
     )
     assert_same(lambda inputs: model(**inputs), separate(), model)
 
@@ -265,7 +270,7 @@ def test_no_two_dropouts_share_their_factors(last_alone):
     """One of the embeddings, then in each of 3 layers one of each group's weights, of the context, of the output."""
     bert = student_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train().dse_model.bert.bert
     batch = pack(ragged(LENGTHS), np.arange(11))
-    embeddings, keeps = packing._draw(bert, batch, torch.zeros(len(batch.ids), 16), last_alone)
+    embeddings, keeps = packed_bert._draw(bert, batch, torch.zeros(len(batch.ids), 16), last_alone)
     factors = [embeddings, *(each for keep in keeps for each in (*keep.weights, keep.context, keep.output))]
     assert len(factors) == 1 + 3 * (2 + 2)
     assert not any(torch.equal(one, other) for one, other in combinations(factors, 2))
@@ -279,8 +284,8 @@ def test_a_batch_moves_to_a_device_whole():
 
 def test_checkpointing_computes_each_layer_again_in_training(monkeypatch):
     model, calls = student_of(), []
-    bert, compute = model.dse_model.bert.bert, packing._feed_forward
-    monkeypatch.setattr(packing, "_feed_forward", lambda *inputs: calls.append(1) or compute(*inputs))
+    bert, compute = model.dse_model.bert.bert, packed_bert._feed_forward
+    monkeypatch.setattr(packed_bert, "_feed_forward", lambda *inputs: calls.append(1) or compute(*inputs))
     features = separate()
     features.padding = "packed"
     counts = []
@@ -296,7 +301,7 @@ def test_checkpointing_computes_each_layer_again_in_training(monkeypatch):
 def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
     model, features = student_of(), separate()
     expected = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
-    monkeypatch.setattr(evaluation, "_PAIRS_PER_STEP", 4)
+    monkeypatch.setattr(inference, "_PAIRS_PER_STEP", 4)
     outputs = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
     assert np.ptp(expected) > 0.1

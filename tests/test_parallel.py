@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
-from dse import parallel
-from dse.checkpoint import load_checkpoint
-from dse.files import InputError, RunError
+from dse.storage.checkpoint import load_checkpoint
+from dse.system import parallel
+from dse.system.errors import InputError, RunError
 
 SCRIPTS = {"finetune_bert": finetune_bert, "run_distillation_logits_creator": run_distillation_logits_creator,
            "dse_train_runner": dse_train_runner}  # fmt: skip
@@ -167,19 +167,19 @@ def test_processes_that_go_on_from_different_states_are_told(monkeypatch):
 
 
 def test_several_gpus_are_pointed_out(monkeypatch, caplog):
-    from dse import cli
+    from dse.system.device import select_device
 
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert cli.select_device(False, 1) == torch.device("cuda", 1)
+    assert select_device(False, 1) == torch.device("cuda", 1)
     assert "`torchrun --nproc_per_node 3`" in caplog.text
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     for rank in ("2", "3"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         if rank == "2":
-            assert cli.select_device(False, 0) == torch.device("cuda", 2)
+            assert select_device(False, 0) == torch.device("cuda", 2)
         else:
             with pytest.raises(InputError, match="process 3 of this machine has no GPU: there are 3"):
-                cli.select_device(False, 0)
+                select_device(False, 0)

@@ -14,11 +14,11 @@ from transformers import BertForSequenceClassification
 import finetune_bert
 from dse import __main__ as entry
 from dse.commands import predict
-from dse.models import load_teacher
-from dse.prediction import answers
-from dse.pretrained import load_tokenizer
-from dse.processors import Task, get_task
-from dse.synthetic import make_pair, vocabulary
+from dse.data.tasks import Task, get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.experiments.predictions import answers
+from dse.experiments.synthetic import make_pair, vocabulary
+from dse.networks.teacher import load_teacher
 
 # The leaderboard's name of the file, the labels that it takes, the test file and its columns; * marks the texts.
 ZERO_ONE, TWO_WAY = ("0", "1"), ("entailment", "not_entailment")

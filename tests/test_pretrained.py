@@ -7,15 +7,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from dse.files import InputError
-from dse.pretrained import (
-    find_bert,
-    last_part,
-    load_tokenizer,
-    tokenizer_from_files,
-    tokenizer_key,
-    tokenizer_to_files,
-)
+from dse.data.tokenizers import load_tokenizer, tokenizer_from_files, tokenizer_key, tokenizer_to_files
+from dse.networks.pretrained import find_bert, last_part
+from dse.system.errors import InputError
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def test_a_hub_name_gives_a_whole_folder(hub, bert, tmp_path):
 
 def test_another_model_is_refused_before_its_weights_are_fetched(hub, bert, tmp_path, monkeypatch):
     config = json.loads((bert / "config.json").read_text())
-    monkeypatch.setattr("dse.pretrained.read_json", lambda *_: {**config, "model_type": "roberta"})
+    monkeypatch.setattr("dse.networks.pretrained.read_json", lambda *_: {**config, "model_type": "roberta"})
     with pytest.raises(InputError, match="holds a roberta; expected a BERT"):
         find_bert("someone/roberta", "--bert_model")
     assert not (tmp_path / "cache" / "model.safetensors").exists()
@@ -54,7 +48,9 @@ def test_another_model_is_refused_before_its_weights_are_fetched(hub, bert, tmp_
 
 def test_another_tokenizer_is_refused_before_the_weights_are_fetched(hub, bert, tmp_path, monkeypatch):
     config = json.loads((bert / "config.json").read_text())
-    monkeypatch.setattr("dse.pretrained.read_json", lambda *_: {**config, "tokenizer_class": "BertJapaneseTokenizer"})
+    monkeypatch.setattr(
+        "dse.data.tokenizers.read_json", lambda *_: {**config, "tokenizer_class": "BertJapaneseTokenizer"}
+    )
     with pytest.raises(InputError, match="names the tokenizer BertJapaneseTokenizer"):
         find_bert("someone/bert-japanese", "--bert_model")
     assert not (tmp_path / "cache" / "model.safetensors").exists()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dse.files import InputError
-from dse.processors import TASKS, get_task, read_examples
+from dse.data.processors import read_examples
+from dse.data.tasks import TASKS, get_task
+from dse.system.errors import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "glue_data"
 

@@ -15,14 +15,18 @@ from torch import nn
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
-from dse import reproduction, results, states, trainer
-from dse.baselines import SentenceBert
 from dse.commands import reproduce
-from dse.files import InputError, RunError, sha256_file
-from dse.metrics import best_threshold
-from dse.processors import Examples, get_task
-from dse.reporting import duration
-from dse.sharing import read_config
+from dse.data.processors import Examples
+from dse.data.tasks import get_task
+from dse.experiments import reproduction, results
+from dse.experiments.baselines import SentenceBert
+from dse.storage import states
+from dse.storage.student_folder import read_config
+from dse.system.errors import InputError, RunError
+from dse.system.files import sha256_file
+from dse.training import trainer
+from dse.training.metrics import best_threshold
+from dse.training.reporting import duration
 
 TINY = reproduction.Preset(
     {"mrpc": (1, 2), "snli": (1,), "sts-b": (1,)},
@@ -303,7 +307,7 @@ class FakeSentenceBert:
 
 
 def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished, flags, tmp_path, monkeypatch, capsys):
-    from dse import baselines
+    from dse.experiments import baselines
 
     flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]  # all but Sentence-BERT is there, of before it was installed
     monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: True)
@@ -330,7 +334,7 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
     pytest.importorskip("sentence_transformers")
     import torch
 
-    from dse.processors import read_examples
+    from dse.data.processors import read_examples
 
     task = get_task(name)
     rows = read_examples(task, glue / task.folder, "train")

@@ -20,14 +20,17 @@ import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
-from dse import evaluation, files, states, stopping, trainer
-from dse.checkpoint import check_same_flags, load_checkpoint, student_from_checkpoint
-from dse.distillation import save_logits
-from dse.files import InputError, RunError
+from dse.data.tokenizers import load_tokenizer, tokenizer_key
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
-from dse.pretrained import load_tokenizer, tokenizer_key
-from dse.states import States
+from dse.networks import inference
+from dse.storage import states
+from dse.storage.checkpoint import check_same_flags, load_checkpoint, student_from_checkpoint
+from dse.storage.logits import save_logits
+from dse.storage.states import States
+from dse.system import files, signals
+from dse.system.errors import InputError, RunError
+from dse.training import trainer
 
 
 def stop_at(monkeypatch, number: int, call: str = "update", sent: int = signal.SIGTERM) -> None:
@@ -93,14 +96,14 @@ def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkp
 
 
 def test_a_signal_cuts_a_validation_off(unbroken, student_flags, checkpoints, monkeypatch, capsys):
-    predict_pairs = evaluation.predict_pairs
+    predict_pairs = inference.predict_pairs
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return predict_pairs(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "predict_pairs", interrupted)
+        patched.setattr(inference, "predict_pairs", interrupted)
         code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
     assert (code, "_state_epoch_0_update_3.pt" in line) == (143, True)
     dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
@@ -130,9 +133,9 @@ def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkp
 
 
 def test_the_second_ctrl_c_waits_for_nothing():
-    with pytest.raises(stopping.Stopped) as stop, stopping.caught(), stopping.held():
+    with pytest.raises(signals.Stopped) as stop, signals.caught(), signals.held():
         os.kill(os.getpid(), signal.SIGINT)
-        assert stopping.requested() == signal.SIGINT
+        assert signals.requested() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
     assert stop.value.exit_code == 130
@@ -321,7 +324,7 @@ def test_a_stop_after_the_training_says_how_to_end_it(teacher_flags, tmp_path, m
 
 
 def test_logs_that_cannot_be_written_do_not_end_a_run(student_flags, tmp_path, monkeypatch, caplog):
-    from dse import reporting
+    from dse.training import reporting
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -444,9 +447,9 @@ def creator(data, teacher_flags, tmp_path):
 
 def stop_forward(monkeypatch, number: int) -> list[int]:
     """Send SIGTERM within the teacher's n-th step; the list grows with each step."""
-    from dse import models
+    from dse.networks import teacher
 
-    original, calls = models.teacher_logits, []
+    original, calls = teacher.teacher_logits, []
 
     def counted(*args):
         calls.append(1)
@@ -454,7 +457,7 @@ def stop_forward(monkeypatch, number: int) -> list[int]:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(models, "teacher_logits", counted)
+    monkeypatch.setattr(teacher, "teacher_logits", counted)
     return calls
 
 
@@ -558,7 +561,7 @@ def test_the_best_folder_follows_the_best_epoch_while_the_run_is_under_way(
 
     give_scores(monkeypatch, [0.2, 0.1, 0.7, 0.7])
     monkeypatch.setattr(States, "save", saved)
-    monkeypatch.setattr("dse.checkpoint.mend_best", lambda *_: None)
+    monkeypatch.setattr("dse.storage.checkpoint.mend_best", lambda *_: None)
     dse_train_runner.main(student_flags(epochs=4))
     assert seen == [{}, {"best": 0}, {"best": 0}, {"best": 2}]
     student = DSESiameseClassifier.from_pretrained(checkpoints()[0].parent / "best")
@@ -586,15 +589,15 @@ def test_other_logits_are_another_run(student_flags, checkpoints, logits, tmp_pa
 
 def test_a_loss_that_is_not_finite_ends_the_run(student_flags, tmp_path, monkeypatch, capsys):
     """In the second epoch's second batch of three; the state of the epoch before stays, and is whole."""
-    from dse import distillation
+    from dse.training import losses
 
-    original, calls = distillation.student_loss, []
+    original, calls = losses.student_loss, []
 
     def broken(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(distillation, "student_loss", broken)
+    monkeypatch.setattr(losses, "student_loss", broken)
     code, line = stopped(dse_train_runner.main, student_flags(gradient_accumulation_steps=1), capsys)
     assert code == 1
     assert "epoch 1, batch 2: the loss is nan: the training has diverged; last good state: " in line

@@ -16,15 +16,17 @@ import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import __main__ as entry
-from dse.checkpoint import load_checkpoint, student_from_checkpoint
-from dse.distillation import logits_identity, save_logits
-from dse.evaluation import measure_student
-from dse.files import InputError, json_text
+from dse.data.processors import read_examples
+from dse.data.tasks import Task, get_task, ranked_label, task_from_dict, task_to_dict
+from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
-from dse.processors import Task, get_task, ranked_label, read_examples, task_from_dict, task_to_dict
-from dse.reporting import format_metrics, winning_threshold
-from dse.synthetic import make_pair
+from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.storage.logits import logits_identity, save_logits
+from dse.system.errors import InputError
+from dse.system.files import json_text
+from dse.training.metrics import measure_student
+from dse.training.reporting import format_metrics, winning_threshold
 
 OWN = {  # the label of what is wanted comes first
     "kind": "binary", "labels": ["match", "other"], "rank_label": "match",
@@ -211,7 +213,7 @@ def test_pairs_as_mappings(student):
 def outputs_of(monkeypatch, outputs: list[list[list[float]]]) -> None:
     """Have validation see these outputs, epoch after epoch."""
     given = iter(outputs)
-    monkeypatch.setattr("dse.evaluation.predict_pairs", lambda *_: np.array(next(given), np.float32))
+    monkeypatch.setattr("dse.networks.inference.predict_pairs", lambda *_: np.array(next(given), np.float32))
 
 
 def test_the_winning_threshold_goes_with_the_student(student_flags, checkpoints, data, monkeypatch, caplog, tmp_path):
@@ -266,7 +268,7 @@ def test_predict_takes_the_students_threshold(student, tmp_path):
 
 
 def test_folders_of_before_have_the_threshold_of_before(student, edit_json, tmp_path):
-    from dse.files import sha256_json
+    from dse.system.files import sha256_json
 
     student().save_pretrained(tmp_path / "student")
     config = json.loads((tmp_path / "student" / "config.json").read_text())

@@ -17,14 +17,17 @@ import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
-from dse import __main__, evaluation, files, index, parallel, stopping
-from dse.files import InputError, RunError
+from dse import __main__
 from dse.index import CandidateIndex
+from dse.networks import inference
+from dse.storage import index_files
+from dse.system import files, parallel, signals
+from dse.system.errors import InputError, RunError
 
 CPU = torch.device("cpu")
 
 
-def run_steps(progress: evaluation.Progress | None, computed: list[int], costs: list[int]) -> np.ndarray:
+def run_steps(progress: inference.Progress | None, computed: list[int], costs: list[int]) -> np.ndarray:
     """Outputs that are each row's number plus 1, in steps of at most 8 places; which rows were computed."""
 
     def batch(rows: np.ndarray) -> dict:
@@ -34,12 +37,12 @@ def run_steps(progress: evaluation.Progress | None, computed: list[int], costs: 
     def forward(inputs: dict) -> torch.Tensor:
         return inputs["rows"].unsqueeze(1).float() + 1
 
-    return evaluation._by_batches(forward, batch, np.array(costs), 8, CPU, "x", False, progress)
+    return inference._by_batches(forward, batch, np.array(costs), 8, CPU, "x", False, progress)
 
 
 def test_19_rows_that_are_done_are_stored_and_no_others(tmp_path):
     costs, steps = [3, 9, 4, 4], [np.array([1]), np.array([2, 3]), np.array([0])]
-    progress = evaluation.Progress(tmp_path / "x.partial", {"of": "x"})
+    progress = inference.Progress(tmp_path / "x.partial", {"of": "x"})
     assert progress.find(steps) is None
     done, outputs = np.array([False, False, True, True]), np.full((4, 1), np.nan, np.float32)
     outputs[[2, 3], 0] = [30, 40]
@@ -61,11 +64,11 @@ def test_19_a_row_that_no_process_computed_is_not_written(monkeypatch, tmp_path)
     others = iter([np.array([0, 1, 0, 0]), np.array([[0], [7], [0], [0]], np.float32)])
     monkeypatch.setattr(parallel, "summed", lambda values: values + next(others))
     outputs = np.array([[5], [np.nan], [6], [np.nan]], np.float32)
-    rows, done = evaluation._of_all(outputs, np.array([True, False, True, False]))
+    rows, done = inference._of_all(outputs, np.array([True, False, True, False]))
     assert done.tolist() == [True, True, True, False]
     np.testing.assert_array_equal(rows[:, 0], [5, 7, 6, np.nan])
     monkeypatch.undo()
-    monkeypatch.setattr(evaluation, "by_length", lambda *_: [np.array([1]), np.array([0, 3])])  # row 2 forgotten
+    monkeypatch.setattr(inference, "by_length", lambda *_: [np.array([1]), np.array([0, 3])])  # row 2 forgotten
     with pytest.raises(RunError, match="x: 1 rows were not computed, such as 2"):
         run_steps(None, [], [1, 1, 1, 1])
 
@@ -219,9 +222,9 @@ def test_22_a_signal_when_the_console_is_gone(monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(os, "write", gone)
-    with stopping.caught(), stopping.held():
+    with signals.caught(), signals.held():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.requested() == signal.SIGTERM
+        assert signals.requested() == signal.SIGTERM
 
 
 @pytest.mark.parametrize(("how", "code"), [("full", 1), ("gone", 141)])
@@ -329,7 +332,7 @@ def test_20_a_users_own_part_is_not_ours(tmp_path):
 def test_25_an_index_that_is_replaced_while_it_is_opened(student, tmp_path, monkeypatch):
     """By a smaller and by a larger one, between index.json and each of the files: all of it is of one index."""
     model, folder = student(), tmp_path / "index"
-    read, calls = index._read_content, []
+    read, calls = index_files._read_content, []
     CandidateIndex.build(model, ["one", "two", "three"], folder)
     for texts in (["a"], ["b", "c"] * 5):
 
@@ -341,10 +344,10 @@ def test_25_an_index_that_is_replaced_while_it_is_opened(student, tmp_path, monk
             return content
 
         calls.clear()
-        monkeypatch.setattr(index, "_read_content", replaced)
+        monkeypatch.setattr(index_files, "_read_content", replaced)
         opened = CandidateIndex.open(folder, model)
         assert [opened.text(row) for row in range(len(opened))] == texts
-    monkeypatch.setattr(index, "_read_content", read)
+    monkeypatch.setattr(index_files, "_read_content", read)
     (folder / "texts.bin").unlink()
     with pytest.raises(InputError, match=r"texts\.bin: missing or truncated"):
         CandidateIndex.open(folder, model)

@@ -15,14 +15,16 @@ import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
-from dse.checkpoint import load_checkpoint, student_from_checkpoint
-from dse.config import PADDINGS
-from dse.evaluation import measure_student, predict
-from dse.features import joint_features, separate_features
-from dse.models import load_teacher
-from dse.pretrained import load_tokenizer
-from dse.processors import get_task, read_examples
-from dse.sharing import read_config
+from dse.data.features import joint_features, separate_features
+from dse.data.processors import read_examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.networks.config import PADDINGS
+from dse.networks.inference import predict
+from dse.networks.teacher import load_teacher
+from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.storage.student_folder import read_config
+from dse.training.metrics import measure_student
 
 PAIR_TASKS = ("mrpc", "qqp", "qnli", "rte", "wnli", "sts-b", "mnli", "mnli-mm", "snli", "allnli")
 STAMP = r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
@@ -222,7 +224,7 @@ class Stopped(Exception):
 
 
 def train_and_stop(argv: list[str], after_epoch: int, monkeypatch) -> None:
-    from dse import states
+    from dse.storage import states
 
     save = states.save_tensors
 
@@ -313,8 +315,8 @@ def test_a_drawn_seed_is_kept_for_going_on(student_flags, checkpoints, monkeypat
 
 def test_best_and_newest_are_kept_and_reported(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.2, 0.9, 0.5, 0.9])
-    monkeypatch.setattr("dse.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
-    monkeypatch.setattr("dse.evaluation.student_metrics", lambda *_: {"given": 0.0})
+    monkeypatch.setattr("dse.training.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
+    monkeypatch.setattr("dse.training.metrics.student_metrics", lambda *_: {"given": 0.0})
     monkeypatch.setattr(dse_train_runner, "make_validate", lambda *_: lambda: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=3))
     names = [re.search(r"f1_0\.\d+_epoch_\d", path.name).group() for path in checkpoints()]
@@ -344,7 +346,7 @@ def test_an_undefined_score_is_never_the_best(student_flags, checkpoints, monkey
 def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch, tmp_path):
     stamps = iter(["2026_01_01-00_00_00"] * 4 + ["2026_01_01-00_00_01"] * 9)
     monkeypatch.setattr(dse_train_runner, "utc_stamp", lambda: "2026_01_01-00_00_00")
-    monkeypatch.setattr("dse.checkpoint.utc_stamp", lambda: next(stamps))
+    monkeypatch.setattr("dse.storage.checkpoint.utc_stamp", lambda: next(stamps))
     for _ in range(2):
         dse_train_runner.main(student_flags(epochs=1))
     folders = sorted((tmp_path / "checkpoints").iterdir())
@@ -354,7 +356,7 @@ def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch
 
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.5, 0.9, 0.8, 0.7, 0.99])
-    monkeypatch.setattr("dse.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
+    monkeypatch.setattr("dse.training.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
     monkeypatch.setattr(dse_train_runner, "make_validate", lambda *_: lambda: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=9, patience=2))
     assert len(load_checkpoint(checkpoints()[-1])["trainer"]["history"]) == 4
@@ -407,7 +409,7 @@ def test_a_bare_tensor_of_logits_is_taken_with_a_warning(student_flags, copied, 
 
 def test_own_task_from_a_json_file(teacher_flags, bert, tmp_path, checkpoints):
 
-    from dse.synthetic import write_pairs
+    from dse.experiments.synthetic import write_pairs
 
     for split, seed in (("train", 1), ("dev", 2)):
         write_pairs(tmp_path / "own" / f"{split}.tsv", 20, seed)

@@ -19,14 +19,15 @@ from processes import ended, start
 import dse_train_runner
 import load_dse_checkpoint_example
 from dse import __main__ as entry
-from dse.checkpoint import load_checkpoint, student_from_checkpoint
-from dse.files import InputError, sha256_json
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
-from dse.pretrained import load_tokenizer
-from dse.processors import get_task
-from dse.sharing import command_line, fingerprint
-from dse.synthetic import make_pair
+from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.storage.student_folder import command_line, fingerprint
+from dse.system.errors import InputError
+from dse.system.files import sha256_json
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [text for seed in range(4) for text in make_pair(random.Random(seed))[1:]]

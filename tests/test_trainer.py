@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dse.evaluation import predict
-from dse.optimization import make_optimizer
-from dse.trainer import Trainer, count_updates, epoch_order
+from dse.networks.inference import predict
+from dse.training.optimization import make_optimizer
+from dse.training.trainer import Trainer, count_updates, epoch_order
 
 
 class Line:
@@ -127,7 +127,7 @@ def test_predictions_come_back_in_file_order():
 
 def test_what_a_run_goes_on_from_is_compared_between_processes(monkeypatch):
     compared = []
-    monkeypatch.setattr("dse.parallel.agree", lambda numbers, _: compared.append(numbers))
+    monkeypatch.setattr("dse.system.parallel.agree", lambda numbers, _: compared.append(numbers))
     trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
     trainer.fit(1)
     trainer.fit(2)

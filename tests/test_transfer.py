@@ -17,13 +17,13 @@ from sklearn.model_selection import GridSearchCV
 from transformers import BertModel, BertTokenizer
 
 from dse import __main__ as entry
-from dse import transfer
 from dse.commands import transfer as command
-from dse.encoding import TextSettings
-from dse.files import InputError
-from dse.models import DSESiameseClassifier
-from dse.processors import Examples, get_task, read_examples
-from dse.synthetic import vocabulary
+from dse.data.processors import Examples, read_examples
+from dse.data.tasks import get_task
+from dse.experiments import transfer
+from dse.experiments.synthetic import vocabulary
+from dse.models import DSESiameseClassifier, TextSettings
+from dse.system.errors import InputError
 
 PAIRS, SENTENCES, NLI = get_task("mrpc"), get_task("sst-2"), get_task("mnli")
 FORMS = {

@@ -16,13 +16,16 @@ from test_processors import REAL
 import download_glue_data
 import finetune_bert
 from dse import __main__ as commands
-from dse import cli, download
-from dse.cache import check_cache_path
-from dse.features import Ragged, cached_features
-from dse.files import InputError, read_json
-from dse.prediction import student_scorer
-from dse.pretrained import load_tokenizer
-from dse.processors import Examples, get_task, read_examples
+from dse import cli
+from dse.data import download
+from dse.data.cache import check_cache_path
+from dse.data.features import Ragged, cached_features
+from dse.data.processors import Examples, read_examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.experiments.predictions import student_scorer
+from dse.system.errors import InputError
+from dse.system.files import read_json
 
 # Tasks of the tables: GLUE's by name, own ones by their JSON
 NAMED = {"kind": "binary", "labels": ["no", "yes"], "text_a": "q", "text_b": "a", "label": "good"}

@@ -22,20 +22,16 @@ from transformers.activations import ACT2FN
 import dse_train_runner
 import finetune_bert
 from dse.cli import dropout_rate
-from dse.config import DSEConfig
-from dse.features import SeparateFeatures, _word_pieces, cached_features, encode_texts, joint_features
-from dse.files import InputError
+from dse.data.features import SeparateFeatures, _word_pieces, cached_features, encode_texts, joint_features
+from dse.data.processors import Examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer, tokenizer_from_files, tokenizer_key, tokenizer_to_files
 from dse.index import CandidateIndex
-from dse.models import DSESiameseClassifier, load_teacher, new_student, teacher_logits
-from dse.pretrained import (
-    bert_config,
-    find_bert,
-    load_tokenizer,
-    tokenizer_from_files,
-    tokenizer_key,
-    tokenizer_to_files,
-)
-from dse.processors import Examples, get_task
+from dse.models import DSESiameseClassifier, new_student
+from dse.networks.config import DSEConfig
+from dse.networks.pretrained import bert_config, find_bert
+from dse.networks.teacher import load_teacher, teacher_logits
+from dse.system.errors import InputError
 
 TEXTS = [
     "the doctor bought a car",
@@ -470,7 +466,7 @@ def test_a_plain_student_stays_packed_after_it_was_padded(student, monkeypatch):
     model = student()
     ids = model.settings.tokenizer("the doctor", return_tensors="pt")
     model.embed(ids["input_ids"], ids["attention_mask"])
-    monkeypatch.setattr("dse.models.padded_inputs", None)
+    monkeypatch.setattr("dse.networks.student.padded_inputs", None)
     assert model.encode(["the doctor"]).shape == (1, 64)
 
 
@@ -571,7 +567,7 @@ def test_a_cache_from_before_added_tokens_were_found_is_made_anew(added, bert, t
     for folder, remade in ((added, True), (bert, False)):
         cached[1] = load_tokenizer(folder, True, "x")
         with monkeypatch.context() as before:  # as it was: no such entry, and other ids
-            before.setattr("dse.features._other_specials", lambda tokenizer: [])
+            before.setattr("dse.data.features._other_specials", lambda tokenizer: [])
             old = cached_features("separate", task, *cached).texts.ids.tolist()
         new = cached_features("separate", task, *cached).texts.ids.tolist()
         assert (new != old) == remade

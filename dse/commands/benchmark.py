@@ -10,11 +10,13 @@ import logging
 from collections.abc import Sequence
 
 from dse import cli
-from dse.config import check_fits_bert
-from dse.files import check_output_file, write_json
-from dse.pretrained import bert_config, find_bert, load_tokenizer
-from dse.processors import check_sentence_pairs, get_task
-from dse.reporting import check_can_plot
+from dse.data.tasks import check_sentence_pairs, get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.networks.config import check_fits_bert
+from dse.networks.pretrained import bert_config, find_bert
+from dse.system.device import describe_device, seed_everything, select_device
+from dse.system.files import check_output_file, write_json
+from dse.training.reporting import check_can_plot
 
 PROG = "python -m dse benchmark"
 logger = logging.getLogger("dse.benchmark")
@@ -65,15 +67,15 @@ def run(args: argparse.Namespace) -> None:
     # 2. Measure and tell.
     import torch
 
-    from dse import benchmarks, benchmarks_scoring
+    from dse.experiments import benchmarks, benchmarks_scoring
 
     measures = {
         "training": benchmarks.training, "inference": benchmarks.inference, "features": benchmarks.features,
         "scoring": benchmarks_scoring.scoring,
     }  # fmt: skip
-    device = cli.select_device(True, 0)
-    cli.seed_everything(args.random_seed)
-    logger.info("%s of %s on %s, torch %s", args.what, task.name, cli.describe_device(device), torch.__version__)
+    device = select_device(True, 0)
+    seed_everything(args.random_seed)
+    logger.info("%s of %s on %s, torch %s", args.what, task.name, describe_device(device), torch.__version__)
     numbers = measures[args.what](args, benchmarks.Given(task, folder, bert, tokenizer))
     if args.output:
         settings = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}

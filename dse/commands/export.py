@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
-from dse.files import check_file, check_writable
+from dse.system.files import check_file, check_writable
 
 PROG = "python -m dse export"
 logger = logging.getLogger("dse.export")
@@ -32,12 +32,12 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
     cli.set_up_logging()
-    from dse.sharing import check_replaceable
+    from dse.storage.student_folder import check_replaceable
 
     check_replaceable(Path(args.output), "--output")
 
     # 2. Checkpoint to folder.
-    from dse.checkpoint import load_checkpoint, student_from_checkpoint
+    from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
 
     model, _ = student_from_checkpoint(load_checkpoint(args.trainer_checkpoint))
     model.save_pretrained(args.output)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
-from dse.files import InputError, check_writable
+from dse.system.errors import InputError
+from dse.system.files import check_writable
+from dse.system.text_files import check_texts, texts_of
 
 PROG = "python -m dse index"
 logger = logging.getLogger("dse.index")
@@ -39,17 +41,18 @@ def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work.
     if args.append and args.half:
         raise InputError("--half: is decided when an index is made; leave it out with --append")
-    cli.check_texts(args.candidates, "--candidates")
+    check_texts(args.candidates, "--candidates")
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
     cli.set_up_logging()
-    from dse.index import CandidateIndex, check_index_place
+    from dse.index import CandidateIndex
+    from dse.storage.index_files import check_index_place
 
     check_index_place(Path(args.output), "--output")
     model = cli.load_student(args)
 
     # 2. Embed and store.
-    texts = cli.texts_of(args.candidates, "--candidates")
+    texts = texts_of(args.candidates, "--candidates")
     if args.append:
         index = CandidateIndex.open(args.output, model)
         before = len(index)

@@ -14,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dse import cli
-from dse.files import InputError, check_output_file
-from dse.processors import BINARY, get_task, read_examples
+from dse.data.processors import read_examples
+from dse.data.tasks import BINARY, get_task
+from dse.system.device import describe_device, select_device
+from dse.system.errors import InputError
+from dse.system.files import check_output_file
 
 PROG = "python -m dse predict"
 GLUE_FILES = {
@@ -57,15 +60,15 @@ def run(args: argparse.Namespace) -> None:
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     import numpy as np
 
-    from dse.evaluation import tell_agreement
-    from dse.prediction import answers, load_scorer, write_answers
+    from dse.experiments.predictions import answers, load_scorer, write_answers
+    from dse.training.metrics import tell_agreement
 
     # 2. Predict.
-    device = cli.select_device(args.disable_gpu, args.gpu_id)
+    device = select_device(args.disable_gpu, args.gpu_id)
     score, threshold = load_scorer(args.model, task, device, args.batch_size)
     threshold = threshold if args.threshold is None else args.threshold
     above = f", {task.labels[1]!r} above a probability of {threshold}" if task.kind == BINARY else ""
-    logger.info("%d rows of %s on %s%s", len(rows), task.name, cli.describe_device(device), above)
+    logger.info("%d rows of %s on %s%s", len(rows), task.name, describe_device(device), above)
     outputs = score(rows)
     predictions = answers(task, outputs, threshold)
     if rows.labels is not None:

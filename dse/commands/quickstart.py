@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dse import cli
-from dse.files import check_writable
-from dse.synthetic import write_pairs, write_tiny_bert
+from dse.experiments.synthetic import write_pairs, write_tiny_bert
+from dse.system.files import check_writable
 
 PROG = "python -m dse quickstart"
 TRAIN_PAIRS, DEV_PAIRS = 3000, 600
@@ -35,7 +35,7 @@ def run_stages(folder: Path) -> Path:
     import finetune_bert
     import load_dse_checkpoint_example
     import run_distillation_logits_creator
-    from dse.checkpoint import load_checkpoint
+    from dse.storage.checkpoint import load_checkpoint
 
     def stage(script: Any, *flags: object) -> None:
         argv = [str(flag) for flag in flags]
@@ -79,11 +79,13 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     """Rows of the closing table: name, accuracy, f1 and pairs scored per second, on the dev set."""
     import torch
 
-    from dse.checkpoint import load_checkpoint, student_from_checkpoint
-    from dse.evaluation import measure_student, measure_teacher, predict
-    from dse.features import joint_features, separate_features
-    from dse.models import load_teacher, teacher_logits
-    from dse.processors import get_task, read_examples
+    from dse.data.features import joint_features, separate_features
+    from dse.data.processors import read_examples
+    from dse.data.tasks import get_task
+    from dse.networks.inference import predict
+    from dse.networks.teacher import load_teacher, teacher_logits
+    from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+    from dse.training.metrics import measure_student, measure_teacher
 
     task = get_task("mrpc")
     examples = read_examples(task, folder / "data", "dev")

@@ -14,14 +14,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dse import cli, parallel, reproduction, stopping
-from dse.config import check_fits_bert
-from dse.files import InputError, RunError, check_writable
-from dse.pretrained import bert_config, bert_hashes, find_bert, load_tokenizer, saved_casing, tokenizer_key
-from dse.processors import TASKS, Task, get_task
-from dse.reporting import duration
-from dse.reproduction import PRESETS, STAGES, Encoder, Work, seconds_left
-from dse.results import can_plot, collect, write_results
+from dse import cli
+from dse.data.tasks import TASKS, Task, get_task
+from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
+from dse.experiments import reproduction
+from dse.experiments.reproduction import PRESETS, STAGES, Encoder, Work, seconds_left
+from dse.experiments.results import can_plot, collect, write_results
+from dse.networks.config import check_fits_bert
+from dse.networks.pretrained import bert_config, bert_hashes, find_bert
+from dse.system import parallel, signals
+from dse.system.errors import InputError, RunError
+from dse.system.files import check_writable
+from dse.training.reporting import duration
 
 PROG = "python -m dse reproduce"
 GOES_ON = "the same command goes on with what is left"
@@ -153,7 +157,7 @@ def do(work: Work, stage: str) -> None:
     place = work.folder / stage
     try:
         work.do(stage)
-    except stopping.Stopped as stop:
+    except signals.Stopped as stop:
         stop.advice = f"{place} is not done: {GOES_ON}"
         raise
     except InputError as error:

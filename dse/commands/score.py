@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dse import cli
-from dse.files import InputError, check_output_file, json_text, write_whole
-from dse.processors import ranked_label
+from dse.data.tasks import ranked_label
+from dse.system.errors import InputError
+from dse.system.files import check_output_file, json_text, write_whole
+from dse.system.text_files import check_texts, texts_of
 
 PROG = "python -m dse score"
 COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
@@ -77,10 +79,10 @@ def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work.
     if args.queries == args.candidates == "-":
         raise InputError("--candidates: standard input can be read once; give --queries or --candidates as a file")
-    cli.check_texts(args.queries, "--queries")
+    check_texts(args.queries, "--queries")
     is_index = Path(args.candidates).is_dir()
     if not is_index:
-        cli.check_texts(args.candidates, "--candidates")
+        check_texts(args.candidates, "--candidates")
     if args.output != "-":
         check_output_file(args.output, "--output")
     elif sys.stdout is None:
@@ -93,11 +95,11 @@ def run(args: argparse.Namespace) -> None:
     logger.info("ranked by %s", "score" if label is None else f"the probability of {label!r}")
 
     # 2. Queries, candidates, and the best of them.
-    queries = list(cli.texts_of(args.queries, "--queries"))
+    queries = list(texts_of(args.queries, "--queries"))
     if is_index:
         index = CandidateIndex.open(args.candidates, model)
     else:
-        index = CandidateIndex.build(model, cli.texts_of(args.candidates, "--candidates"), batch_size=args.batch_size)
+        index = CandidateIndex.build(model, texts_of(args.candidates, "--candidates"), batch_size=args.batch_size)
     logger.info("%d queries, %d candidates", len(queries), len(index))
     found = index.search(queries, args.top_k, args.rank_label, show_progress=None)
 

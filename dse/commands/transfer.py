@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dse import cli
-from dse.files import InputError, check_output_file, write_json
-from dse.pretrained import find_bert
-from dse.processors import TASKS, labelled_test, read_examples
+from dse.data.processors import labelled_test, read_examples
+from dse.data.tasks import TASKS
+from dse.networks.pretrained import find_bert
+from dse.system.errors import InputError
+from dse.system.files import check_output_file, write_json
 
 if TYPE_CHECKING:
+    from dse.experiments.transfer import Embedder
     from dse.models import DSESiameseClassifier
-    from dse.transfer import Embedder
 
 PROG = "python -m dse transfer"
 BASELINES = ("encoder as downloaded", "bag of words")
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_output_file(args.output, "--output")
     cli.set_up_logging()
-    from dse import transfer
+    from dse.experiments import transfer
 
     sts = TASKS["sts-b"]
     similar = read_examples(sts, data_dir / sts.folder, "dev") if transfer.is_at_hand(sts, data_dir) else None

@@ -1,0 +1,423 @@
+"""From texts to token ids, in two forms, and the cache of both.
+
+Joint, for the teacher: `[CLS] a [SEP] b [SEP]` with token types 0 and 1. Separate, for the student:
+`[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, so no
+padding is stored; a batch is packed (packing.py), or padded to its own longest row or to max_seq_length.
+
+    max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
+    on a tie the second one does: 4+3 -> 3+3 -> 3+2.
+
+Both are cached (cache.py), each form in a file of its own.
+"""
+
+import json
+import logging
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from dse.data.cache import check_cache_path, read_cache, write_cache
+from dse.data.processors import Examples
+from dse.data.tasks import REGRESSION, Task, task_to_dict
+from dse.data.tokenizers import tokenizer_key
+from dse.networks.batches import pack
+from dse.system import parallel
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZE_AT_ONCE = 4096
+_CHARACTERS_AT_ONCE = 1 << 22
+_ROWS_AT_ONCE = 65536
+_MOST_UNKNOWN = 0.05  # of the pieces
+_ENOUGH = 50  # of them, for the share to tell something of the tokenizer
+_MISFIT = "%s: %.0f %% of the pieces are [UNK], all alike to the model: its tokenizer does not fit these texts"
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()  # tokenizers
+
+
+@dataclass
+class Ragged:
+    """Rows of different lengths, end to end: row i is ids[offsets[i] : offsets[i + 1]]."""
+
+    ids: np.ndarray  # int32, (total,)
+    offsets: np.ndarray  # int64, (rows + 1,)
+    cut: int | None = None  # how many of the rows were cut at max_seq_length; None: not known
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row, int64."""
+        return np.diff(self.offsets)
+
+    def padded(self, rows: np.ndarray, pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the given rows, each (len(rows), `length` or the longest row), int64."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        columns = np.arange(length or lengths.max())
+        mask = columns < lengths[:, None]
+        places = np.where(mask, self.offsets[rows][:, None] + columns, 0)
+        ids = np.where(mask, self.ids[places], pad_id).astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        return {"ids": self.ids, "offsets": self.offsets} | ({} if self.cut is None else {"cut": np.array([self.cut])})
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Ragged":
+        """The rows that `arrays` took apart; older caches do not tell how many were cut."""
+        return cls(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
+
+
+@dataclass
+class JointFeatures:
+    """Both texts of each pair in one row, for a cross-encoder."""
+
+    tokens: Ragged
+    first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
+    labels: np.ndarray | None  # (n,), int64 or, for regression, float32
+    pad_id: int
+    padding: str = "batch"  # one of config.PADDINGS
+    max_seq_length: int | None = None  # what "max" pads to
+
+    def __len__(self) -> int:
+        return len(self.first_lengths)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Tokens per pair, int64: what batches of similar length are made by."""
+        return self.tokens.lengths
+
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Inputs of the given pairs: `packed`, or input_ids, attention_mask, token_type_ids, (len(rows), length)."""
+        if self.padding == "packed":
+            return {"packed": pack(self.tokens, rows, self.first_lengths[rows])}
+        ids, mask = self.tokens.padded(rows, self.pad_id, self.max_seq_length if self.padding == "max" else None)
+        second = torch.arange(ids.shape[1]) >= torch.from_numpy(self.first_lengths[rows].astype(np.int64))[:, None]
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": second.long() * mask}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        return {**self.tokens.arrays(), "first_lengths": self.first_lengths}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "JointFeatures":
+        """The features that `arrays` took apart."""
+        return cls(Ragged.from_arrays(arrays), arrays["first_lengths"], labels, pad_id)
+
+
+@dataclass
+class SeparateFeatures:
+    """Each distinct text once, and which texts make up each pair, for the student."""
+
+    texts: Ragged
+    first: np.ndarray  # int32, (n,): the row of each pair's first text
+    second: np.ndarray  # int32, (n,)
+    labels: np.ndarray | None
+    pad_id: int
+    padding: str = "batch"
+    max_seq_length: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Tokens of the longer text of each pair, int64."""
+        lengths = self.texts.lengths
+        return np.maximum(lengths[self.first], lengths[self.second])
+
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Inputs of the given pairs: the first texts of all, then the second ones (`text_batch`)."""
+        return self.text_batch(np.concatenate([self.first[rows], self.second[rows]]))
+
+    def text_batch(self, texts: np.ndarray) -> dict[str, Any]:
+        """Inputs of the given texts: `packed`, or input_ids and attention_mask, each (len(texts), length), int64."""
+        if self.padding == "packed":
+            return {"packed": pack(self.texts, texts)}
+        ids, mask = self.texts.padded(texts, self.pad_id, self.max_seq_length if self.padding == "max" else None)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        return {**self.texts.arrays(), "first": self.first, "second": self.second}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "SeparateFeatures":
+        """The features that `arrays` took apart."""
+        return cls(Ragged.from_arrays(arrays), arrays["first"], arrays["second"], labels, pad_id)
+
+
+Features = JointFeatures | SeparateFeatures
+
+
+def label_array(task: Task, examples: Examples) -> np.ndarray | None:
+    """Labels as (n,) int64, or float32 for regression; None where the split has none."""
+    if examples.labels is None:
+        return None
+    return np.array(examples.labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
+
+
+def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
+    """Tokenize pairs (or single sentences) together, cut to max_seq_length.
+
+    An empty second text gives `[CLS] a [SEP]`. A second text without pieces gives no second `[SEP]` either,
+    but the first one keeps the budget of a pair, max_seq_length - 3.
+    """
+    count = len(examples)
+    seconds = examples.second if examples.second is not None else [""] * count
+    pieces, places = _distinct_pieces(chain(examples.first, seconds), 2 * count, tokenizer)
+    first, second = places[:count], places[count:]
+    is_pair = np.fromiter(map(bool, seconds), dtype=bool, count=count)
+    keep_a, keep_b = kept_lengths(pieces.lengths[first], pieces.lengths[second], is_pair, max_seq_length)
+    first_lengths = keep_a + 2
+    tokens = _empty_rows(first_lengths + keep_b + (keep_b > 0))
+    tokens.cut = np.count_nonzero(pieces.lengths[first] + pieces.lengths[second] > keep_a + keep_b)
+    for some in _slices(count):
+        starts = tokens.offsets[:-1][some]
+        tokens.ids[starts] = tokenizer.cls_token_id
+        _copy(pieces, first[some], keep_a[some], tokens, starts + 1)
+        tokens.ids[starts + 1 + keep_a[some]] = tokenizer.sep_token_id
+        _copy(pieces, second[some], keep_b[some], tokens, starts + first_lengths[some])
+        tokens.ids[tokens.offsets[1:][some] - 1] = tokenizer.sep_token_id
+    labels = label_array(task, examples)
+    features = JointFeatures(tokens, first_lengths.astype(np.int32), labels, tokenizer.pad_token_id)
+    _tell(features, examples, tokenizer, max_seq_length)
+    return features
+
+
+def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
+    """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
+    texts, places = _encode([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
+    first, second = places[: len(examples)], places[len(examples) :]
+    features = SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
+    _tell(features, examples, tokenizer, max_seq_length)
+    return features
+
+
+FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures, separate_features)}
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
+    """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32.
+
+    Where the tokenizer does not fit the texts, that is warned of, once for a tokenizer.
+    """
+    tokens, places = _encode(texts, tokenizer, max_seq_length)
+    enough = len(tokens.ids) >= _ENOUGH and tokenizer not in _warned
+    if enough and (share := _unknown_share(tokens, tokenizer)) > _MOST_UNKNOWN:
+        _warned.add(tokenizer)
+        logger.warning(_MISFIT, "texts", 100 * share)
+    return tokens, places
+
+
+def _encode(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
+    pieces, places = _distinct_pieces(texts, len(texts), tokenizer)
+    keep = np.minimum(pieces.lengths, max_seq_length - 2)
+    tokens = _empty_rows(keep + 2)
+    tokens.cut = np.count_nonzero(pieces.lengths > keep)
+    for some in _slices(len(keep)):
+        starts = tokens.offsets[:-1][some]
+        tokens.ids[starts] = tokenizer.cls_token_id
+        _copy(pieces, np.arange(len(keep))[some], keep[some], tokens, starts + 1)
+        tokens.ids[starts + 1 + keep[some]] = tokenizer.sep_token_id
+    return tokens, places
+
+
+def _tell(features: Features, examples: Examples, tokenizer: Any, max_seq_length: int) -> None:
+    """Log what of a split's files was cut and is unknown; warn above 5 % unknown. Pairs of no file are not told of."""
+    if not examples.files:
+        return
+    tokens, what = (features.tokens, "rows") if hasattr(features, "tokens") else (features.texts, "distinct texts")
+    cut, name = tokens.cut, ", ".join(entry["file"] for entry in examples.files)
+    if cut is None:  # in an older cache; rows of that length may have been, and joint ones lack a [SEP] at times
+        cut = f"at most {np.count_nonzero(tokens.lengths >= max_seq_length - 1)}"
+    share = _unknown_share(tokens, tokenizer)
+    logger.info("%s: %s of %d %s are cut at --max_seq_length %d; %.1f %% of the pieces are [UNK]",
+                name, cut, len(tokens.lengths), what, max_seq_length, 100 * share)  # fmt: skip
+    if share > _MOST_UNKNOWN:
+        logger.warning(_MISFIT, name, 100 * share)
+
+
+def _unknown_share(tokens: Ragged, tokenizer: Any) -> float:
+    """How many of the pieces, [CLS] and [SEP] aside, are [UNK]."""
+    unknown, *around = (np.count_nonzero(tokens.ids == getattr(tokenizer, f"{name}_token_id"))
+                        for name in ("unk", "cls", "sep"))  # fmt: skip
+    return unknown / max(1, len(tokens.ids) - sum(around))
+
+
+def kept_lengths(
+    a: np.ndarray, b: np.ndarray, is_pair: np.ndarray, max_seq_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces kept of each row's two texts, of a and b pieces, which must fit in max_seq_length - 3 together.
+
+    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to. A row that is no
+    pair keeps max_seq_length - 2 of its first text, and nothing else.
+
+    >>> kept_lengths(np.array([200]), np.array([200]), np.array([True]), 128)
+    (array([63]), array([62]))
+    """
+    budget = max_seq_length - 3
+    cut_b = np.minimum(b, np.maximum(budget // 2, budget - a))
+    over = a + b > budget
+    keep_a, keep_b = np.where(over, budget - cut_b, a), np.where(over, cut_b, b)
+    return np.where(is_pair, keep_a, np.minimum(a, max_seq_length - 2)), np.where(is_pair, keep_b, 0)
+
+
+def _distinct_pieces(texts: Iterable[str], count: int, tokenizer: Any) -> tuple[Ragged, np.ndarray]:
+    """Token ids of each distinct text, uncut and without special tokens, and each text's place among them."""
+    seen: dict[str, int] = {}
+    places = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32, count=count)
+    distinct = iter(seen)
+    ids, lengths = [np.empty(0, dtype=np.int32)], []
+    with tqdm(total=len(seen), desc="tokenize", unit="text", disable=None, leave=False) as bar:
+        for some in batches_of(distinct, _TOKENIZE_AT_ONCE, _CHARACTERS_AT_ONCE):
+            rows = _word_pieces(some, tokenizer)
+            lengths += [len(row) for row in rows]
+            ids.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
+            bar.update(len(some))
+    del seen, distinct
+    return Ragged(np.concatenate(ids), _offsets(np.array(lengths, dtype=np.int64))), places
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _empty_rows(lengths: np.ndarray) -> Ragged:
+    offsets = _offsets(lengths)
+    return Ragged(np.empty(offsets[-1], dtype=np.int32), offsets)
+
+
+def _slices(count: int) -> list[slice]:
+    """Rows in parts, so that the places of their tokens need little memory."""
+    return [slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE)]
+
+
+def _copy(source: Ragged, rows: np.ndarray, lengths: np.ndarray, target: Ragged, starts: np.ndarray) -> None:
+    """Copy the first `lengths` ids of rows of `source` to the places from `starts` on."""
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    target.ids[np.repeat(starts, lengths) + within] = source.ids[np.repeat(source.offsets[rows], lengths) + within]
+
+
+def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of texts. `[SEP]` and its like count as such only where they stand alone between spaces.
+
+    So it is in the original; the library alone would find them inside words too, `x[SEP]y`. Tokens that a user added
+    are found as the library finds them.
+    """
+    own = _own_specials(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    if _other_specials(tokenizer):
+        backend = _with_own_alone(backend.to_str(), own)
+    backend.no_padding()  # tokenizer.json may carry both
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # as the plain text that they are
+    alone = re.compile(rf"(?<!\S)({'|'.join(map(re.escape, own))})(?!\S)")
+    # [text, special, text, special, ..., text] per text, nearly always just [text]
+    parts = [alone.split(text) for text in texts]
+    plain = [part for row in parts for part in row[::2]]
+    ids = iter([encoded.ids for encoded in backend.encode_batch_fast(plain, add_special_tokens=False)])
+    rows = []
+    for row in parts:
+        pieces = next(ids)
+        for special in row[1::2]:
+            pieces = [*pieces, tokenizer.convert_tokens_to_ids(special), *next(ids)]
+        rows.append(pieces)
+    return rows
+
+
+def _own_specials(tokenizer: Any) -> tuple[str, ...]:
+    """BERT's five special tokens, whatever the tokenizer names them."""
+    named = (tokenizer.unk_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.cls_token, tokenizer.mask_token)
+    return tuple(token for token in named if token is not None)
+
+
+def _other_specials(tokenizer: Any) -> list[str]:
+    """Special tokens that were added to BERT's five."""
+    added, own = tokenizer.backend_tokenizer.get_added_tokens_decoder().values(), _own_specials(tokenizer)
+    return sorted(token.content for token in added if token.special and token.content not in own)
+
+
+@lru_cache(maxsize=4)
+def _with_own_alone(content: str, own: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer whose `to_str` is given, with `own` as its only special tokens; others are added ones as before."""
+    changed = json.loads(content)
+    for token in changed["added_tokens"]:
+        token["special"] = token["content"] in own
+    return Tokenizer.from_str(json.dumps(changed))
+
+
+def cached_features(
+    form: str,
+    task: Task,
+    examples: Examples,
+    tokenizer: Any,
+    max_seq_length: int,
+    path: str | Path,
+    chosen: bool,
+    padding: str = "batch",
+) -> Features:
+    """Features from the cache at `path` if it was made from the same, else made now and stored there.
+
+    Args:
+        form: "joint" or "separate".
+        task, examples, tokenizer, max_seq_length: what the features are made from.
+        path: of the cache.
+        chosen: did the user name the path? Then another kind of file there is refused, and so is a place
+            that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
+        padding: one of config.PADDINGS: how their batches are laid out.
+    """
+    path = Path(path)
+    features_class, make = FORMS[form]
+    made_from = {
+        "form": form,
+        "task": task_to_dict(task),
+        "data": examples.files,
+        "tokenizer": tokenizer_key(tokenizer),
+        "do_lower_case": tokenizer.backend_tokenizer.normalizer.lowercase,
+        "max_seq_length": max_seq_length,
+    }
+    if others := _other_specials(tokenizer):  # caches before these were found have no such entry
+        made_from["found"] = others
+    if chosen:
+        check_cache_path(path, form)
+    with parallel.first_goes_first():
+        arrays = read_cache(path, made_from) if path.exists() else None
+        if arrays is not None:
+            logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
+            features = features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
+            _tell(features, examples, tokenizer, max_seq_length)
+        else:
+            features = make(task, examples, tokenizer, max_seq_length)
+            if parallel.is_first():
+                write_cache(path, features.arrays(), made_from, chosen)
+    features.padding, features.max_seq_length = padding, max_seq_length
+    return features
+
+
+def batches_of(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
+    """Lists of up to `count` texts, cut short once they have that many characters, of an iterable of any length."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == count or size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def in_batches(order: Any, size: int) -> list[Any]:
+    """Cut a sequence (an array of rows, a list of batches) into pieces of `size`; the last one may be shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,246 @@
+"""The one reader of the tasks' TSV files. It knows neither torch nor tokenizers: bad data is refused before either."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
+from pathlib import Path
+
+from dse.data.tasks import REGRESSION, TASKS, Task
+from dse.system.errors import InputError
+from dse.system.files import sha256_file
+from dse.system.text_files import read_lines
+
+logger = logging.getLogger(__name__)
+_HEADER_HINT = 'put the names of the columns there (in a task of your own, or give "header": false)'
+
+
+@dataclass
+class Examples:
+    """The rows of a split, in file order.
+
+    `labels` holds the label's place in `task.labels`, or the score for regression; None without labels.
+    `files` tells what the rows were read from: {"file": name below data_dir, "sha256": of its bytes}.
+    """
+
+    first: list[str] = field(default_factory=list)
+    second: list[str] | None = None
+    labels: list[int] | list[float] | None = None
+    files: list[dict[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def extend(self, other: "Examples") -> None:
+        """Append the rows of another split with the same columns."""
+        self.first += other.first
+        self.second = None if self.second is None else self.second + other.second
+        self.labels = None if self.labels is None else self.labels + other.labels
+        self.files += other.files
+
+
+def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
+    """Read a split in file order.
+
+    Args:
+        task: a line of the task table.
+        data_dir: the folder of the task's files; for allnli the parent of SNLI and MNLI.
+        split: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
+
+    A blank line at the end is not a row. The rows of an own task have as many cells as its header (without a header:
+    as the first row); those of GLUE's files need not, which is warned of.
+
+    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (an own task's:
+    with more, too), a label that is none of the task's, a score that is no number, bytes that are no UTF-8, and a
+    header that is a row of data.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"--data_dir: {data_dir} is no folder; expected the folder of {task.name}'s files")
+    if task.parts:
+        return _read_parts(task, data_dir, split)
+    name = dict(task.also_validate).get(split) or getattr(task, split)
+    if name is None:
+        raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
+    if split == "test":
+        text_a, text_b = (
+            own if test is None else test
+            for test, own in ((task.test_text_a, task.text_a), (task.test_text_b, task.text_b))
+        )
+        columns = text_a, text_b, task.test_label
+        header = task.header or task.name in TASKS  # GLUE's test sets have one, CoLA's too
+    else:
+        columns, header = (task.text_a, task.text_b, task.label), task.header
+    rows = _read_tsv(data_dir / name, task, columns, header)
+    if header and task.name not in TASKS and split != "train":
+        _compare_headers(task, data_dir / task.train, data_dir / name, columns)
+    return rows
+
+
+def labelled_test(task: Task, data_dir: Path) -> Examples | None:
+    """The test set with its labels, where they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
+    if task.test_label is not None and (data_dir / task.test).is_file():
+        return read_examples(task, data_dir, "test")
+    if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
+        with_labels = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
+        return read_examples(with_labels, data_dir, "labelled_test")
+    return None
+
+
+def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
+    """allnli: the corpora one after the other."""
+    if split not in ("train", "dev"):
+        raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
+    whole = Examples(second=[], labels=[])
+    for part in (TASKS[name] for name in task.parts):
+        rows = read_examples(part, data_dir / part.folder, split)
+        for entry in rows.files:
+            entry["file"] = f"{part.folder}/{entry['file']}"
+        whole.extend(rows)
+    return whole
+
+
+def _read_tsv(path: Path, task: Task, columns: tuple[int | str | None, ...], header: bool) -> Examples:
+    """The rows of a file, of which `columns` holds the places or names of text a, text b and the label."""
+    own = task.name not in TASKS
+    lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
+    first = next(lines, None)
+    if first is None:
+        raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
+    names = first.split("\t")
+    place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
+    if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
+        _check_header_label(task, path, names, place_label)
+    used = [place for place in places if place is not None]
+    numbered = own and not any(isinstance(column, str) for column in columns)  # by a name, a header is sure to be one
+    # in GLUE's files, a last column must be one of its own
+    needed = len(names) if own else max(used) + (2 if -1 in used else 1)
+    rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
+    skipped, uneven, text = 0, 0, ""
+    for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
+        cells = line.split("\t")
+        if len(cells) != len(names) or len(cells) < needed:
+            if len(cells) < needed and task.skip_short_rows:
+                skipped += 1
+                continue
+            if own or len(cells) < needed:
+                raise _wrong_count(path, number, line, needed, exact=own)
+            uneven += 1
+        if cells[place_a] != text:  # NLI repeats its premises: one string serves all
+            text = cells[place_a]
+        rows.first.append(text)
+        if place_b is not None:
+            rows.second.append(cells[place_b])
+        if place_label is not None:
+            rows.labels.append(_parse_label(task, cells[place_label], path, number))
+    if not len(rows) and not skipped:
+        raise InputError(f"{path}: no rows of data in it; expected one pair per line")
+    if skipped:
+        logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
+    if not len(rows):
+        raise InputError(f"{path}: no row has the {needed} columns that {task.name} needs")
+    if uneven:
+        logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
+                       "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
+    _check_texts(path, rows, [names[place] for place in places[:2] if place is not None] if header and numbered else [])
+    rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
+    return rows
+
+
+def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
+    """The lines but for blank ones at the end."""
+    blank = 0
+    for line in lines:
+        if line:
+            yield from repeat("", blank)
+            yield line
+            blank = 0
+        else:
+            blank += 1
+
+
+def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -> InputError:
+    found = line.count("\t") + 1
+    expected = f"{needed} cells expected, as in line 1," if exact else f"at least {needed} columns expected,"
+    hint = " (is a tab within a text, or does the header lack a name for row names?)" if found > needed else ""
+    return InputError(f"{path}, line {number}: {expected} found {found}{hint}: {line[:80]!r}")
+
+
+def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
+    """Refuse a header that is a row of data by its label; of GLUE's files, warn of it."""
+    name = names[place] if place < len(names) else ""
+    if name in task.labels or (task.kind == REGRESSION and math.isfinite(_number(name))):
+        what = "a number" if task.kind == REGRESSION else f"a label of {task.name}"
+        why = f"{path}, line 1: a header is expected, but its label cell {name!r} is {what}; {_HEADER_HINT}"
+        if task.name not in TASKS:
+            raise InputError(why)
+        logger.warning("%s", why)
+
+
+def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
+    """Warn of quoting; raise InputError where `names`, the texts' cells of a header, are texts of rows too."""
+    columns = [rows.first] if rows.second is None else [rows.first, rows.second]
+    for name, texts in zip(names, columns, strict=False):
+        if name and name in texts:
+            raise InputError(
+                f"{path}, line 1: a header is expected, but its cell {name!r} is a text of a row too; {_HEADER_HINT}"
+            )
+    texts = chain.from_iterable(columns)
+    quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts)
+    if quoted > 0.9 * len(columns) * len(rows):
+        logger.warning("%s: nearly all texts begin and end with a quotation mark, which counts as part of the text; "
+                       "if the file was written with CSV quoting, write it again without", path)  # fmt: skip
+
+
+def _compare_headers(task: Task, train: Path, other: Path, columns: tuple[int | str | None, ...]) -> None:
+    """Warn where the columns that are read have other names in `other` than in the train file."""
+    try:
+        ours, theirs = (next(read_lines(path, "the header"), "").split("\t") for path in (other, train))
+    except InputError:  # no train file, say
+        return
+
+    both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
+    numbers = [pair for pair in both if all(isinstance(column, int) for column in pair)]  # names are found, or refused
+    if any(ours[own : own + 1 or None] != theirs[trained : trained + 1 or None] for own, trained in numbers):
+        logger.warning("%s, line 1: the header %r, and %s has %r: does each file have a header, and are the columns "
+                       "the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
+
+
+def _find_columns(path: Path, names: list[str], columns: tuple[int | str | None, ...], own: bool) -> list[int | None]:
+    """Numbers of the columns; names are looked up in the header. Those of an own task are checked, and -1 replaced."""
+    places: list[int | None] = []
+    for column in columns:
+        if isinstance(column, str):
+            if names.count(column) != 1:
+                often = f"{names.count(column)} columns" if column in names else "no column"
+                raise InputError(f"{path}, line 1: {often} {column!r} in the header, which has {', '.join(names)}")
+            column = names.index(column)
+        elif own and column is not None:
+            if column >= len(names):
+                raise InputError(f"{path}, line 1: column {column} (from 0) is needed, but only {len(names)} are there")
+            column = column % len(names)  # -1 is the last
+        if own and column is not None and column in places:
+            raise InputError(f"{path}, line 1: column {column} (from 0) serves twice; text_a, text_b and label differ")
+        places.append(column)
+    return places
+
+
+def _parse_label(task: Task, text: str, path: Path, number: int) -> int | float:
+    if task.kind != REGRESSION:
+        if text not in task.labels:
+            raise InputError(
+                f"{path}, line {number}: label {text!r} is none of {task.name}'s: {', '.join(task.labels)}"
+            )
+        return task.labels.index(text)
+    score = _number(text)
+    if not math.isfinite(score):
+        raise InputError(f"{path}, line {number}: score {text!r} is no number")
+    return score
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,171 @@
+"""BERT's WordPiece tokenizer: loaded with the casing that is asked for, refused where its files say otherwise."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dse.system.errors import InputError, one_line
+from dse.system.files import read_json, sha256_json
+
+logger = logging.getLogger(__name__)
+
+
+# Classes whose ids are those of BERT's WordPiece, and such as leave all rules to tokenizer.json.
+_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+_FROM_FILE = ("PreTrainedTokenizer", "TokenizersBackend")
+# Rules of tokenizer_config.json that the library no longer reads: the values that mean BERT's.
+_SPLITTING = {
+    "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece", "do_word_tokenize": True,
+    "do_subword_tokenize": True, "do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##",
+    "never_split": ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"], "auto_map": {},
+}  # fmt: skip
+
+
+def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
+    """BERT's WordPiece tokenizer with the casing that --do_lower_case decides.
+
+    Raises InputError when the folder's tokenizer is another one, which the flag would not reach. Warns when
+    the model was saved with the other casing.
+    """
+    from transformers import BertTokenizer
+
+    saved = saved_casing(folder, flag)
+    _check_tokenizer_class(folder, flag)
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
+    except Exception as error:  # a spoiled vocabulary raises whatever its reader trips over
+        raise InputError(f"{flag}: the tokenizer of {folder} cannot be loaded ({one_line(error)})") from error
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if getattr(normalizer, "lowercase", None) is not do_lower_case:
+        raise InputError(
+            f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: "
+            f"its normalizer is {normalizer}"
+        )
+    _check_rules(folder, tokenizer, do_lower_case, flag)
+    tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.unk_token]
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    vocab_size = read_json(folder / "config.json", "the model's configuration").get("vocab_size", 30522)
+    if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= vocab_size:
+        raise InputError(
+            f"{flag}: the vocabulary of {folder} does not fit its model: {len(vocabulary)} entries for {vocab_size} "
+            f"embeddings, {', '.join(map(str, tokens))} expected among them"
+        )
+    if saved is not None and saved != do_lower_case:
+        logger.warning(
+            "%s was saved with %s, and this run uses %s", folder, _casing_flag(saved), _casing_flag(do_lower_case)
+        )
+    return tokenizer
+
+
+def _check_tokenizer_class(folder: Path, flag: str) -> None:
+    """Raise InputError where the folder's configurations name another tokenizer, or rules that are not BERT's.
+
+    transformers would take the vocabulary and put BERT's rules around it, with a warning at most.
+    """
+    known = _CLASSES + _FROM_FILE * (folder / "tokenizer.json").is_file()
+    for name in ("tokenizer_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        config = read_json(folder / name, "a configuration")
+        named = config.get("tokenizer_class")
+        if named is not None and str(named).removesuffix("Fast") not in known:
+            raise InputError(
+                f"{flag}: {folder / name} names the tokenizer {named}; expected BERT's: {', '.join(known)}"
+            )
+        for key, expected in _SPLITTING.items() if name == "tokenizer_config.json" else ():
+            value = config.get(key)
+            some = isinstance(expected, list) and isinstance(value, list) and set(map(str, value)) <= set(expected)
+            if value not in (None, expected, {}) and not some:
+                raise InputError(
+                    f"{flag}: {folder / name}: {key} is {value!r}, and BERT's WordPiece has {expected!r}; "
+                    "take a model whose tokenizer is BERT's"
+                )
+
+
+def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -> None:
+    """Raise InputError where the files have other rules, or added tokens of other ids, than what was loaded of them.
+
+    transformers takes the vocabulary from tokenizer.json, but rules from tokenizer_config.json or its own.
+    """
+
+    def rules_of(content: dict[str, Any]) -> dict[str, Any]:
+        rules = {**(content.get("model") or {}), **(content.get("normalizer") or {}), "lowercase": do_lower_case}
+        if rules.get("strip_accents") is None:  # BERT's: as the casing
+            rules["strip_accents"] = do_lower_case
+        ids = {f"id of {token['content']!r}": token["id"] for token in content.get("added_tokens") or []}
+        return {**rules, **ids, "type": None, "vocab": None, "pre_tokenizer": content.get("pre_tokenizer")}
+
+    used = rules_of(json.loads(tokenizer.backend_tokenizer.to_str()))
+    if (folder / "tokenizer.json").is_file():
+        said = rules_of(read_json(folder / "tokenizer.json", "the tokenizer"))
+    elif (folder / "added_tokens.json").is_file():  # beside vocab.txt
+        added = read_json(folder / "added_tokens.json", "the added tokens")
+        said = {f"id of {token!r}": place for token, place in added.items()}
+    else:
+        said = {}
+    for key, value in said.items():
+        if used.get(key) != value:
+            raise InputError(
+                f"{flag}: the tokenizer of {folder} would not follow its files: {key} is {value!r} there, and "
+                f"{used.get(key)!r} as loaded; make tokenizer_config.json say the same if it can, or take another model"
+            )
+
+
+def _casing_flag(do_lower_case: bool) -> str:
+    return "--do_lower_case (uncased)" if do_lower_case else "no --do_lower_case (cased)"
+
+
+def saved_casing(folder: Path, flag: str) -> bool | None:
+    """The casing that the folder's files tell, if they do. Raises InputError for a tokenizer that is not BERT's."""
+    casing = None
+    if (folder / "tokenizer.json").is_file():
+        whole = read_json(folder / "tokenizer.json", "the tokenizer")
+        model, normalizer = whole.get("model") or {}, whole.get("normalizer") or {}
+        # transformers would take the vocabulary and silently put BERT's own rules around it.
+        if model.get("type", "WordPiece") != "WordPiece" or normalizer.get("type") != "BertNormalizer":
+            raise InputError(
+                f"{flag}: {folder} has a {model.get('type')} tokenizer with normalizer {normalizer.get('type')}, which "
+                "does not honour --do_lower_case; expected BERT's (WordPiece, BertNormalizer)"
+            )
+        casing = normalizer.get("lowercase")
+    if (folder / "tokenizer_config.json").is_file():
+        casing = read_json(folder / "tokenizer_config.json", "the tokenizer's configuration").get(
+            "do_lower_case", casing
+        )
+    return casing
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """SHA-256 of all that decides the token ids: vocabulary, normalizer, splitting, special tokens."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None  # ours, not the tokenizer's
+    return sha256_json(content)
+
+
+def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:
+    """The tokenizer as the texts of its files, for a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def tokenizer_from_files(files: dict[str, str]) -> Any:
+    """The tokenizer that `tokenizer_to_files` took apart."""
+    from transformers import BertTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return BertTokenizer.from_pretrained(folder)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that a student's folder holds. Raises InputError where it cannot be loaded."""
+    from transformers import BertTokenizer
+
+    try:
+        return BertTokenizer.from_pretrained(folder)
+    except Exception as error:  # a spoiled one raises whatever its reader trips over
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error

@@ -1,0 +1,138 @@
+"""The Sentence-BERT way to a fast pair scorer, with sentence-transformers: the row that a student is compared with.
+
+    binary       OnlineContrastiveLoss, a pair's score is the cosine of its two embeddings
+    regression   CosineSimilarityLoss on scores brought to [0, 1], the score is the cosine
+    multiclass   SoftmaxLoss: a linear layer on [u, v, |u - v|]
+
+Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; the losses are the ones that
+sentence-transformers' own examples use for such data). AdamW with linear warm-up and decay, as its `fit` does.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dse.data.processors import Examples
+from dse.data.tasks import BINARY, REGRESSION, Task
+from dse.system.files import load_tensors, save_tensors
+from dse.training.optimization import NO_DECAY
+from dse.training.trainer import epoch_order
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = 4, 32, 5e-5, 0.1, 0.01
+SETTINGS = {"epochs": EPOCHS, "pairs_per_update": PAIRS_PER_UPDATE, "rate": RATE, "warmup": WARMUP, "decay": DECAY}
+
+
+def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> "SentenceTransformer":
+    """The same encoder with mean pooling in sentence-transformers (tried with 6.2), which must be installed."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    encoder = Transformer(str(bert_folder), max_seq_length=max_seq_length)
+    return SentenceTransformer(
+        modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device=device
+    )
+
+
+class SentenceBert:
+    """An encoder and its loss, trained on a task's pairs.
+
+    Args:
+        bert_folder: the pre-trained encoder.
+        task: of pairs.
+        max_seq_length: token ids per sentence.
+        seed: of the order of the rows, dropout and SoftmaxLoss's layer.
+        device: where it is trained.
+    """
+
+    def __init__(self, bert_folder: Path, task: Task, max_seq_length: int, seed: int, device: torch.device) -> None:
+        from sentence_transformers.sentence_transformer import losses
+
+        torch.manual_seed(seed)
+        self.task, self.seed, self.device = task, seed, device
+        self.model = sentence_transformer(bert_folder, max_seq_length, str(device))
+        if task.kind == BINARY:
+            self.loss: Any = losses.OnlineContrastiveLoss(self.model)
+        elif task.kind == REGRESSION:
+            self.loss = losses.CosineSimilarityLoss(self.model)
+        else:
+            size = self.model.get_embedding_dimension()
+            self.loss = losses.SoftmaxLoss(self.model, size, len(task.labels))
+        self.loss.to(device)
+
+    def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
+        """Make the optimizer and its schedule, for so many pairs and epochs."""
+        groups: dict[float, list[nn.Parameter]] = {DECAY: [], 0.0: []}
+        for name, parameter in self.loss.named_parameters():
+            groups[0.0 if any(part in name for part in NO_DECAY) else DECAY].append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=RATE
+        )
+        total = epochs * -(-pairs // PAIRS_PER_UPDATE)
+        warmup = int(WARMUP * total)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda n: n / warmup if n < warmup else (total - n) / max(1, total - warmup)
+        )
+
+    @property
+    def rate(self) -> float:
+        """The rate that the next update will use."""
+        return self.schedule.get_last_lr()[0]
+
+    def save(self, path: Path, history: list[dict[str, Any]]) -> None:
+        """Write the state after an epoch, and the epochs' records."""
+        parts = {name: getattr(self, name).state_dict() for name in ("loss", "optimizer", "schedule")}
+        save_tensors(path, {**parts, "rng": torch.get_rng_state(), "history": history})
+
+    def load(self, path: Path) -> list[dict[str, Any]]:
+        """Go on from what `save` wrote; the epochs' records. Raises InputError for a spoiled file."""
+        state = load_tensors(path, f"{path} is spoiled: remove it, and the training of Sentence-BERT begins again")
+        for name in ("loss", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        return state["history"]
+
+    def train_epoch(self, examples: Examples, epoch: int) -> float:
+        """One pass over all pairs in random order; the mean loss of its updates."""
+        from sentence_transformers import util
+
+        self.loss.train()
+        order, sum_of_losses = epoch_order(len(examples), self.seed, epoch), 0.0
+        labels = torch.tensor(examples.labels)
+        if self.task.kind == REGRESSION:
+            low, high = labels.min(), labels.max()
+            labels = (labels - low) / (high - low)
+        starts = range(0, len(order), PAIRS_PER_UPDATE)
+        for start in tqdm(starts, desc=f"Sentence-BERT, epoch {epoch}", disable=None, leave=False):
+            rows = order[start : start + PAIRS_PER_UPDATE]
+            sides = [
+                util.batch_to_device(self.model.preprocess([texts[row] for row in rows]), self.device)
+                for texts in (examples.first, examples.second)
+            ]
+            loss = self.loss(sides, labels[rows].to(self.device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.loss.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.schedule.step()
+            sum_of_losses += loss.item()
+        return sum_of_losses / len(starts)
+
+    @torch.inference_mode()
+    def score(self, examples: Examples) -> np.ndarray:
+        """(pairs, 1) cosines, or (pairs, labels) logits, float32."""
+        self.loss.eval()
+        texts = list(dict.fromkeys(examples.first + examples.second))
+        place = {text: i for i, text in enumerate(texts)}
+        embeddings = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        u, v = (embeddings[[place[text] for text in side]] for side in (examples.first, examples.second))
+        if self.task.kind in (BINARY, REGRESSION):
+            return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
+        return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).cpu().numpy()

@@ -1,0 +1,221 @@
+"""Measuring what the student is for: one query against very many stored candidates.
+
+The same query and candidates, in one run: the cross-encoder, which reads every pair (measured on a part, per pair);
+the head on concatenated blocks of stored embeddings, as in training; and the index. Each takes turns with the others,
+and its fastest turn counts. Embedding the candidates happens once and is told apart.
+"""
+
+import argparse
+import importlib.util
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dse.data.features import joint_features
+from dse.data.processors import Examples, read_examples
+from dse.experiments.benchmarks import Given, take_turns
+from dse.index import CandidateIndex, rank_scores
+from dse.models import DSESiameseClassifier, TextSettings, new_student
+from dse.networks.config import DSEConfig
+from dse.networks.inference import predict
+from dse.networks.teacher import load_teacher, teacher_logits
+from dse.storage.index_files import BLOCK
+from dse.system.errors import InputError
+from dse.system.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+MANY_QUERIES = 64
+CROSS_ENCODER_PAIRS = 512
+TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
+
+
+def anonymous_memory() -> float:
+    """Memory of the process that is not a file's, MiB; NaN elsewhere than on Linux."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+    except (OSError, StopIteration, ValueError):
+        return float("nan")
+
+
+def naive_scores(model: DSESiameseClassifier, query: Tensor, index: CandidateIndex) -> np.ndarray:
+    """The head as it is trained, [u, v, u * v, |u - v|] made for every pair, a block of candidates at a time."""
+    outputs = []
+    with torch.inference_mode():
+        for start in range(0, len(index), BLOCK):
+            v = index.block(start)
+            outputs.append(model.siamese_head(query.expand_as(v), v).numpy())
+    return np.concatenate(outputs)
+
+
+def repeated(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """`count` candidates: the sentences over and over, each embedded once."""
+    for start in range(0, count, len(sentences)):
+        some = min(len(sentences), count - start)
+        yield embeddings[:some], sentences[:some]
+
+
+class _Watch(threading.Thread):
+    """The most anonymous memory above that at the start, MiB, looked at every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before, self.most, self.done = anonymous_memory(), 0.0, threading.Event()
+
+    def run(self) -> None:
+        """Look until `done` is set."""
+        while not self.done.wait(0.003):
+            self.most = max(self.most, anonymous_memory() - self.before)
+
+
+def student_of(args: argparse.Namespace, given: Given) -> DSESiameseClassifier:
+    """The student of --model, or an untrained one of the architecture flags, which takes as long."""
+    if args.model:
+        model = DSESiameseClassifier.from_pretrained(args.model)
+        if model.settings.task != given.task:
+            raise InputError(f"--model: is a student of {model.settings.task.name}, --task_name is {given.task.name}")
+        return model
+    model = new_student(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
+    model.settings = TextSettings(given.tokenizer, given.task, args.max_seq_length)
+    return model
+
+
+def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+    """Measure each number of candidates, the task's training sentences over and over; print the table."""
+    model = student_of(args, given)
+    examples = read_examples(given.task, args.data_dir, "train")
+    query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
+    seconds_per_pair = cross_encoder_seconds(args, given, query, sentences)
+    sentences = sentences[: max(args.candidates)]
+    started = time.perf_counter()
+    embeddings = model.encode(sentences, show_progress=False)
+    each = (time.perf_counter() - started) / len(sentences)
+    numbers: dict[str, Any] = {"embedding_seconds_per_sentence": each, "candidates": {}}
+    print(f"\n{'candidates':>10}  {'way':<16}{'seconds':>12}{'pairs a second':>17}{'ours is':>10}{'memory above':>15}")
+    with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
+        for count in args.candidates:
+            index = CandidateIndex.from_embeddings(
+                model, repeated(embeddings, sentences, count), Path(folder) / str(count)
+            )
+            numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
+            if index.model.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
+                numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
+            if count == min(args.candidates):
+                halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
+                numbers["max_relative_difference_float16"] = relative_difference(
+                    halved.score(query), index.score(query)
+                )
+    numbers |= numbers["candidates"][max(args.candidates)]
+    if args.plot:
+        plot(numbers, Path(args.plot))
+    half = numbers["max_relative_difference_float16"]
+    print(f"vectors stored in 16 bits: largest difference of scores / largest score {half:.1e}")
+    print(f"embedding a candidate, once: {each * 1000:.2f} ms, {each * 100_000:,.0f} s per 100,000")
+    return numbers
+
+
+def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, sentences: list[str]) -> float:
+    """Seconds per pair of a cross-encoder of --bert_model on the query with some sentences, packed and by length."""
+    some = sentences[:CROSS_ENCODER_PAIRS]
+    features = joint_features(given.task, Examples([query] * len(some), some), given.tokenizer, args.max_seq_length)
+    features.padding, features.max_seq_length = "packed", args.max_seq_length
+    bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
+
+    def read() -> None:
+        predict(bert, lambda inputs: teacher_logits(bert, inputs), features, 10**6, torch.device("cpu"), "teacher")
+
+    seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]["seconds"]
+    logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
+    return seconds / len(some)
+
+
+def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest expected score."""
+    return float(np.abs(scores - expected).max() / np.abs(expected).max())
+
+
+def one_size(
+    args: argparse.Namespace, model: DSESiameseClassifier, index: CandidateIndex, query: str, per_pair: float
+) -> dict[str, Any]:
+    """The rows of one number of candidates."""
+    count = len(index)
+    u = model.encode(query, convert_to="tensor")
+    naive, ours = naive_scores(model, u, index), index.score(query)  # warm, and every block compared with its sum
+    naive = rank_scores(torch.from_numpy(naive), model.settings.task).numpy()
+    difference = relative_difference(ours, naive)
+    many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
+    memory: dict[str, float] = {}
+
+    def remembered(name: str, run: Callable[[], object]) -> Callable[[], None]:
+        """`run`, which also writes down the most memory that it took."""
+
+        def call() -> None:
+            watch = _Watch()
+            watch.start()
+            run()
+            watch.done.set()
+            watch.join()
+            memory[name] = max(memory.get(name, 0.0), watch.most)
+
+        return call
+
+    variants = {
+        NAIVE: remembered(NAIVE, lambda: naive_scores(model, model.encode(query, convert_to="tensor"), index)),
+        OURS: remembered(OURS, lambda: index.search(query, 10)),
+    }
+    results, _ = take_turns(variants, args.rounds)
+    seconds = {name: result["seconds"] for name, result in results.items()}
+    # Fewer times, as it takes 64 times as long.
+    results, _ = take_turns({"many": remembered("many", lambda: index.search(many, 10))}, min(2, args.rounds))
+    seconds["many"] = results["many"]["seconds"] / len(many)
+    seconds[TEACHER] = per_pair * count
+    for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
+        took = seconds[name]
+        above = f"{memory[name]:,.0f} MiB" if name in memory else "-"
+        print(f"{count:>10,}  {label:<16}{took:>12.4f}{count / took:>17,.0f}{took / seconds[OURS]:>9.1f}x{above:>15}")
+    return {
+        "seconds": seconds,
+        "ratio_to_naive_head": seconds[NAIVE] / seconds[OURS],
+        "ratio_to_cross_encoder": seconds[TEACHER] / seconds[OURS],
+        "ratio_of_one_query_to_each_of_many": seconds[OURS] / seconds["many"],
+        "max_relative_difference": difference,
+        "anonymous_mib": memory,
+    }
+
+
+def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -> float:
+    """Seconds of faiss's flat inner-product search for one query over those of ours (dot head)."""
+    import faiss
+
+    flat = faiss.IndexFlatIP(index.width)
+    flat.add(np.ascontiguousarray(index.vectors(0, len(index)), dtype=np.float32))
+    u = index.model.encode([query])
+    results, _ = take_turns({"faiss": lambda: flat.search(u, 10), OURS: lambda: index.search(query, 10)}, args.rounds)
+    ratio = results["faiss"]["seconds"] / results[OURS]["seconds"]
+    print(f"{len(index):>10,}  {'faiss, flat':<16}{results['faiss']['seconds']:>12.4f}{'':>17}{ratio:>9.1f}x")
+    return ratio
+
+
+def plot(numbers: dict[str, Any], path: Path) -> None:
+    """Seconds per query by number of candidates, both axes logarithmic, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds per query")
+    for name in (TEACHER, NAIVE, OURS):
+        points = [(count, each["seconds"][name]) for count, each in numbers["candidates"].items()]
+        if all(np.isfinite(seconds) for _, seconds in points):
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.legend()
+    axes.grid(visible=True, which="both", alpha=0.3)
+    with write_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)

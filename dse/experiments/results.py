@@ -1,0 +1,321 @@
+"""What a reproduction found, from the records of its stages: results.json, results.md and plots.
+
+Degradation is (teacher - student) / teacher; a task's is the mean over seeds, the average that over tasks. Spreads are
+standard deviations over seeds (n - 1), and there is none of a single seed. Differences are taken seed by seed. All
+columns of a row are means over the same seeds: one that lacks a column which others have is left out of the row.
+"""
+
+import importlib.util
+import logging
+import math
+import platform
+from collections.abc import Callable, Sequence
+from operator import sub
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from dse.data.tasks import TASKS, Task, get_task
+from dse.experiments.reproduction import OPTIONAL, STAGES, Work, headline, read_record
+from dse.system.files import without_nan, write_json, write_text
+from dse.training.reporting import duration, markdown_table
+
+logger = logging.getLogger(__name__)
+
+PAPER = 0.046
+MODELS = {  # of the rows, by stage
+    "teacher": "teacher",
+    "dse": "DSE",
+    "labels_only": "control: labels alone",
+    "logits_only": "control: logits alone",
+    "sentence_bert": "Sentence-BERT way",
+}
+SPLITS = ("dev", "test")
+TIMED = tuple(stage for stage in STAGES if stage != "rates")
+_WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, threshold of dev", "pearson": "Pearson",
+          "spearman": "Spearman"}  # fmt: skip
+Spread = dict[str, Any]  # mean, sd (None of one), n
+
+
+def degradation(teacher: float, student: float) -> float | None:
+    """(teacher - student) / teacher; None of a teacher at 0."""
+    return None if teacher == 0 else (teacher - student) / teacher
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean, standard deviation and number of values; None where there are none."""
+    if not values:
+        return None
+    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values)}
+
+
+def spreads(columns: dict[Any, list[float | None]]) -> tuple[dict[Any, Spread | None], set[int]]:
+    """Each column's spread over the seeds that all columns with any value have, and the places of the seeds left out.
+
+    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]})[0]["teacher"]["mean"]
+    0.5
+    """
+    found = [values for values in columns.values() if any(value is not None for value in values)]
+    by_seed = list(zip(*found, strict=True))
+    whole = {place for place, values in enumerate(by_seed) if None not in values}
+    out = {place for place, values in enumerate(by_seed) if any(value is not None for value in values)} - whole
+    kept = {column: [values[place] for place in sorted(whole)] for column, values in columns.items()}
+    return {column: spread([each for each in values if each is not None]) for column, values in kept.items()}, out
+
+
+def summarize_task(task: Task, by_seed: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The numbers of a task.
+
+    Args:
+        by_seed: the records of the stages that are done.
+    """
+    seeds, left_out = list(by_seed.values()), set()
+
+    def row(columns: dict[Any, list[float | None]]) -> dict[Any, Spread | None]:
+        found, out = spreads(columns)
+        left_out.update(out)
+        return found
+
+    def values(stage: str, split: str, name: str) -> list[float | None]:
+        return [of_seed.get(stage, {}).get("metrics", {}).get(split, {}).get(name) for of_seed in seeds]
+
+    def paired(one: str, other: str, split: str, name: str, compare: Callable[[float, float], Any]) -> list[Any]:
+        pairs = zip(values(one, split, name), values(other, split, name), strict=True)
+        return [None if None in pair else compare(*pair) for pair in pairs]
+
+    metrics = [record["metrics"] for of_seed in seeds for record in of_seed.values() if "metrics" in record]
+    names = {split: list(dict.fromkeys(name for each in metrics for name in each.get(split, {}))) for split in SPLITS}
+    plain, tuned = headline(task), headline(task, tuned=True)
+    comparisons = {"degradation": ("teacher", "dse", plain, degradation),
+                   "dse_minus_labels_only": ("dse", "labels_only", tuned, sub),
+                   "dse_minus_sentence_bert": ("dse", "sentence_bert", tuned, sub)}  # fmt: skip
+    compared = row({
+        (key, split): paired(one, other, split, name, compare)
+        for key, (one, other, name, compare) in comparisons.items() for split in SPLITS
+    })  # fmt: skip
+    done = {stage for of_seed in seeds for stage in of_seed if stage in MODELS}
+    return {
+        "task": task.name,
+        "metric": plain,
+        "metric_with_threshold_of_dev": tuned,
+        "table": {
+            split: {name: row({stage: values(stage, split, name) for stage in MODELS}) for name in names[split]}
+            for split in SPLITS
+        },
+        **{key: {split: compared[key, split] for split in SPLITS} for key in comparisons},
+        "minutes": row({
+            stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds] for stage in TIMED
+        }),
+        "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in seeds if "rates" in seed), {}),
+        "left_out": {  # seeds, of some rows, with the models that they lack
+            str(seed): [stage for stage in MODELS if stage in done - of_seed.keys()]
+            for place, (seed, of_seed) in enumerate(by_seed.items()) if place in left_out
+        },
+    }  # fmt: skip
+
+
+def average_degradation(tasks: dict[str, dict[str, Any]], split: str) -> float | None:
+    """The mean over the tasks that have it."""
+    found = [task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
+    return mean(found) if found else None
+
+
+def read_runs(output_dir: Path, works: list[Work]) -> list[dict[str, Any]]:
+    """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
+    preset, encoder = works[0].preset, works[0].encoder
+    runs = []
+    for folder in sorted(output_dir.glob("*_seed*")):
+        for stage in STAGES:
+            record = read_record(folder / f"{stage}.json")
+            if record is None:
+                continue
+            settings = record["settings"]
+            flags = preset.flags(stage, get_task(settings["task"]))
+            if settings["bert"] == encoder.hashes and settings.get("flags", flags) == flags:
+                runs.append({"task": settings["task"], "seed": settings["seed"], **record})
+    order = [(work.task.name, work.seed) for work in works]
+    return sorted(runs, key=lambda run: order.index(where) if (where := (run["task"], run["seed"])) in order else -1)
+
+
+def missing_stages(
+    output_dir: Path, works: list[Work], left: list[tuple[Work, str]], runs: list[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """What is not done, by the folder of its task and seed: what is `left` of this call, and of others, begun here."""
+    missing: dict[str, list[str]] = {}
+    for work, stage in left:
+        missing.setdefault(work.folder.name, []).append(stage)
+    done = {(f"{run['task']}_seed{run['seed']}", run["stage"]) for run in runs}
+    ours, shown = {work.folder.name for work in works}, {name for name, _ in done}
+    for folder in sorted(output_dir.glob("*_seed*")):
+        name = folder.name
+        # One that has records, and none in the tables, is of another preset or encoder.
+        begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any(folder.glob("*.json")))
+        lacks = [stage for stage in STAGES if stage not in OPTIONAL and (name, stage) not in done]
+        if begun and lacks and name not in ours:
+            missing[name] = lacks
+    return missing
+
+
+def collect(
+    output_dir: Path, works: list[Work], left: list[tuple[Work, str]], names: dict[str, str], about: dict[str, Any]
+) -> dict[str, Any]:
+    """All of results.json.
+
+    Args:
+        output_dir: of the records; stages that are not done are left out.
+        works: of this call.
+        left: their stages that are not done.
+        names: what tasks are called, if otherwise.
+        about: command and preset.
+    """
+    runs = read_runs(output_dir, works)
+    missing = missing_stages(output_dir, works, left, runs)
+    by_task: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    for run in runs:
+        by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
+    tasks = {
+        names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
+    }
+    return without_nan({
+        "average_relative_degradation": average_degradation(tasks, "dev"),
+        "average_relative_degradation_test": average_degradation(tasks, "test"),
+        "paper": PAPER,
+        **about,
+        "complete": not missing,
+        "missing": missing,
+        "machine": machine(),
+        "tasks": tasks,
+        "runs": runs,
+    })  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Where the command ran last."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def can_plot() -> bool:
+    """Is matplotlib, which only plots need, installed?"""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def write_results(results: dict[str, Any], folder: Path) -> bool:
+    """results.json, results.md, and the plots where all is done and matplotlib installed; whether they were drawn."""
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.md", to_markdown(results))
+    draws = results["complete"] and can_plot()
+    if draws:
+        draw(results, folder)
+    return draws
+
+
+def show(value: Spread | None, percent: bool = False) -> str:
+    """ "0.861 ± 0.004", "+1.2 % ± 0.3 %", or "-" for nothing."""
+    if value is None:
+        return "-"
+    numbers = [value["mean"], *([] if value["sd"] is None else [value["sd"]])]
+    if percent:
+        return " ± ".join(f"{100 * number:{'' if i else '+'}.1f} %" for i, number in enumerate(numbers))
+    return " ± ".join(f"{number:.3f}" for number in numbers)
+
+
+def signed(value: Spread | None) -> str:
+    """A difference, with its sign."""
+    return show(value) if value is None or value["mean"] < 0 else f"+{show(value)}"
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """results.md: quality, degradation and differences, minutes."""
+    tasks = results["tasks"]
+    quality = [
+        (name, f"{split} {_WORDS.get(metric, metric)}", *(show(values[stage]) for stage in MODELS))
+        for name, task in tasks.items()
+        for split, metrics in task["table"].items()
+        for metric, values in metrics.items()
+    ]
+    compared = [
+        (name, *(show(task["degradation"][split], percent=True) for split in SPLITS),
+         *(signed(task[key][split]) for key in ("dse_minus_labels_only", "dse_minus_sentence_bert")
+           for split in SPLITS))
+        for name, task in tasks.items()
+    ]  # fmt: skip
+    averages = [results["average_relative_degradation"], results["average_relative_degradation_test"]]
+    shown = ["-" if value is None else f"{100 * value:+.1f} %" for value in averages]
+    of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in SPLITS]
+    compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
+    compared.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", "", "", "", "", ""))
+    minutes = [
+        (name, *("-" if task["minutes"][stage] is None else f"{task['minutes'][stage]['mean']:.1f}" for stage in TIMED))
+        for name, task in tasks.items()
+    ]
+    return "\n\n".join([
+        introduction(results),
+        markdown_table(("task", "metric", *MODELS.values()), quality),
+        markdown_table(
+            ("task", *(f"degradation, {side}" for side in SPLITS), *(f"DSE - labels alone, {side}" for side in SPLITS),
+             *(f"DSE - Sentence-BERT, {side}" for side in SPLITS)), compared,
+        ),
+        markdown_table(("minutes per run", *(MODELS.get(stage, stage) for stage in TIMED)), minutes),
+    ]) + "\n"  # fmt: skip
+
+
+def introduction(results: dict[str, Any]) -> str:
+    """What was run, where, with which seeds, and how long all of it took."""
+    runs, seeds = results["runs"], {}
+    for run in runs:
+        seeds.setdefault(run["task"], {})[str(run["seed"])] = None
+    names = {task["task"]: name for name, task in results["tasks"].items()}
+    of_tasks = "; ".join(f"{names[task]} {', '.join(of_task)}" for task, of_task in seeds.items())
+    versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
+    took = duration(sum(run["seconds"] for run in runs))
+    where = results["machine"]["gpu"] or f"CPU, {results['machine']['threads']} threads"
+    lacks = [f"{name} lacks {', '.join(stages)}" for name, stages in results["missing"].items()]
+    state = f"Not complete: {'; '.join(lacks)}. " if lacks else ""
+    left_out = [
+        f"{name} {seed} (without {', '.join(MODELS[stage] for stage in lacking) or 'some metric'})"
+        for name, task in results["tasks"].items() for seed, lacking in task["left_out"].items()
+    ]  # fmt: skip
+    of_all = f"Rows are means over the seeds that have all their columns: {'; '.join(left_out)} left out. "
+    return (
+        f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
+        f"seeds ({of_tasks}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
+        "teacher's is its last."
+    )
+
+
+def draw(results: dict[str, Any], folder: Path) -> None:
+    """plots/<task>_by_epoch.png (metric on dev) and plots/<task>_speed.png (metric against pairs scored per second)."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, task in results["tasks"].items():
+        metric, runs = task["metric"], [run for run in results["runs"] if run["task"] == task["task"]]
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="epoch", ylabel=f"{metric} on dev", title=name)
+        for run in (run for run in runs if run["stage"] in MODELS):
+            points = [(epoch["epoch"], on_dev(epoch["validation"], metric) or math.nan) for epoch in run["history"]]
+            color = f"C{list(MODELS).index(run['stage'])}"
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of all seeds
+        axes.legend(handles.values(), handles.keys())
+        figure.savefig(folder / "plots" / f"{name}_by_epoch.png", dpi=100)
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="pairs scored per second", ylabel=f"{metric} on dev", title=name, xscale="log")
+        for stage, rate in task["pairs_per_second"].items():
+            value = task["table"]["dev"][metric][stage]
+            if value is None:  # NaN
+                continue
+            axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
+        axes.legend()
+        figure.savefig(folder / "plots" / f"{name}_speed.png", dpi=100)
+
+
+def on_dev(metrics: dict[str, float], metric: str) -> float:
+    """A metric of an epoch's record: teachers, students and Sentence-BERT name it differently."""
+    names = (metric, f"{metric}_0.5", f"tuned_{metric}", {"accuracy": "acc"}.get(metric))
+    return next(metrics[name] for name in names if name in metrics)

@@ -1,0 +1,94 @@
+"""Made-up sentence pairs and a tiny untrained BERT: what quickstart and the tests run on, without any download.
+
+A sentence says who did what to what, where and when; each concept has several words, and a sentence has one of
+four forms. A pair is positive when both sentences say the same with words and form drawn anew, negative
+when two of the five concepts differ. Nothing learned here says anything about real language.
+"""
+
+import random
+from pathlib import Path
+
+from dse.system.files import write_text
+
+WHO = ("doctor physician medic", "teacher instructor tutor", "farmer grower planter", "thief burglar robber",
+       "writer author novelist", "soldier fighter trooper")  # fmt: skip
+DID = ("bought purchased acquired", "sold traded auctioned", "broke damaged smashed", "found discovered located",
+       "painted coloured decorated", "hid concealed buried")  # fmt: skip
+WHAT = ("car vehicle automobile", "house home cottage", "picture image photo", "boat ship vessel",
+        "ring jewel bracelet", "lamp lantern torch")  # fmt: skip
+WHERE = ("town city village", "forest wood jungle", "harbour port dock", "school college academy",
+         "market shop store", "mountain hill peak")  # fmt: skip
+WHEN = ("yesterday lately recently", "tomorrow soon shortly", "always constantly forever", "never hardly rarely",
+        "monday tuesday friday", "january june july")  # fmt: skip
+SLOTS = tuple(tuple(concept.split() for concept in slot) for slot in (WHO, DID, WHAT, WHERE, WHEN))
+FORMS = (
+    "the {who} {did} a {what} in the {where} {when} .",
+    "{when} , the {who} {did} a {what} in the {where} .",
+    "in the {where} a {what} was {did} by the {who} {when} .",
+    "{when} a {what} was {did} in the {where} by the {who} .",
+)
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def _sentence(concepts: list[int], rng: random.Random) -> str:
+    words = [rng.choice(slot[concept]) for slot, concept in zip(SLOTS, concepts, strict=True)]
+    return rng.choice(FORMS).format(**dict(zip(("who", "did", "what", "where", "when"), words, strict=True)))
+
+
+def make_pair(rng: random.Random) -> tuple[int, str, str]:
+    """Label, 1 or 0 with equal chance, and two sentences."""
+    label, concepts = rng.randrange(2), [rng.randrange(len(slot)) for slot in SLOTS]
+    others = list(concepts)
+    if not label:
+        for place in rng.sample(range(len(SLOTS)), 2):
+            others[place] = rng.choice([c for c in range(len(SLOTS[place])) if c != concepts[place]])
+    return label, _sentence(concepts, rng), _sentence(others, rng)
+
+
+def write_pairs(path: Path, rows: int, seed: int) -> None:
+    """Write pairs in MRPC's layout: Quality, #1 ID, #2 ID, #1 String, #2 String."""
+    rng = random.Random(seed)
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    for i in range(rows):
+        label, first, second = make_pair(rng)
+        lines.append(f"{label}\t{2 * i}\t{2 * i + 1}\t{first}\t{second}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def vocabulary() -> list[str]:
+    """BERT's special tokens, then every word of the sentences."""
+    words = {word for slot in SLOTS for concept in slot for word in concept}
+    words |= {word for form in FORMS for word in form.split() if "{" not in word}
+    return [*SPECIAL, *sorted(words)]
+
+
+def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
+    """Write a tiny uncased BERT with that vocabulary, as a folder that `from_pretrained` loads.
+
+    Random, but for two things that pre-training would have given it, since a cross-encoder does not find them in a
+    minute: words of one concept lie close together, and the first layer looks at tokens that resemble its own.
+    """
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    words = vocabulary()
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * hidden_size, max_position_embeddings=64, initializer_range=0.1,
+        hidden_dropout_prob=0.05, attention_probs_dropout_prob=0.05,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    bert = BertModel(config)
+    place = {word: i for i, word in enumerate(words)}
+    with torch.no_grad():
+        vectors = bert.embeddings.word_embeddings.weight.normal_(std=0.3)
+        for concept in (concept for slot in SLOTS for concept in slot):
+            vectors[[place[word] for word in concept]] += torch.randn(hidden_size)
+        bert.embeddings.token_type_embeddings.weight.normal_(std=0.5)
+        attention = bert.encoder.layer[0].attention.self
+        for projection in (attention.query, attention.key):
+            projection.weight.copy_(1.5 * torch.eye(hidden_size))
+    bert.save_pretrained(folder)
+    BertTokenizer(vocab=place, do_lower_case=True).save_pretrained(folder)

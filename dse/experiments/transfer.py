@@ -1,0 +1,173 @@
+"""What sentence embeddings are worth beyond the task that made them (the paper's claim of universal embeddings).
+
+    cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set, nothing trained
+    probe        logistic regression on frozen embeddings, as SentEval does it: of pairs on [|u - v|, u * v], of single
+                 sentences on u; the penalty is chosen by cross-validation on the training set
+
+An embedder is a function from texts to rows: a student, the encoder as downloaded (mean over all tokens of its last
+layer), or a bag of words (counts of the words of the task's training texts, a sparse matrix).
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MaxAbsScaler, StandardScaler, normalize
+
+from dse.data.processors import Examples
+from dse.data.tasks import BINARY, REGRESSION, TASKS, Task
+from dse.data.tokenizers import load_tokenizer, saved_casing
+from dse.models import DSESiameseClassifier, TextSettings, new_student
+from dse.networks.config import DSEConfig
+from dse.networks.pretrained import bert_config
+from dse.system.errors import InputError
+from dse.training.metrics import correlations
+from dse.training.reporting import markdown_table
+
+logger = logging.getLogger(__name__)
+
+Embedder = Callable[[list[str]], Any]  # texts to (texts, size), an array or a sparse matrix
+PENALTIES = np.logspace(-4, 1, 6)  # the regression's C, inverse strengths
+FOLDS, STEPS = 5, 200
+COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
+
+
+def student_embedder(model: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
+    """A student's embeddings, computed in steps of so many sentences of full length."""
+    return lambda texts: model.encode(texts, batch_size)
+
+
+def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
+    """The mean over the last layer's states of all tokens, of a BERT as downloaded.
+
+    Texts are cut where the student cuts, or where this BERT has no more positions. The casing is the folder's, which
+    another encoder than the student's need not share with it; where the folder does not tell, the student's.
+    """
+    settings, bert = student._settings(), bert_config(folder, "--bert_model")
+    model = new_student(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
+    casing = saved_casing(folder, "--bert_model")
+    lower_case = settings.tokenizer.backend_tokenizer.normalizer.lowercase if casing is None else casing
+    length = min(settings.max_seq_length, bert.get("max_position_embeddings", settings.max_seq_length))
+    model.settings = TextSettings(load_tokenizer(folder, lower_case, "--bert_model"), settings.task, length)
+    return student_embedder(model, batch_size)
+
+
+def bag_of_words(training_texts: list[str]) -> Embedder:
+    """Counts of the words of the training texts. Raises InputError where they have none."""
+    counter = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    try:
+        return counter.fit(training_texts).transform
+    except ValueError as error:
+        raise InputError(f"--data_dir: no bag of words of {len(training_texts)} texts ({error})") from error
+
+
+def cosine_correlations(embed: Embedder, rows: Examples) -> dict[str, float]:
+    """Pearson and Spearman of the pairs' cosines with their scores; the cosine with a zero vector is 0."""
+    u, v = (normalize(embed(side)) for side in (rows.first, rows.second))
+    cosines = np.asarray(_product(u, v).sum(axis=1), dtype=np.float64).ravel()
+    pearson, spearman = correlations(cosines, np.array(rows.labels))
+    return {"pearson": pearson, "spearman": spearman}
+
+
+def _product(u: Any, v: Any) -> Any:
+    """Element by element; of sparse matrices `*` is the product of matrices."""
+    return u.multiply(v) if sparse.issparse(u) else u * v
+
+
+def probe_features(embed: Embedder, rows: Examples) -> Any:
+    """[|u - v|, u * v] of pairs, (n, 2 * size); u of single sentences."""
+    u = embed(rows.first)
+    if rows.second is None:
+        return u
+    v = embed(rows.second)
+    blocks = [abs(u - v), _product(u, v)]
+    return sparse.hstack(blocks).tocsr() if sparse.issparse(u) else np.hstack(blocks)
+
+
+def probe(embed: Embedder, task: Task, train: Examples, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
+    """Accuracy, and f1 of binary tasks, by split, of a logistic regression on frozen embeddings.
+
+    Each feature is brought to variance 1 (of a bag of words: to at most 1), which the penalty needs.
+    """
+    features = probe_features(embed, train)
+    scaler = MaxAbsScaler() if sparse.issparse(features) else StandardScaler()
+    regression = LogisticRegressionCV(
+        Cs=PENALTIES, cv=FOLDS, l1_ratios=(0.0,), scoring="accuracy", max_iter=STEPS, use_legacy_attributes=False
+    )
+    model = make_pipeline(scaler, regression)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(features, train.labels)
+    found = {}
+    for split, rows in sets.items():
+        predicted = model.predict(probe_features(embed, rows))
+        found[split] = {"accuracy": float((predicted == np.array(rows.labels)).mean())}
+        if task.kind == BINARY:
+            found[split]["f1"] = float(f1_score(rows.labels, predicted, zero_division=0.0))
+    unfinished = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    logger.info(
+        "%s, %d features: C %g; %d of the fits had not converged after %d steps",
+        task.name, features.shape[1], regression.C_, unfinished, STEPS,
+    )  # fmt: skip
+    return found
+
+
+def check_trainable(task: Task, train: Examples) -> None:
+    """Raise InputError for training rows that `probe` cannot fold: they need two labels, one of them FOLDS times."""
+    counts = Counter(train.labels)
+    if len(counts) < 2 or max(counts.values()) < FOLDS:
+        found = ", ".join(f"{count} of {task.labels[label]}" for label, count in sorted(counts.items()))
+        raise InputError(
+            f"--max_rows: the first {len(train)} rows of {task.folder}'s {task.train} have too few labels ({found}): "
+            f"a regression needs two of them, and {FOLDS} rows of one; give more rows, or move the folder away"
+        )
+
+
+def is_at_hand(task: Task, data_dir: Path) -> bool:
+    """Are a task's training and dev sets there, or a regression's dev set? Warns of a folder that lacks one."""
+    folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and folder.is_dir():
+        logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
+    return not missing
+
+
+def tasks_at_hand(data_dir: Path) -> list[Task]:
+    """The classification tasks whose training and dev sets are there."""
+    return [
+        task
+        for task in TASKS.values()
+        if task.kind != REGRESSION and task.name not in COUNTED_TWICE and is_at_hand(task, data_dir)
+    ]  # fmt: skip
+
+
+def first_rows(rows: Examples, count: int) -> Examples:
+    """At most `count` rows, from the start."""
+    second = None if rows.second is None else rows.second[:count]
+    return Examples(rows.first[:count], second, rows.labels[:count], rows.files)
+
+
+def to_markdown(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """A table with a row per task, split and metric and a column per kind of embeddings.
+
+    Args:
+        found: numbers by task, kind, split and metric.
+    """
+    kinds = list(next(iter(found.values())))
+    rows = [
+        (task, f"{split} {metric}", *(f"{of_task[kind][split][metric]:.3f}" for kind in kinds))
+        for task, of_task in found.items()
+        for split, metrics in of_task[kinds[0]].items()
+        for metric in metrics
+    ]
+    return markdown_table(("task", "metric", *kinds), rows)

@@ -1,0 +1,129 @@
+"""Batches of token ids as a BERT takes them."""
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dse.data.features import Ragged
+
+
+def padding_for(device: torch.device, asked: str | None) -> str:
+    """The padding that was asked for, or the device's default: packed on CPU; on CUDA it was not measured."""
+    return asked or ("packed" if device.type == "cpu" else "batch")
+
+
+_FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
+_SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
+_MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
+
+
+@dataclass
+class Group:
+    """Rows of similar length, which attention pads to the longest of them."""
+
+    rows: int
+    length: int  # of the longest row
+    tokens: slice  # where its rows lie in the batch
+    place: Tensor  # int64, (rows * length,): the token of each place; for padding, any of the group's
+    back: Tensor  # int64, (tokens,): the place of each token
+    mask: Tensor  # int64, (rows, length): 1 for tokens and 0 for padding
+    bias: Tensor | None  # float, (rows, 1, length): 0 for tokens, far below for padding; None where there is none
+
+
+@dataclass
+class PackedBatch:
+    """Rows of token ids end to end, longest first, then idle tokens."""
+
+    ids: Tensor  # int64, (tokens,)
+    positions: Tensor  # int64, (tokens,)
+    types: Tensor | None  # int64, (tokens,); None: all 0
+    starts: Tensor  # int64, (rows,): where each row begins
+    order: Tensor  # int64, (rows,): x[order] puts per-row results back into the order that was asked for
+    groups: list[Group]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on a device."""
+        groups = [_moved(group, device) for group in self.groups]
+        return replace(_moved(self, device), groups=groups)
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    tensors = {each.name: getattr(record, each.name) for each in fields(record)}
+    return replace(record, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
+
+
+def pack(tokens: "Ragged", rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
+    """Pack rows of token ids.
+
+    Args:
+        tokens: all rows.
+        rows: which of them, int; may name one several times.
+        first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
+    """
+    order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
+    rows = rows[order]
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    starts = np.cumsum(lengths) - lengths
+    count = int(lengths.sum())
+    ids, positions, types = np.zeros((3, _few_sizes(count)), dtype=np.int64)
+    positions[:count] = np.arange(count) - np.repeat(starts, lengths)
+    ids[:count] = tokens.ids[np.repeat(tokens.offsets[rows], lengths) + positions[:count]]
+    if first_lengths is not None:
+        types[:count] = positions[:count] >= np.repeat(first_lengths[order], lengths)
+    return PackedBatch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        None if first_lengths is None else torch.from_numpy(types),
+        torch.from_numpy(starts),
+        torch.from_numpy(np.argsort(order)),
+        [_group(lengths[some], starts[some.start]) for some in _cut(lengths)],
+    )
+
+
+def _few_sizes(count: int) -> int:
+    """`count` rounded up to one of 32 sizes between a power of 2 and the next.
+
+    >>> [_few_sizes(count) for count in (9, 63, 65, 1000, 1025)]
+    [9, 63, 66, 1008, 1056]
+    """
+    step = 1 << max(0, count.bit_length() - 6)
+    return -(-count // step) * step
+
+
+def _cut(lengths: np.ndarray) -> list[slice]:
+    """Where to cut rows of falling length into groups.
+
+    >>> [(some.start, some.stop) for some in _cut(np.array([9] * 10 + [5] * 40))]
+    [(0, 10), (10, 42), (42, 50)]
+    """
+    cuts, start = [], 0
+    while start < len(lengths):
+        similar = int((lengths[start : start + _MOST] >= _SHORTEST * lengths[start]).sum())
+        stop = min(start + max(similar, _FEWEST), len(lengths))
+        cuts.append(slice(start, stop))
+        start = stop
+    return cuts
+
+
+def _group(lengths: np.ndarray, start: int) -> Group:
+    rows, length, count = len(lengths), int(lengths[0]), int(lengths.sum())
+    mask = np.arange(length) < lengths[:, None]
+    back = np.flatnonzero(mask)
+    place = np.zeros(rows * length, dtype=np.int64)
+    place[back] = np.arange(count)
+    bias = None
+    if count < rows * length:
+        bias = torch.from_numpy(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, :])
+    return Group(
+        rows,
+        length,
+        slice(int(start), int(start) + count),
+        torch.from_numpy(place),
+        torch.from_numpy(back),
+        torch.from_numpy(mask.astype(np.int64)),
+        bias,
+    )

@@ -1,0 +1,85 @@
+"""What a student is made of: the names a user may choose, and the checks that need no tensor.
+
+Kept apart from models.py so that flags are refused before torch is loaded.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dse.data.tasks import Task
+from dse.system.errors import InputError
+
+_POOLED = tuple(
+    f"{layers}_{tokens}" for layers in ("concat_top", "mean_top") for tokens in ("mean", "sqrt_mean", "max")
+)
+POOLER_TYPES = (*_POOLED, *(f"{name}_with_cls" for name in _POOLED), "cls")
+HEAD_TYPES = ("concat", "dot")
+MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packing.py)
+PADDINGS = ("packed", "batch", "max")  # how batches are laid out (features.py)
+
+
+@dataclass(frozen=True)
+class DSEConfig:
+    """A student's architecture; a checkpoint carries it, so that loading needs no flags.
+
+    `bert` is the encoder's configuration, as in its config.json.
+    """
+
+    bert: dict[str, Any]
+    pooler_type: str = "concat_top_mean"
+    pooler_num_top_hidden_layers: int = 4
+    siamese_head_type: str = "concat"
+    additional_embedding_layer_size: int = -1  # -1: none
+    fc_dims: tuple[int, ...] = (512, 1)
+    freeze_bert: bool = False
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, bert: dict[str, Any]) -> "DSEConfig":
+        """The architecture that cli.add_architecture_flags asked for, over that BERT."""
+        names = {field.name for field in fields(cls)} - {"bert", "fc_dims"}
+        return cls(bert=bert, fc_dims=tuple(args.fc_dims), **{name: getattr(args, name) for name in names})
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> "DSEConfig":
+        """The architecture that `to_dict` wrote. Raises KeyError or TypeError where entries are missing or unknown."""
+        return cls(**{**entries, "fc_dims": tuple(entries["fc_dims"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The architecture as JSON values, as checkpoints and folders store it."""
+        return {**asdict(self), "fc_dims": list(self.fc_dims)}
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled vector, before any additional layer."""
+        side_by_side = self.pooler_type.startswith("concat")
+        return self.bert["hidden_size"] * (self.pooler_num_top_hidden_layers if side_by_side else 1)
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of a sentence's embedding."""
+        added = self.additional_embedding_layer_size
+        return self.pooled_size if added == -1 else added
+
+
+def check_fc_dims(fc_dims: list[int] | tuple[int, ...], task: Task) -> None:
+    """Raise InputError unless the head's last layer is as wide as the task's outputs."""
+    if fc_dims[-1] != task.num_student_outputs:
+        raise InputError(
+            f"--fc_dims: the last size is {fc_dims[-1]}, {task.name} ({task.kind}) needs {task.num_student_outputs}: "
+            f"try --fc_dims {' '.join(map(str, [*fc_dims[:-1], task.num_student_outputs]))}"
+        )
+
+
+def check_fits_bert(bert: dict[str, Any], max_seq_length: int, num_top_layers: int = 1) -> None:
+    """Raise InputError when a length or a number of layers is more than this BERT has."""
+    positions, layers = bert.get("max_position_embeddings", 512), bert.get("num_hidden_layers", 12)
+    if max_seq_length > positions:
+        raise InputError(
+            f"--max_seq_length: {max_seq_length} is above the model's {positions} positions: give {positions} or less"
+        )
+    if num_top_layers > layers:
+        raise InputError(
+            f"--pooler_num_top_hidden_layers: {num_top_layers} is above the model's {layers} layers: "
+            f"give {layers} or less"
+        )

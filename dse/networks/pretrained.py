@@ -1,0 +1,198 @@
+"""Where a pre-trained or fine-tuned BERT comes from: a local folder or the hub; its configuration and tokenizer.
+
+Nothing here loads torch, so that a wrong folder, casing or length is refused at once. Weights are loaded
+by models.py from the folder that `find_bert` returns.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from dse.data.tokenizers import _check_tokenizer_class
+from dse.networks.config import MOST_DROPOUT
+from dse.system.errors import InputError, one_line
+from dse.system.files import read_json, sha256_file
+
+logger = logging.getLogger(__name__)
+
+TRAINING_FORMAT = "dse teacher 1"
+TRAINING = "training.json"  # beside a teacher: how it was trained, and its files' hashes
+
+# What transformers' BERT ignores, or computes otherwise than packed batches do: the value that config.json may have.
+_PLAIN = {
+    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+    "chunk_size_feed_forward": 0, "return_dict": True, "quantization_config": {}, "auto_map": {},
+}  # fmt: skip
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+          "max_position_embeddings", "type_vocab_size")  # fmt: skip
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+_DESCRIPTION = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                "added_tokens.json", "adapter_config.json"]  # fmt: skip
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Path:
+    """The local folder of a BERT, with its weights.
+
+    Args:
+        name: a folder as `save_pretrained` writes it, or a hub name, which is downloaded to the hub's cache.
+        flag: the flag that gave the name, for error messages.
+        cache_dir: where downloads are kept; empty: the hub library's own place.
+        hub: whether hub names are allowed.
+
+    Raises InputError when it is neither, or no BERT, or its weights are missing or spoiled.
+    """
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
+    if not folder.is_dir():
+        if folder.exists():
+            raise InputError(f"{flag}: {name} is a file; expected the folder of a BERT, with config.json and weights")
+        if looks_local or not hub:
+            raise InputError(
+                f"{flag}: there is no folder {name}; expected a folder with config.json, weights and vocabulary"
+            )
+        folder = _download(name, flag, cache_dir)
+    _check_folder(folder, flag)
+    check_hashes(folder, flag)
+    return folder
+
+
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """training.json of a teacher that finetune_bert.py made; None where there is none, or another program's."""
+    if not (folder / TRAINING).is_file():
+        return None
+    training = read_json(folder / TRAINING, "the teacher's training")
+    if training.get("format") != TRAINING_FORMAT:
+        return None
+    kinds = {"task_name": str, "task": dict, "run": dict, "data": dict, "history": list, "sha256": dict}
+    if any(not isinstance(training.get(key), kind) for key, kind in kinds.items()):
+        raise InputError(f"{folder / TRAINING} is spoiled: make the teacher again, or remove this file")
+    return training
+
+
+def check_hashes(folder: Path, flag: str) -> None:
+    """Raise InputError where a teacher's files are not those that its training.json names."""
+    for name, expected in (read_training(folder) or {"sha256": {}})["sha256"].items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise InputError(
+                f"{flag}: {path} is {'spoiled' if path.is_file() else 'missing'}: its SHA-256 in {TRAINING} is "
+                f"{expected}; make the teacher again, or remove {TRAINING} if you changed the file yourself"
+            )
+
+
+def _download(name: str, flag: str, cache_dir: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # The small files first: a wrong name or model is refused before a gigabyte is fetched.
+        folder = Path(snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=_DESCRIPTION))
+        bert_config(folder, flag)
+        _check_tokenizer_class(folder, flag)
+        for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
+            if not any((folder / weights).exists() for weights in _WEIGHTS):
+                snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{flag}: {name} is no local folder, and the hub did not give it ({one_line(error)}): "
+            "check the name or the network"
+        ) from error
+    return folder
+
+
+def _check_folder(folder: Path, flag: str) -> None:
+    bert_config(folder, flag)
+    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not weights:
+        raise InputError(f"{flag}: {folder} has no weights; expected {_WEIGHTS[0]} or {_WEIGHTS[2]} in it")
+    if weights[0].suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            safe_open(weights[0], framework="numpy")  # reads the header and compares the size
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{flag}: {weights[0]} is truncated or no safetensors file ({error}); fetch it again"
+            ) from error
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{flag}: {folder} has adapters, adapter_config.json, which are not used here: merge them into the weights"
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a BERT folder's weights are loaded from, with the index of shards if there is one.
+
+    Raises InputError for an index that is spoiled, or names shards that are not there.
+    """
+    first = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
+    if first.suffix != ".json":
+        return [first]
+    shards = read_json(first, "the index of the weights").get("weight_map")
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    lost = [name for name in names if "\0" in name or not (folder / name).is_file()]
+    if lost or not names:
+        raise InputError(
+            f"{first}: the shards {', '.join(lost[:3]) or 'that it should name'} are missing; fetch them again"
+        )
+    return [first, *(folder / name for name in names)]
+
+
+def bert_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of a BERT's files, by name, that decide what a training begins with; its tokenizer apart."""
+    return {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
+
+
+def bert_config(folder: Path, flag: str) -> dict[str, Any]:
+    """The config.json of a BERT folder. Raises InputError when it is another model's, or none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag}: {folder} is no model folder: no config.json in it")
+    config = read_json(folder / "config.json", "the model's configuration")
+    # Folders of 2019 have no model_type.
+    if config.get("model_type", "bert") != "bert" or "hidden_size" not in config:
+        raise InputError(
+            f"{flag}: {folder} holds a {config.get('model_type', 'model of unknown kind')}; expected a BERT"
+        )
+    _check_config(config, f"{flag}: {folder / 'config.json'}")
+    return config
+
+
+def _check_config(config: dict[str, Any], where: str) -> None:
+    """Raise InputError for a configuration that is not a plain BERT's, or has a value that no BERT can have."""
+
+    def check(key: str, right: bool, expected: str) -> None:
+        if not right:
+            raise InputError(f"{where}: {key} is {config[key]!r}; expected {expected}")
+
+    numbers = (int, float)  # and not bool, which is a kind of int
+    for key, plain in _PLAIN.items():
+        check(key, config.get(key) in (None, plain), f"{plain!r}, as in a plain BERT: nothing else is computed here")
+    for key in _SIZES:
+        value = config.get(key, 1)
+        check(key, type(value) is int and value > 0, "a whole number above 0")
+    for key in _DROPOUTS:
+        value = config.get(key, 0)
+        unset = value is None and key == "classifier_dropout"
+        check(key, unset or (type(value) in numbers and 0 <= value <= MOST_DROPOUT), "a rate from 0 to below 1")
+    for key in ("layer_norm_eps", "initializer_range"):
+        value = config.get(key, 0.02)
+        check(key, type(value) in numbers and 0 < value < math.inf, "a number above 0")
+    heads = config.get("num_attention_heads", 12)
+    check("hidden_size", config["hidden_size"] % heads == 0, f"a multiple of num_attention_heads, {heads}")
+    labels = config.get("id2label") or {}
+    check("id2label", isinstance(labels, dict) and all(map(str.isdecimal, labels)), "names of labels by number")
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":  # the list loads torch
+        from transformers.activations import ACT2FN
+
+        known = isinstance(activation, str) and activation in ACT2FN
+        check("hidden_act", known, f"an activation that transformers knows: {', '.join(ACT2FN)}")
+
+
+def last_part(name: str) -> str:
+    """The last part of a hub name or path, for file names: `a/bert-base/` gives `bert-base`."""
+    return Path(name).name or Path(name).resolve().name

@@ -1,0 +1,129 @@
+"""Which states of a run there are, in its folder, and which one to go on from.
+
+    <stem>_…_epoch_3.pt                  after epoch 3: a student's checkpoint
+    <stem>_state_epoch_3_update_200.pt   within epoch 3, or at the end of one that leaves no checkpoint
+
+The two newest are kept while the run is under way, so that a spoiled one costs the work since the one before, and the
+best checkpoint. At the end of the run no state is left but its best and its newest checkpoint.
+"""
+
+import glob
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dse.system import parallel
+from dse.system.errors import InputError
+from dse.system.files import remove_stale_parts, save_tensors, utc_stamp
+
+logger = logging.getLogger(__name__)
+
+Position = tuple[int, int]  # epochs that are done, updates made in the one under way
+_KEPT = 2
+_IN_NAME = re.compile(r"_state_epoch_(\d+)_update_(\d+)\.pt$|_epoch_(\d+)\.pt$")
+
+
+def position_of(name: str) -> Position | None:
+    """Where a run stands after the state of that file name.
+
+    >>> position_of("x_state_epoch_3_update_200.pt"), position_of("x_f1_0.861_epoch_3.pt"), position_of("x.pt")
+    ((3, 200), (4, 0), None)
+    """
+    match = _IN_NAME.search(name)
+    if match is None:
+        return None
+    epoch, update, done = match.groups()
+    return (int(done) + 1, 0) if epoch is None else (int(epoch), int(update))
+
+
+def _is_state(name: str) -> bool:
+    match = _IN_NAME.search(name)
+    return match is not None and match.group(1) is not None
+
+
+class States:
+    """A run's states by position. Only its own are ever removed or replaced, after a newer one is whole.
+
+    Args:
+        stem: with which its files' names begin.
+        own: was the folder made for the run? Then it goes when it ends up empty.
+        mine: tells which of the files are the run's, where other runs' may be among them.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] = lambda path: True
+    ) -> None:
+        self.folder, self.stem, self.own = folder, stem, own
+        paths = [path for path in sorted(folder.glob(f"{glob.escape(stem)}_*.pt")) if mine(path)]
+        self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
+        self._spoiled: list[Path] = []
+
+    def newest(self, load: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state that `load` takes, which raises InputError for a spoiled one; None where there is none.
+
+        Raises InputError when all are spoiled.
+        """
+        for position in sorted(self.files, reverse=True):
+            path = self.files[position]
+            try:
+                return path, load(path)
+            except InputError as error:
+                logger.warning("%s; looking for the state before it", error)
+                self._spoiled.append(self.files.pop(position))
+        if self._spoiled:
+            raise InputError(
+                f"--resume: none of the states in {self.folder} can be read; leave the flag out to start anew"
+            )
+        return None
+
+    def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:
+        """Write a state whole, unless the one of this position is there, then remove what is not needed any more.
+
+        Args:
+            entries: what `load_tensors` is to give.
+            name: of a checkpoint's file; a state has its own.
+            best_epoch: whose checkpoint is kept.
+        """
+        if not name and position in self.files:
+            return self.files[position]
+        tail = f"state_epoch_{position[0]}_update_{position[1]}.pt"
+        path = self.folder / (name or f"{self.stem}_{tail}")
+        if not name and path.exists() and path not in self._spoiled:  # another run's
+            path = self.folder / f"{self.stem}_{utc_stamp()}_{tail}"
+        if parallel.is_first():
+            self._remove_parts()
+            save_tensors(path, entries)
+        self.files[position] = path
+        self._remove_but({*sorted(self.files)[-_KEPT:], _after(best_epoch)})
+        for spoiled in self._spoiled:
+            if spoiled not in self.files.values():
+                self._unlink(spoiled)
+        self._spoiled.clear()
+        return path
+
+    def finish(self, best_epoch: int | None = None) -> None:
+        """The run is at its end: keep its newest and its best checkpoint, or, without a best epoch, nothing."""
+        checkpoints = [position for position, path in self.files.items() if not _is_state(path.name)]
+        self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
+        if self.own and parallel.is_first() and self.folder.is_dir():
+            self._remove_parts()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def _remove_parts(self) -> None:
+        """Remove what this run left of states and students when it was killed; in a folder of its own, at once."""
+        remove_stale_parts(self.folder, *(("*", 0.0) if self.own else (f"{glob.escape(self.stem)}_*",)))
+
+    def _remove_but(self, kept: set[Position | None]) -> None:
+        for position in set(self.files) - kept:
+            self._unlink(self.files.pop(position))
+
+    def _unlink(self, path: Path) -> None:
+        if parallel.is_first() and path.name.startswith(f"{self.stem}_"):
+            path.unlink(missing_ok=True)
+
+
+def _after(epoch: int | None) -> Position | None:
+    return None if epoch is None else (epoch + 1, 0)

@@ -1,0 +1,268 @@
+"""A trained student as a folder that loads without flags, here or from the hub.
+
+    config.json           architecture, task, labels in order, score, length, casing, where it came from, hashes
+    model.safetensors     all weights, under the names of a checkpoint's state dict
+    tokenizer.json, …     the tokenizer, as transformers saves it
+    README.md             the model card: metrics, commands, how to use it
+
+Hashes of weights and tokenizer are compared at loading, so a spoiled file is found. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import shlex
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors.torch import load_file, save_file
+
+from dse import __version__
+from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, SCORES, ranked_label, task_from_dict, task_to_dict
+from dse.data.tokenizers import tokenizer_in, tokenizer_key
+from dse.networks.config import DSEConfig
+from dse.networks.packed_bert import is_plain
+from dse.system.errors import InputError, one_line
+from dse.system.files import check_ours, json_text, read_json, replace_folder, sha256_file, sha256_json
+from dse.training.reporting import at_threshold
+
+logger = logging.getLogger(__name__)
+
+FORMAT, VERSION = "dse student", 2
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+STUDENT_FILES = [*_FILES[1:], CARD, "added_tokens.json"]  # that may lie beside config.json
+
+
+class Shareable(ModelHubMixin):
+    """save_pretrained and from_pretrained of a student; `push_to_hub` is huggingface_hub's."""
+
+    origin: dict[str, Any] | None = None  # what is known of its training: epoch, metrics, commands (script, flags)
+
+    def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
+        """Write the student to a folder, whole; one that is there is replaced if it holds a student, else refused.
+
+        Raises InputError for a folder with other things in it, ValueError for a student without `settings`.
+        (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
+        """
+        from dse.models import empty_student
+
+        folder = Path(folder)
+        check_replaceable(folder, str(folder))
+        settings = self._settings()
+        with torch.device("meta"):
+            names = empty_student(self.config).state_dict().keys()
+        if self.state_dict().keys() != names:
+            raise InputError(f"{folder}: it cannot hold the student's wrapped layers: merge them first")
+        with replace_folder(folder) as beside:
+            save_file(weights_of(self), beside / WEIGHTS, metadata={"format": "pt"})
+            settings.tokenizer.save_pretrained(beside)
+            about = {
+                "format": FORMAT,
+                "version": VERSION,
+                "dse_version": __version__,
+                "architecture": self.config.to_dict(),
+                "task": task_to_dict(settings.task, ranks=True),
+                "labels": list(settings.task.labels),
+                "score_name": SCORES[settings.task.kind],
+                "max_seq_length": settings.max_seq_length,
+                "threshold": settings.threshold,
+                "do_lower_case": settings.tokenizer.backend_tokenizer.normalizer.lowercase,
+                "weights_sha256": sha256_file(beside / WEIGHTS),
+                "tokenizer_sha256": tokenizer_key(settings.tokenizer),
+                "origin": self.origin,
+            }
+            about = json.loads(json_text(about))  # as it will be read
+            about["sha256"] = sha256_json(about)
+            (beside / CONFIG).write_text(json_text(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (beside / CARD).write_text(model_card(about), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A student in evaluation mode on the CPU, float32, with its tokenizer.
+
+        Args:
+            name: a folder that save_pretrained wrote, or a hub name.
+            revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
+
+        Raises InputError for a folder that is none, of another version, incomplete or spoiled.
+        """
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            folder = _download(
+                str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+        config = read_config(folder)
+        tokenizer = tokenizer_in(folder)
+        if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
+            raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
+        from dse.models import TextSettings, empty_student
+
+        try:
+            model = empty_student(DSEConfig.from_dict(config["architecture"]))
+            model.load_state_dict(_weights(folder, config["weights_sha256"]))
+            task = task_from_dict(config["task"])
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
+        model.settings = TextSettings(
+            tokenizer, task, config["max_seq_length"], config.get("threshold", DEFAULT_THRESHOLD)
+        )
+        model.origin = config.get("origin")
+        return model.eval()
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """A student's weights by name, on the CPU. Raises InputError where one is not a plain tensor, e.g. quantized."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if type(tensor) is not torch.Tensor or tensor.is_quantized:
+            raise InputError(
+                f"{name}: not a plain tensor, so the student cannot be stored or indexed: do that before quantizing it"
+            )
+    return {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of all that decides a student's embeddings and scores: weights, architecture, tokenizer, length."""
+    settings = model._settings()
+    digest = hashlib.sha256()
+    for name, tensor in weights_of(model).items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    architecture = model.config.to_dict()
+    bert = architecture.pop("bert")  # of which another version of transformers may know more
+    bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
+    about = [architecture, bert, tokenizer_key(settings.tokenizer), settings.max_seq_length]
+    if not is_plain(model):
+        logger.warning(
+            "the student has hooks or wrapped layers: an index cannot tell whether they are the same when it is opened"
+        )
+        about.append("not plain")
+    digest.update(sha256_json(about).encode())
+    return digest.hexdigest()
+
+
+def _download(name: str, **options: Any) -> Path:
+    """The local copy of a student on the hub."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists():
+        raise InputError(
+            f"{name}: no folder of a student; expected what save_pretrained or `python -m dse export` made"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES, **options))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: no local folder, and the hub did not give it ({one_line(error)}): check the name or the network"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a student's folder. Raises InputError where it is missing, another program's or incomplete."""
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: no student: {CONFIG} is missing; `python -m dse export` makes such a folder")
+    config = read_json(folder / CONFIG, "the student's configuration")
+    if config.get("format") != FORMAT:
+        raise InputError(
+            f"{folder}: holds no student of this project; `python -m dse export` makes one of a checkpoint"
+        )
+    if config.get("version") != VERSION:
+        raise InputError(f"{folder}: its format is version {config.get('version')}; this program reads {VERSION}")
+    if config.pop("sha256", None) != sha256_json(config):
+        raise InputError(f"{folder / CONFIG}: spoiled or changed (its hash differs); fetch or export the folder again")
+    return config
+
+
+def _weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{folder}: {WEIGHTS} is missing; fetch or export the folder again")
+    if sha256_file(path) != expected:
+        raise InputError(f"{path}: spoiled or of another student (SHA-256 is not {expected}); fetch the folder again")
+    return load_file(path)
+
+
+def check_replaceable(folder: Path, what: str) -> None:
+    """Raise InputError when a folder to be written is a file, or holds something else than a student."""
+    check_ours(folder, what, CONFIG, FORMAT, {CONFIG, *STUDENT_FILES})
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """README.md of a student: YAML for the hub, metrics, use, commands."""
+    task, architecture, origin = config["task"], config["architecture"], config["origin"] or {}
+    labels = f", labels in order: {', '.join(config['labels'])}" if config["labels"] else ""
+    metrics = at_threshold(origin.get("metrics") or {})
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    commands = [command_line(script, _without_places(flags)) for script, flags in origin.get("commands", [])]
+    use = "\n".join([
+        "from dse.models import DSESiameseClassifier", "",
+        'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")',
+        'embeddings = model.encode(["A sentence.", "Another one."])',
+        'scores = model.score([("A sentence.", "Another one.")])',
+    ])  # fmt: skip
+    parts = [
+        "---\nlibrary_name: dse\npipeline_tag: sentence-similarity\ntags:\n- sentence-similarity\n"
+        "- distilled-sentence-embedding\n- knowledge-distillation\n---",
+        f"# A DSE student for {task['name']}",
+        "It embeds each sentence alone and scores a pair with a small head over the two embeddings (Barkan et al., "
+        '"Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020).',
+        f"- task: {task['name']} ({task['kind']}{labels})\n"
+        f"- encoder: BERT, {architecture['bert']['num_hidden_layers']} layers of "
+        f"{architecture['bert']['hidden_size']}, {'uncased' if config['do_lower_case'] else 'cased'}; "
+        f"at most {config['max_seq_length']} tokens per sentence\n"
+        f"- pooler {architecture['pooler_type']} over {architecture['pooler_num_top_hidden_layers']} layers; head "
+        f"{architecture['siamese_head_type']}, layers {architecture['fc_dims']}" + _meaning(config),
+        f"## Use\n\n```python\n{use}\n```",
+    ]
+    if table:
+        title = f"## Metrics on the validation data, epoch {origin.get('epoch')}"
+        parts.append(f"{title}\n\n| metric | value |\n| --- | --- |\n{table}")
+    if commands:
+        lines = "\n".join(commands)
+        parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin.get('logits_sha256')}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _meaning(config: dict[str, Any]) -> str:
+    """What scores, probabilities and labels mean, a line each."""
+    task, labels = task_from_dict(config["task"]), config["labels"]
+    try:
+        ranked = f"`{ranked_label(task)}`"
+    except InputError:  # nothing says which: a search has to
+        ranked = "the label that `rank_label` names"
+    lines = [f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}"]
+    if task.kind == BINARY:
+        lines += [
+            f"`score` gives the logit of `{labels[1]}`; `predict(probabilities=True)` gives the probability of "
+            f'{ranked}, and `probabilities="all"` both columns',
+            f"`predict` says `{labels[1]}` where its probability is above {config['threshold']}",
+        ]
+    return "".join(f"\n- {line}" for line in lines)
+
+
+def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags whose absolute paths are cut to their last part: where a user keeps files is nobody else's business."""
+    return {
+        flag: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for flag, value in flags.items()
+    }
+
+
+def command_line(script: str, flags: dict[str, Any]) -> str:
+    """The command line that gives a script these flags."""
+    words = ["python", script]
+    for flag, value in flags.items():
+        if value is True:
+            words.append(f"--{flag}")
+        elif value not in (False, None, ""):
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+    return shlex.join(words)

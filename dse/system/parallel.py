@@ -1,0 +1,187 @@
+"""Several processes that train, or infer, one model together, as torchrun starts them; alone, nothing here acts.
+
+    torchrun --nproc_per_node 2 dse_train_runner.py …
+
+Every process has the whole data and model. Of each batch it takes every N-th row, of an inference every N-th batch; the
+gradients are averaged by DistributedDataParallel, the outputs put together by a sum in which each has zeros for what
+others did. Files are written by the first process alone.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dse.system.errors import InputError, RunError, one_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+_TIMEOUT = datetime.timedelta(minutes=30)  # the first process may tokenize that long while the others wait
+_OF_THE_CONNECTION = ("Connection", "onnection closed", "gloo", "NCCL", "peer", "Socket")
+_device: "torch.device | None" = None  # of this process, once it has joined the others
+
+
+def launched() -> bool:
+    """Did torchrun start this process as one of several? It sets all of these; a cluster may set some of them."""
+    numbers = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+    return all(number.isdecimal() for number in numbers) and "MASTER_ADDR" in os.environ and int(numbers[0]) > 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def local_rank() -> int:
+    """Its number on its machine: its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def size() -> int:
+    """How many processes work together: 1 until `join`."""
+    return 1 if _device is None else int(os.environ["WORLD_SIZE"])
+
+
+def is_first() -> bool:
+    """Is this the process that writes?"""
+    return rank() == 0
+
+
+def join(device: "torch.device") -> None:
+    """Meet the other processes, if there are any; `together` parts from them."""
+    global _device
+    if not launched():
+        return
+    import torch
+    from torch import distributed
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    _device = device
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Part from the other processes at the end, if they were joined within.
+
+    Raises RunError where one of them is lost; torchrun then ends all.
+    """
+    global _device
+    try:
+        yield
+        if _device is not None:
+            from torch import distributed
+
+            distributed.barrier()
+            distributed.destroy_process_group()
+    except RuntimeError as error:
+        if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
+            raise
+        raise RunError(
+            f"process {rank()} lost another one ({one_line(error)[:200]}): look for that one's error; "
+            "--resume goes on where there is a state"
+        ) from error
+    finally:
+        _device = None
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """Let the first process do the block, then the others, which find what it left: a cache, say."""
+    if not is_first():
+        wait_for_all()
+    yield
+    if is_first():
+        wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if size() > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+def agree(numbers: list[int], what: str) -> None:
+    """Raise RunError where the processes' numbers differ."""
+    values = np.array(numbers, dtype=np.int64)
+    if not (_reduced(values, "MAX") == -_reduced(-values, "MAX")).all():
+        raise RunError(
+            f"the processes differ in {what}, here {numbers}: all of them need the same folders with the same files"
+        )
+
+
+def share(rows: np.ndarray) -> np.ndarray:
+    """This process's part of a batch's rows."""
+    return rows[rank() :: size()] if size() > 1 else rows
+
+
+def summed(values: np.ndarray) -> np.ndarray:
+    """The sum of all processes' arrays, which are of one shape, in each of them."""
+    return _reduced(values, "SUM")
+
+
+def highest(value: int) -> int:
+    """The highest of all processes' numbers."""
+    return int(_reduced(np.array([value], dtype=np.int64), "MAX")[0])
+
+
+def of_first(value: int) -> int:
+    """The first process's number."""
+    return int(summed(np.array([value if is_first() else 0], dtype=np.int64))[0])
+
+
+def _reduced(values: np.ndarray, how: str) -> np.ndarray:
+    if size() == 1:
+        return values
+    import torch
+    from torch import distributed
+
+    tensor = torch.from_numpy(values).to(_device, copy=True)
+    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how))
+    return tensor.cpu().numpy()
+
+
+def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
+    """Every process's tensor, in order; they are on the CPU, of one shape and type."""
+    if size() == 1:
+        return [tensor]
+    import torch
+    from torch import distributed
+
+    tensors = [torch.empty_like(tensor, device=_device) for _ in range(size())]
+    distributed.all_gather(tensors, tensor.to(_device))
+    return [each.cpu() for each in tensors]
+
+
+def synchronized(model: "nn.Module", forward: Callable[[dict[str, Any]], Any]) -> Any:
+    """`forward`, a function of the model and a batch's inputs, such that gradients are averaged over the processes.
+
+    Alone it is `forward` itself; else a DistributedDataParallel, whose `no_sync` leaves gradients as they are.
+    """
+    if size() == 1:
+        return forward
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("--freeze_bert: leaves this architecture nothing to train")
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs: dict[str, Any]) -> Any:
+            return forward(inputs)
+
+    devices = [_device] if _device.type == "cuda" else None
+    return DistributedDataParallel(Step(), device_ids=devices, broadcast_buffers=False)
