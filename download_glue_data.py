@@ -24,7 +24,7 @@ import filelock
 from dse import cli
 from dse.data.download import DownloadError, fetch, forget, keep_aside, shown, unzip
 from dse.system.errors import InputError, RunError
-from dse.system.files import check_writable, read_json, sha256_file, utc_stamp, write_json, write_whole
+from dse.system.files import atomic_write, check_writable, read_json, sha256_file, utc_stamp, write_json
 from dse.system.text_files import read_lines
 
 PROG = "download_glue_data.py"
@@ -158,7 +158,7 @@ def line_start(cells: list[str]) -> str:
 
 
 def write_lines(path: Path, lines: Iterator[str] | list[str]) -> None:
-    with write_whole(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(line + "\n" for line in lines)
 
 
@@ -384,7 +384,7 @@ def put_in_place(made: Path, folder: Path) -> None:
         for left in (folder / name).parent.glob(f".{name.name}.*.part"):  # by a run that was killed here
             left.unlink()
         if name == Path(RECORD) or not (folder / name).exists():
-            with write_whole(folder / name) as beside:
+            with atomic_write(folder / name) as beside:
                 shutil.copyfile(made / name, beside)
 
 

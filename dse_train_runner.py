@@ -99,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @dataclass
-class Start:
+class RunStart:
     """What a run starts from: the pre-trained encoder, or a state of the run."""
 
     tokenizer: Any
@@ -158,16 +158,16 @@ def splits_of(task: Task) -> list[str]:
     return ["train", "dev", *(split for split, _ in task.also_validate)]
 
 
-def start_fresh(args: argparse.Namespace, stamp: str, data: dict[str, Any]) -> Start:
+def start_fresh(args: argparse.Namespace, stamp: str, data: dict[str, Any]) -> RunStart:
     folder = find_bert(args.bert_model, "--bert_model")
     bert = bert_config(folder, "--bert_model")
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
     data["bert"] = bert_hashes(folder)
-    return Start(tokenizer, stamp, DSEConfig.from_flags(args, bert), bert_folder=folder)
+    return RunStart(tokenizer, stamp, DSEConfig.from_flags(args, bert), bert_folder=folder)
 
 
-def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> Start | None:
+def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> RunStart | None:
     """From --trainer_checkpoint, or with --resume from the run's newest whole state; None where there is none."""
     from dse.data.tokenizers import tokenizer_from_files
     from dse.storage.checkpoint import check_same_run, find_run, load_checkpoint, take_over
@@ -190,7 +190,7 @@ def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> S
     best = checkpoint["best"]
     if best is not None and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
         logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
-    return Start(
+    return RunStart(
         tokenizer_from_files(checkpoint["tokenizer"]),
         checkpoint["stamp"],
         DSEConfig.from_dict(checkpoint["architecture"]),
@@ -226,7 +226,7 @@ def make_features(
     }
 
 
-def make_model(args: argparse.Namespace, start: Start) -> "DSESiameseClassifier":
+def make_model(args: argparse.Namespace, start: RunStart) -> "DSESiameseClassifier":
     from dse.models import new_student
     from dse.networks.student import set_dropout
     from dse.storage.checkpoint import student_from_checkpoint
@@ -284,7 +284,7 @@ def make_validate(
     args: argparse.Namespace, task: Task, trainer: "Trainer", features: dict[str, "Features"]
 ) -> Callable[[], dict[str, float]]:
     """Metrics on dev and, with a prefix, on the task's other validation sets (mm_…, test_…)."""
-    from dse.networks.inference import predict_pairs
+    from dse.networks.inference import infer_pairs
     from dse.training.metrics import measure_student
 
     measure = measure_student(task, args.tune_positive_thresholds)
@@ -294,7 +294,7 @@ def make_validate(
         for split, rows in features.items():
             if split == "train":
                 continue
-            outputs = predict_pairs(trainer.model, rows, args.val_batch_size, trainer.device, f"validate {split}")
+            outputs = infer_pairs(trainer.model, rows, args.val_batch_size, trainer.device, f"validate {split}")
             prefix = "" if split == "dev" else f"{split}_"
             metrics |= {prefix + name: value for name, value in measure(outputs, rows.labels).items()}
         return metrics
@@ -344,7 +344,7 @@ def out_of_patience(task: Task, history: list[Record], patience: int | None) -> 
 
 
 def make_entries(
-    args: argparse.Namespace, task: Task, trainer: "Trainer", start: Start, data: dict[str, Any]
+    args: argparse.Namespace, task: Task, trainer: "Trainer", start: RunStart, data: dict[str, Any]
 ) -> Callable[[str], dict[str, Any]]:
     """A function from the name of a checkpoint under way, or "", to all that a checkpoint or state holds now."""
     from dse.storage.checkpoint import HEADER
@@ -374,7 +374,7 @@ def make_after_epoch(
     args: argparse.Namespace,
     task: Task,
     trainer: "Trainer",
-    start: Start,
+    start: RunStart,
     data: dict[str, Any],
     save: Callable[[], Path],
     entries: Callable[[str], dict[str, Any]],
@@ -416,7 +416,7 @@ def train(
     args: argparse.Namespace,
     task: Task,
     trainer: "Trainer",
-    start: Start,
+    start: RunStart,
     data: dict[str, Any],
     validate: Callable[[], dict[str, float]],
     log_file: Path | None,

@@ -188,11 +188,11 @@ def make_trainer(args: argparse.Namespace, task: Task, model: Any, features: Any
 def evaluate(
     args: argparse.Namespace, task: Task, model: Any, features: Any, device: Any, split: str
 ) -> dict[str, float]:
-    from dse.networks.inference import predict
+    from dse.networks.inference import infer
     from dse.networks.teacher import teacher_logits
     from dse.training.metrics import measure_teacher
 
-    logits = predict(
+    logits = infer(
         model, lambda inputs: teacher_logits(model, inputs), features, args.eval_batch_size, device, f"evaluate {split}"
     )
     return measure_teacher(task)(logits, features.labels)

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dse.data.features import cached_features
     from dse.networks.batches import padding_for
-    from dse.networks.inference import Progress, predict
+    from dse.networks.inference import PartialOutputs, infer
     from dse.networks.teacher import load_teacher, teacher_logits
     from dse.storage.logits import logits_identity, save_logits
     from dse.training.losses import distillation_targets
@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> None:
         **belongs, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
         "batch_size": args.batch_size, "padding": padding, "device": device.type,
     }  # fmt: skip
-    progress = Progress(path.with_suffix(".partial"), work, args.save_every)
+    progress = PartialOutputs(path.with_suffix(".partial"), work, args.save_every)
     forward = partial(teacher_logits, teacher)
-    logits = torch.from_numpy(predict(teacher, forward, features, args.batch_size, device, "teacher logits", progress))
+    logits = torch.from_numpy(infer(teacher, forward, features, args.batch_size, device, "teacher logits", progress))
     if not parallel.is_first():
         return
     outputs = distillation_targets(task.kind, logits).numpy()

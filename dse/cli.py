@@ -69,7 +69,7 @@ def clear_errors(prog: str) -> Iterator[None]:
     """
     with signals.safe_console():
         try:
-            with signals.caught(), parallel.together():
+            with signals.caught(), parallel.process_group():
                 yield
                 if sys.stdout is not None:
                     sys.stdout.flush()  # now, so that its errors are told like others

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from dse.data.features import SeparateFeatures, encode_texts
+from dse.data.features import SeparateFeatures, tokenize_texts
 from dse.data.tasks import DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, Task, ranked_label
 from dse.networks.batches import padding_for
 from dse.networks.config import DSEConfig
 from dse.networks.heads import SiameseHead
-from dse.networks.inference import embed_texts, predict_pairs
+from dse.networks.inference import embed_texts, infer_pairs
 from dse.networks.student import DSEModel, _load
 from dse.storage.student_folder import Shareable
 from dse.system.text_files import checked_texts, elements
@@ -127,7 +127,7 @@ class TextInterface:
         outputs = np.empty((0, width), np.float32)
         if firsts:
             features = self._features(firsts, seconds)
-            outputs = predict_pairs(self, features, batch_size, self.device, "score", show_progress)
+            outputs = infer_pairs(self, features, batch_size, self.device, "score", show_progress)
         return outputs[:, 0] if width == 1 else outputs
 
     def predict(
@@ -176,7 +176,7 @@ class TextInterface:
     def _features(self, firsts: list[str], seconds: list[str]) -> SeparateFeatures:
         settings = self._settings()
         texts = firsts if firsts is seconds else firsts + seconds
-        distinct, places = encode_texts(texts, settings.tokenizer, settings.max_seq_length)
+        distinct, places = tokenize_texts(texts, settings.tokenizer, settings.max_seq_length)
         padding = padding_for(self.device, None)
         return SeparateFeatures(
             distinct, places[: len(firsts)], places[-len(seconds) :], None, settings.tokenizer.pad_token_id,

@@ -453,7 +453,7 @@ def test_a_json_line_per_epoch_is_json(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(RuntimeError), files.write_whole(tmp_path / "file") as beside:
+    with pytest.raises(RuntimeError), files.atomic_write(tmp_path / "file") as beside:
         beside.write_text("ne")
         raise RuntimeError
     assert (tmp_path / "file").read_text() == "old"

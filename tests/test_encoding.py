@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dse.data.features import encode_texts
+from dse.data.features import tokenize_texts
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import make_pair
 
@@ -16,7 +16,7 @@ TEXTS = [text for pair in PAIRS for text in pair]
 
 def embedded_alone(model, text: str) -> np.ndarray:
     """A second way: one text, padded, through the model itself."""
-    tokens, _ = encode_texts([text], model.settings.tokenizer, model.settings.max_seq_length)
+    tokens, _ = tokenize_texts([text], model.settings.tokenizer, model.settings.max_seq_length)
     with torch.inference_mode():
         return model.embed(*tokens.padded(np.array([0]), 0, 32))[0].numpy()
 

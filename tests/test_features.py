@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dse.data.features import cached_features, encode_texts, joint_features, kept_lengths, separate_features
+from dse.data.features import cached_features, joint_features, kept_lengths, separate_features, tokenize_texts
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
@@ -79,7 +79,7 @@ def test_separate_texts_are_embedded_once_each(tokenizer):
 
 
 def test_a_separate_text_is_cut_to_length(tokenizer):
-    texts, places = encode_texts(["car " * 50], tokenizer, 6)
+    texts, places = tokenize_texts(["car " * 50], tokenizer, 6)
     (car,) = ids_of(tokenizer, "car")
     assert (texts.ids.tolist(), places.tolist()) == ([CLS, car, car, car, car, SEP], [0])
 
@@ -87,7 +87,7 @@ def test_a_separate_text_is_cut_to_length(tokenizer):
 def test_casing_reaches_the_normalizer(bert):
     for lower, expected in ((True, "car"), (False, "[UNK]")):
         tokenizer = load_tokenizer(bert, lower, "--bert_model")
-        texts, _ = encode_texts(["CAR"], tokenizer, 8)
+        texts, _ = tokenize_texts(["CAR"], tokenizer, 8)
         assert texts.ids.tolist() == [CLS, tokenizer.get_vocab()[expected], SEP]
 
 
@@ -171,7 +171,7 @@ def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
 
 
 def test_special_tokens_count_only_where_they_stand_alone(tokenizer):
-    texts, _ = encode_texts(["car [SEP] a", "car[SEP]a", "[MASK]"], tokenizer, 20)
+    texts, _ = tokenize_texts(["car [SEP] a", "car[SEP]a", "[MASK]"], tokenizer, 20)
     vocabulary = tokenizer.get_vocab()
     car, a, unknown, mask = (vocabulary[word] for word in ("car", "a", "[UNK]", "[MASK]"))
     rows = [list(row) for row in np.split(texts.ids, texts.offsets[1:-1])]
@@ -212,7 +212,7 @@ def test_texts_in_parts_give_the_rows_of_all_at_once(make_features, tokenizer, m
 
 def test_a_special_token_with_a_space_on_one_side_only_is_plain_text(tokenizer):
     car, a, unknown = (tokenizer.get_vocab()[word] for word in ("car", "a", "[UNK]"))
-    texts, _ = encode_texts(["car [SEP]a", "car[SEP] a"], tokenizer, 20)
+    texts, _ = tokenize_texts(["car [SEP]a", "car[SEP] a"], tokenizer, 20)
     assert texts.ids.reshape(2, -1).tolist() == [[CLS, car, *[unknown] * 3, a, SEP]] * 2
 
 

@@ -14,7 +14,7 @@ from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.models import DSESiameseClassifier, new_student
 from dse.networks.config import PADDINGS, POOLER_TYPES, DSEConfig
-from dse.networks.inference import predict, predict_pairs
+from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config
 from dse.networks.teacher import teacher_logits
 from dse.training.losses import distillation_targets, student_loss
@@ -180,7 +180,7 @@ def test_training(name, padding, pairs, tokenizer):
 
     losses: list[float] = []
     trainer = golden_trainer(case, features, model, losses)
-    outputs = predict(model, trainer.forward, features, 7, trainer.device, "before")
+    outputs = infer(model, trainer.forward, features, 7, trainer.device, "before")
     np.testing.assert_allclose(outputs, golden["initial_outputs"], atol=2e-5, rtol=0)
 
     rates = [trainer.optimizer.next_rate]  # by the number of updates made
@@ -190,7 +190,7 @@ def test_training(name, padding, pairs, tokenizer):
     after_batch = [rates[(i + 1) // case["gradient_accumulation_steps"]] for i in range(len(losses))]
     np.testing.assert_allclose(after_batch, golden["lr_after_batch"], atol=1e-9, rtol=0)
 
-    outputs = predict_pairs(model, features, 36, trainer.device, "after")
+    outputs = infer_pairs(model, features, 36, trainer.device, "after")
     np.testing.assert_allclose(outputs, golden["final_outputs"], atol=1e-4, rtol=0)
     finals = [key for key in golden if key.startswith("final__")]
     assert len(finals) == 4

@@ -12,7 +12,7 @@ from dse.models import DSESiameseClassifier, empty_student
 from dse.networks import inference, kernels, packed_bert
 from dse.networks.batches import pack
 from dse.networks.config import POOLER_TYPES, DSEConfig
-from dse.networks.inference import by_length, embed_texts, predict, predict_pairs
+from dse.networks.inference import by_length, embed_texts, infer, infer_pairs
 from dse.networks.kernels import keep_factors
 from dse.networks.student import set_dropout
 from dse.networks.teacher import teacher_logits
@@ -242,13 +242,13 @@ def test_bf16_follows_float32():
 def test_each_text_is_embedded_once_and_pairs_keep_their_order():
     model = student_of()
     features = separate()
-    expected = predict(model, lambda inputs: model(**inputs), features, 3, torch.device("cpu"), "pairs")
+    expected = infer(model, lambda inputs: model(**inputs), features, 3, torch.device("cpu"), "pairs")
     seen = []
     model.dse_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.extend(inputs["packed"].starts.tolist()), with_kwargs=True
     )
     features.padding = "packed"
-    outputs = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    outputs = infer_pairs(model, features, 3, torch.device("cpu"), "texts")
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
     assert len(seen) == len(LENGTHS)
     embeddings = embed_texts(model, features, 3, torch.device("cpu"), "texts")
@@ -300,9 +300,9 @@ def test_checkpointing_computes_each_layer_again_in_training(monkeypatch):
 
 def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
     model, features = student_of(), separate()
-    expected = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    expected = infer_pairs(model, features, 3, torch.device("cpu"), "texts")
     monkeypatch.setattr(inference, "_PAIRS_PER_STEP", 4)
-    outputs = predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    outputs = infer_pairs(model, features, 3, torch.device("cpu"), "texts")
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
     assert np.ptp(expected) > 0.1
 
@@ -314,7 +314,7 @@ def test_the_places_of_a_step():
     model.dse_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
-    predict_pairs(model, features, 3, torch.device("cpu"), "texts")
+    infer_pairs(model, features, 3, torch.device("cpu"), "texts")
     assert seen == [8, 3]
     seen.clear()
     embed_texts(model, features, 3, torch.device("cpu"), "texts")

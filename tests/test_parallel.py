@@ -143,7 +143,7 @@ def test_alone_nothing_changes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert (parallel.rank(), parallel.size(), parallel.is_first(), parallel.launched()) == (0, 1, True, False)
     rows = np.arange(5)
-    assert parallel.share(rows) is rows
+    assert parallel.rows_of_rank(rows) is rows
     assert parallel.summed(rows) is rows
     assert parallel.highest(7) == parallel.of_first(7) == 7
     parallel.join(torch.device("cpu"))

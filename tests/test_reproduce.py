@@ -585,6 +585,6 @@ def test_21_the_best_epoch_may_stand_beside_best(student, tmp_path):
     model.save_pretrained(tmp_path / "dse" / "dse_2" / "best_of_mine")
     (tmp_path / "dse" / "dse_2" / "best.txt").write_text("mine")
     place = SimpleNamespace(folder=tmp_path)
-    assert reproduction.Work.model_folder(place, "dse") == tmp_path / "dse" / "dse_2" / "best_epoch_10"
+    assert reproduction.Experiment.model_folder(place, "dse") == tmp_path / "dse" / "dse_2" / "best_epoch_10"
     with pytest.raises(InputError, match="holds no student"):
-        reproduction.Work.model_folder(place, "labels_only")
+        reproduction.Experiment.model_folder(place, "labels_only")

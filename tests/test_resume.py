@@ -96,14 +96,14 @@ def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkp
 
 
 def test_a_signal_cuts_a_validation_off(unbroken, student_flags, checkpoints, monkeypatch, capsys):
-    predict_pairs = inference.predict_pairs
+    infer_pairs = inference.infer_pairs
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return predict_pairs(*args)
+        return infer_pairs(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inference, "predict_pairs", interrupted)
+        patched.setattr(inference, "infer_pairs", interrupted)
         code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
     assert (code, "_state_epoch_0_update_3.pt" in line) == (143, True)
     dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
@@ -133,7 +133,7 @@ def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkp
 
 
 def test_the_second_ctrl_c_waits_for_nothing():
-    with pytest.raises(signals.Stopped) as stop, signals.caught(), signals.held():
+    with pytest.raises(signals.Stopped) as stop, signals.caught(), signals.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.requested() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
@@ -676,8 +676,8 @@ def test_a_full_disk(student_flags, tmp_path, monkeypatch, capsys):
 )
 def test_a_write_that_the_disk_refuses(error, tmp_path):
     (tmp_path / "x").write_text("old")
-    for write in (files.write_whole, files.write_folder_whole, files.replace_folder):
-        place = tmp_path / ("x" if write is files.write_whole else "folder")
+    for write in (files.atomic_write, files.write_folder_whole, files.replace_folder):
+        place = tmp_path / ("x" if write is files.atomic_write else "folder")
         with pytest.raises(RunError, match=r"cannot be written \((No space|\[enforce\])"), write(place):
             raise error
     assert (tmp_path / "x").read_text() == "old"

@@ -213,7 +213,7 @@ def test_pairs_as_mappings(student):
 def outputs_of(monkeypatch, outputs: list[list[list[float]]]) -> None:
     """Have validation see these outputs, epoch after epoch."""
     given = iter(outputs)
-    monkeypatch.setattr("dse.networks.inference.predict_pairs", lambda *_: np.array(next(given), np.float32))
+    monkeypatch.setattr("dse.networks.inference.infer_pairs", lambda *_: np.array(next(given), np.float32))
 
 
 def test_the_winning_threshold_goes_with_the_student(student_flags, checkpoints, data, monkeypatch, caplog, tmp_path):

@@ -27,7 +27,7 @@ from dse.system.errors import InputError, RunError
 CPU = torch.device("cpu")
 
 
-def run_steps(progress: inference.Progress | None, computed: list[int], costs: list[int]) -> np.ndarray:
+def run_steps(progress: inference.PartialOutputs | None, computed: list[int], costs: list[int]) -> np.ndarray:
     """Outputs that are each row's number plus 1, in steps of at most 8 places; which rows were computed."""
 
     def batch(rows: np.ndarray) -> dict:
@@ -42,7 +42,7 @@ def run_steps(progress: inference.Progress | None, computed: list[int], costs: l
 
 def test_19_rows_that_are_done_are_stored_and_no_others(tmp_path):
     costs, steps = [3, 9, 4, 4], [np.array([1]), np.array([2, 3]), np.array([0])]
-    progress = inference.Progress(tmp_path / "x.partial", {"of": "x"})
+    progress = inference.PartialOutputs(tmp_path / "x.partial", {"of": "x"})
     assert progress.find(steps) is None
     done, outputs = np.array([False, False, True, True]), np.full((4, 1), np.nan, np.float32)
     outputs[[2, 3], 0] = [30, 40]
@@ -222,7 +222,7 @@ def test_22_a_signal_when_the_console_is_gone(monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(os, "write", gone)
-    with signals.caught(), signals.held():
+    with signals.caught(), signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.requested() == signal.SIGTERM
 

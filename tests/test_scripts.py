@@ -20,7 +20,7 @@ from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.networks.config import PADDINGS
-from dse.networks.inference import predict
+from dse.networks.inference import infer
 from dse.networks.teacher import load_teacher
 from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
 from dse.storage.student_folder import read_config
@@ -372,7 +372,7 @@ def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, 
     features = separate_features(task, read_examples(task, data("mrpc"), "dev"), tokenizer, 32)
     features.padding = "max"  # the run's own was packed
     features.max_seq_length = 32
-    outputs = predict(model, lambda inputs: model(**inputs), features, 7, torch.device("cpu"), "again")
+    outputs = infer(model, lambda inputs: model(**inputs), features, 7, torch.device("cpu"), "again")
     again = measure_student(task, (0.4, 0.5))(outputs, features.labels)
     assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dse.networks.inference import predict
+from dse.networks.inference import infer
 from dse.training.optimization import make_optimizer
 from dse.training.trainer import Trainer, count_updates, epoch_order
 
@@ -101,7 +101,7 @@ def test_training_mode_returns_after_validation():
     trainer.model.eval()  # as from_pretrained leaves it
     modes = []
     trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    trainer.fit(2, lambda: {"n": float(len(predict(trainer.model, trainer.forward, Line(3), 3, trainer.device, "v")))})
+    trainer.fit(2, lambda: {"n": float(len(infer(trainer.model, trainer.forward, Line(3), 3, trainer.device, "v")))})
     assert modes == [True, True, False, True, True, False]
     assert trainer.model.training, "an evaluation left the model in evaluation mode"
 
@@ -121,7 +121,7 @@ def test_after_epoch_can_end_the_training():
 def test_predictions_come_back_in_file_order():
     trainer, _ = trainer_of(rows=7, batch_size=2, accumulation=1)
     torch.nn.init.ones_(trainer.model.weight)
-    outputs = predict(trainer.model, trainer.forward, Line(7), 3, trainer.device, "p")
+    outputs = infer(trainer.model, trainer.forward, Line(7), 3, trainer.device, "p")
     assert outputs[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 import dse_train_runner
 import finetune_bert
 from dse.cli import dropout_rate
-from dse.data.features import SeparateFeatures, _word_pieces, cached_features, encode_texts, joint_features
+from dse.data.features import SeparateFeatures, _word_pieces, cached_features, joint_features, tokenize_texts
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer, tokenizer_from_files, tokenizer_key, tokenizer_to_files
@@ -207,7 +207,7 @@ def assert_same_numbers(folder: Path, teacher: bool = True) -> None:
     assert _word_pieces(texts, tokenizer) == ids_by_the_library(folder, texts)
     task, layers = get_task("mrpc"), config["num_hidden_layers"]
     student = new_student(folder, DSEConfig(config, pooler_num_top_hidden_layers=layers, fc_dims=(8, 1)))
-    distinct, places = encode_texts(TEXTS, tokenizer, 24)
+    distinct, places = tokenize_texts(TEXTS, tokenizer, 24)
     texts = SeparateFeatures(distinct, places, places[::-1].copy(), None, 0)
     computed = [(student, texts, lambda inputs: student(**inputs))]
     if teacher:

@@ -82,7 +82,7 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     from dse.data.features import joint_features, separate_features
     from dse.data.processors import read_examples
     from dse.data.tasks import get_task
-    from dse.networks.inference import predict
+    from dse.networks.inference import infer
     from dse.networks.teacher import load_teacher, teacher_logits
     from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
     from dse.training.metrics import measure_student, measure_teacher
@@ -95,7 +95,7 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     joint, separate = (make(task, examples, tokenizer, 48) for make in (joint_features, separate_features))
 
     def teach() -> Any:
-        return predict(teacher, lambda inputs: teacher_logits(teacher, inputs), joint, 128, cpu, "teacher")
+        return infer(teacher, lambda inputs: teacher_logits(teacher, inputs), joint, 128, cpu, "teacher")
 
     with torch.inference_mode():
         embeddings = student.embed(*separate.texts.padded(separate.first, separate.pad_id))

@@ -18,7 +18,7 @@ from dse import cli
 from dse.data.tasks import TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction
-from dse.experiments.reproduction import PRESETS, STAGES, Encoder, Work, seconds_left
+from dse.experiments.reproduction import PRESETS, STAGES, Encoder, Experiment, seconds_left
 from dse.experiments.results import can_plot, collect, write_results
 from dse.networks.config import check_fits_bert
 from dse.networks.pretrained import bert_config, bert_hashes, find_bert
@@ -85,7 +85,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
     return found
 
 
-def make_works(args: argparse.Namespace) -> list[Work]:
+def make_works(args: argparse.Namespace) -> list[Experiment]:
     """Every task with every seed, refusing what cannot work."""
     pairs, preset = chosen(args), PRESETS[args.preset]
     folder = find_bert(args.bert_model, "--bert_model")
@@ -105,7 +105,7 @@ def make_works(args: argparse.Namespace) -> list[Work]:
     works = []
     for task, seed in pairs:
         place = Path(args.output_dir) / f"{task.name}_seed{seed}"
-        works.append(Work(preset, task, seed, Path(args.data_dir) / task.folder, encoder, place, stages))
+        works.append(Experiment(preset, task, seed, Path(args.data_dir) / task.folder, encoder, place, stages))
     for work in works:
         work.check_settings()
     return works
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         logger.warning("no plots: pip install matplotlib, and call this again, for them")
 
     # 2. What is left, stage by stage; the results so far after each.
-    def write(left: list[tuple[Work, str]]) -> tuple[dict[str, list[str]], bool]:
+    def write(left: list[tuple[Experiment, str]]) -> tuple[dict[str, list[str]], bool]:
         about = {"command": command, "preset": args.preset}
         results = collect(Path(args.output_dir), works, left, dict(args.call), about)
         return results["missing"], write_results(results, Path(args.output_dir))
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", args.output_dir)
 
 
-def do(work: Work, stage: str) -> None:
+def do(work: Experiment, stage: str) -> None:
     """Do a stage; what ends it early is told in this command's terms, since a script's advice names its own flags."""
     place = work.folder / stage
     try:

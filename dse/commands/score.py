@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from dse import cli
 from dse.data.tasks import ranked_label
 from dse.system.errors import InputError
-from dse.system.files import check_output_file, json_text, write_whole
+from dse.system.files import atomic_write, check_output_file, json_text
 from dse.system.text_files import check_texts, texts_of
 
 PROG = "python -m dse score"
@@ -56,7 +56,7 @@ def output_file(path: str) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    with write_whole(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
         yield file
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dse.system.errors import InputError, RunError
-from dse.system.files import check_writable, write_whole
+from dse.system.files import atomic_write, check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, 
     """Write a cache whole. Where that cannot be: RunError for a path that the user chose, else a warning."""
     header = {**made_from, "content": _content_hash(arrays)}
     try:
-        with write_whole(path) as beside:
+        with atomic_write(path) as beside:
             save_file(arrays, beside, metadata={_HEADER: json.dumps(header)})
     except RunError as error:
         if chosen:

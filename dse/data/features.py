@@ -206,7 +206,7 @@ def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_le
 FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures, separate_features)}
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
+def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
     """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32.
 
     Where the tokenizer does not fit the texts, that is warned of, once for a tokenizer.

@@ -25,11 +25,11 @@ from dse.experiments.benchmarks import Given, take_turns
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier, TextSettings, new_student
 from dse.networks.config import DSEConfig
-from dse.networks.inference import predict
+from dse.networks.inference import infer
 from dse.networks.teacher import load_teacher, teacher_logits
 from dse.storage.index_files import BLOCK
 from dse.system.errors import InputError
-from dse.system.files import write_whole
+from dse.system.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, se
     bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
 
     def read() -> None:
-        predict(bert, lambda inputs: teacher_logits(bert, inputs), features, 10**6, torch.device("cpu"), "teacher")
+        infer(bert, lambda inputs: teacher_logits(bert, inputs), features, 10**6, torch.device("cpu"), "teacher")
 
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]["seconds"]
     logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
@@ -217,5 +217,5 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.3)
-    with write_whole(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="png", dpi=120)

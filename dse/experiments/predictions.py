@@ -20,7 +20,7 @@ from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.models import DSESiameseClassifier, TextSettings
 from dse.networks.batches import padding_for
-from dse.networks.inference import predict, predict_pairs
+from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config, find_bert, read_training
 from dse.networks.teacher import load_teacher, teacher_logits
 from dse.storage.student_folder import FORMAT as STUDENT_FORMAT
@@ -76,7 +76,7 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
     def score(rows: Examples) -> np.ndarray:
         features = separate_features(task, rows, own.tokenizer, own.max_seq_length)
         features.padding = padding_for(model.device, None)
-        return predict_pairs(model, features, batch_size, model.device, "student")
+        return infer_pairs(model, features, batch_size, model.device, "student")
 
     return score
 
@@ -94,9 +94,7 @@ def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: i
     def score(rows: Examples) -> np.ndarray:
         features = joint_features(task, rows, tokenizer, length)
         features.padding = padding_for(device, None)
-        logits = predict(
-            teacher, lambda inputs: teacher_logits(teacher, inputs), features, batch_size, device, "teacher"
-        )
+        logits = infer(teacher, lambda inputs: teacher_logits(teacher, inputs), features, batch_size, device, "teacher")
         return distillation_targets(task.kind, torch.from_numpy(logits)).numpy()
 
     return score

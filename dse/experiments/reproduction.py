@@ -151,7 +151,7 @@ def measure(task: Task, outputs: dict[str, np.ndarray], sets: dict[str, Examples
     return found
 
 
-class Work:
+class Experiment:
     """The stages of a task and seed.
 
     Args:
@@ -378,7 +378,7 @@ class Work:
         return measure(self.task, {split: score(rows) for split, rows in self.sets.items()}, self.sets)
 
 
-def seconds_left(works: list[Work], left: list[tuple[Work, str]]) -> float:
+def seconds_left(works: list[Experiment], left: list[tuple[Experiment, str]]) -> float:
     """An estimate for the stages that are left, from what those that were done took here."""
     done = [(work, stage, record) for work in works for stage in work.stages if (record := work.record(stage))]
     expected = sum(work.expected_seconds(stage) for work, stage, _ in done)

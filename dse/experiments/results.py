@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from dse.data.tasks import TASKS, Task, get_task
-from dse.experiments.reproduction import OPTIONAL, STAGES, Work, headline, read_record
+from dse.experiments.reproduction import OPTIONAL, STAGES, Experiment, headline, read_record
 from dse.system.files import without_nan, write_json, write_text
 from dse.training.reporting import duration, markdown_table
 
@@ -120,7 +120,7 @@ def average_degradation(tasks: dict[str, dict[str, Any]], split: str) -> float |
     return mean(found) if found else None
 
 
-def read_runs(output_dir: Path, works: list[Work]) -> list[dict[str, Any]]:
+def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]:
     """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
     preset, encoder = works[0].preset, works[0].encoder
     runs = []
@@ -138,7 +138,7 @@ def read_runs(output_dir: Path, works: list[Work]) -> list[dict[str, Any]]:
 
 
 def missing_stages(
-    output_dir: Path, works: list[Work], left: list[tuple[Work, str]], runs: list[dict[str, Any]]
+    output_dir: Path, works: list[Experiment], left: list[tuple[Experiment, str]], runs: list[dict[str, Any]]
 ) -> dict[str, list[str]]:
     """What is not done, by the folder of its task and seed: what is `left` of this call, and of others, begun here."""
     missing: dict[str, list[str]] = {}
@@ -157,7 +157,11 @@ def missing_stages(
 
 
 def collect(
-    output_dir: Path, works: list[Work], left: list[tuple[Work, str]], names: dict[str, str], about: dict[str, Any]
+    output_dir: Path,
+    works: list[Experiment],
+    left: list[tuple[Experiment, str]],
+    names: dict[str, str],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """All of results.json.
 

@@ -48,7 +48,7 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
     return batches
 
 
-class Progress:
+class PartialOutputs:
     """The outputs of a long inference so far, in a file from which another run goes on.
 
     Args:
@@ -109,14 +109,14 @@ class Progress:
             self.path.unlink(missing_ok=True)
 
 
-def predict(
+def infer(
     model: nn.Module,
     forward: Forward,
     features: Features,
     batch_size: int,
     device: torch.device,
     what: str,
-    progress: Progress | None = None,
+    progress: PartialOutputs | None = None,
 ) -> np.ndarray:
     """Outputs for all rows, in file order, without dropout.
 
@@ -135,7 +135,7 @@ def predict(
         return _by_batches(forward, features.batch, features.costs, tokens, device, what, progress=progress)
 
 
-def predict_pairs(
+def infer_pairs(
     model: "DSESiameseClassifier",
     features: SeparateFeatures,
     batch_size: int,
@@ -212,7 +212,7 @@ def _by_batches(
     device: torch.device,
     what: str,
     show: bool | None = None,
-    progress: "Progress | None" = None,
+    progress: "PartialOutputs | None" = None,
 ) -> np.ndarray:
     steps = by_length(costs, tokens)
     found = None if progress is None else progress.find(steps)
@@ -227,7 +227,7 @@ def _by_batches(
             if before[rows].all():
                 bar.update(len(rows))
                 continue
-            with contextlib.nullcontext() if progress is None else signals.held():
+            with contextlib.nullcontext() if progress is None else signals.deferred():
                 if step % parallel.size() == parallel.rank() % parallel.size():
                     inputs = {name: tensor.to(device) for name, tensor in batch(rows).items()}
                     some = forward(inputs).float().cpu().numpy()

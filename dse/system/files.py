@@ -1,6 +1,6 @@
 """Refusals, hashes, and files that are written whole or not at all.
 
-Every file that outlives a process (caches, logits, checkpoints, results) goes through `write_whole`: the bytes
+Every file that outlives a process (caches, logits, checkpoints, results) goes through `atomic_write`: the bytes
 go to a hidden neighbour, are flushed, and only then take the name. A folder of ours changes places with its
 successor in one step (`replace_folder`); where files of others may lie in it too, it does so file by file.
 
@@ -48,7 +48,7 @@ def sha256_json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def write_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
     Whatever stood at `path` stays untouched until then, and for good when the block raises. Raises RunError where the
@@ -129,7 +129,7 @@ def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS)
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole."""
-    with write_whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -216,7 +216,7 @@ def save_tensors(path: str | Path, value: Any) -> None:
     """torch.save to a file, whole, with its SHA-256 at its end."""
     import torch
 
-    with write_whole(path) as beside, open(beside, "wb+") as file:
+    with atomic_write(path) as beside, open(beside, "wb+") as file:
         torch.save(value, file)  # given a name, it would write that into the file
         file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
         file.write(_SEAL_BYTES.to_bytes(2, "little"))
@@ -311,7 +311,7 @@ def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
             made = sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name))
             for path in made:
                 _flush(path)
-            with signals.held():
+            with signals.deferred():
                 for path in made:
                     path.replace(folder / path.name)
             signals.check()

@@ -54,7 +54,7 @@ def is_first() -> bool:
 
 
 def join(device: "torch.device") -> None:
-    """Meet the other processes, if there are any; `together` parts from them."""
+    """Meet the other processes, if there are any; `process_group` parts from them."""
     global _device
     if not launched():
         return
@@ -68,7 +68,7 @@ def join(device: "torch.device") -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Part from the other processes at the end, if they were joined within.
 
     Raises RunError where one of them is lost; torchrun then ends all.
@@ -119,7 +119,7 @@ def agree(numbers: list[int], what: str) -> None:
         )
 
 
-def share(rows: np.ndarray) -> np.ndarray:
+def rows_of_rank(rows: np.ndarray) -> np.ndarray:
     """This process's part of a batch's rows."""
     return rows[rank() :: size()] if size() > 1 else rows
 

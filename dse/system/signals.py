@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM, which end a run in order; a console that is gone, which does not end it (`safe_console`).
 
-While `caught` is on, either raises Stopped where the program stands, at once; within `held`, as an update of the
+While `caught` is on, either raises Stopped where the program stands, at once; within `deferred`, as an update of the
 weights or the writing of a state is, it waits until the program asks with `check`. A second Ctrl-C waits for nothing.
 """
 
@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, anywhere: bool = False) -> None:
         super().__init__(number)
         self.number = number
-        self.anywhere = anywhere  # did it come where `held` should have kept it off?
+        self.anywhere = anywhere  # did it come where `deferred` should have kept it off?
         self.advice = _DEFAULT_ADVICE
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Let signals wait until `check`."""
     global _holds
     _holds += 1

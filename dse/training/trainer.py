@@ -39,7 +39,7 @@ from dse.training.reporting import Record, format_record
 logger = logging.getLogger(__name__)
 
 
-class Share(NamedTuple):
+class BatchPart(NamedTuple):
     """A process's part of a batch."""
 
     rows: np.ndarray  # int64
@@ -127,21 +127,21 @@ class Trainer:
         try:
             while len(self.history) < epochs:
                 epoch = len(self.history)
-                with signals.held():
+                with signals.deferred():
                     train = self.train_epoch(epoch, epochs, save if save_every else None, save_every or 1)
                 record: Record = {"epoch": epoch, "train": train}
                 if validate is not None and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs):
                     started = time.monotonic()
                     record["validation"] = self._undisturbed(validate)
                     self._seconds += time.monotonic() - started
-                with signals.held():
+                with signals.deferred():
                     if self._end_epoch(record, epochs, after_epoch):
                         break
                 self._stop_together()
         except signals.Stopped as stop:
             if save is not None:
                 if not stop.anywhere:  # else an update may be half made
-                    with signals.held():
+                    with signals.deferred():
                         self._save(save)
                         parallel.wait_for_all()  # torchrun ends all of them soon after the first
                 if self.saved is not None:
@@ -153,7 +153,7 @@ class Trainer:
         """Validation, which a signal cuts off; not so with several processes, which wait for each other in it."""
         if parallel.size() == 1:
             return validate()
-        with signals.held():
+        with signals.deferred():
             return validate()
 
     def _end_epoch(
@@ -229,25 +229,25 @@ class Trainer:
         order = epoch_order(len(self.features), self.seed, epoch)
         return in_batches(in_batches(order, self.batch_size), self.accumulation_steps)
 
-    def shares(self, group: list[np.ndarray]) -> list[Share]:
+    def shares(self, group: list[np.ndarray]) -> list[BatchPart]:
         """This process's part of an update's batches: all of them, where it is alone."""
         first = self.position * self.accumulation_steps + 1
         shares = [
-            Share(rows, parallel.size() * len(rows) / len(whole), first + i)
+            BatchPart(rows, parallel.size() * len(rows) / len(whole), first + i)
             for i, whole in enumerate(group)
-            if len(rows := parallel.share(whole))
+            if len(rows := parallel.rows_of_rank(whole))
         ]
         # Of a short last batch there may be nothing for it, but the others wait for its gradient.
-        return shares or [Share(group[0][:1], 0.0, first)]
+        return shares or [BatchPart(group[0][:1], 0.0, first)]
 
-    def passes(self, shares: list[Share]) -> list[list[Share]]:
+    def passes(self, shares: list[BatchPart]) -> list[list[BatchPart]]:
         """An update's batches by pass through the model: packed ones share a pass while they fit in the places
         that one batch padded to max_seq_length has, others have one each.
         """
         if self.features.padding != "packed":
             return [[share] for share in shares]
         places = self.batch_size * (self.features.max_seq_length or int(self._costs.max()))
-        passes: list[list[Share]] = []
+        passes: list[list[BatchPart]] = []
         room = -1
         for share in shares:
             needed = int(self._costs[share.rows].sum())
@@ -258,7 +258,7 @@ class Trainer:
             room -= needed
         return passes
 
-    def backward(self, together: list[Share], group_size: int) -> np.ndarray:
+    def backward(self, together: list[BatchPart], group_size: int) -> np.ndarray:
         """Add the batches' shares of the gradient; their outputs, (rows, width)."""
         inputs = self.features.batch(np.concatenate([share.rows for share in together]))
         with self.autocast:
