@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -93,6 +93,18 @@ def clear_errors(prog: str) -> Iterator[None]:
             if not _is_lack_of_memory(error):
                 raise
             _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_LESS_MEMORY}", 1, error)
+
+
+def program(
+    prog: str, parse: Callable[[Sequence[str] | None], argparse.Namespace], run: Callable[[argparse.Namespace], None]
+) -> Callable[..., None]:
+    """The `main(argv=None)` of a script or command: runs it, and tells its errors in one line (`clear_errors`)."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        with clear_errors(prog):
+            run(parse(argv))
+
+    return main
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
