@@ -11,8 +11,8 @@ run that was stopped, from its newest state, and ends as if it had never stopped
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +20,20 @@ from dse import cli
 from dse.data.cache import cache_name, check_cache_path
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task, check_sentence_pairs, get_task, task_to_dict
-from dse.data.tokenizers import load_tokenizer, tokenizer_to_files
-from dse.networks.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.networks.pretrained import bert_config, bert_hashes, find_bert, last_part
+from dse.networks.config import DSEConfig, check_fc_dims
+from dse.networks.pretrained import bert_hashes, last_part, open_bert
 from dse.system import parallel, signals
 from dse.system.device import describe_device, seed_everything, select_device
 from dse.system.errors import InputError
 from dse.system.files import check_file, check_name, check_writable, read_json, sha256_file, utc_stamp
-from dse.training.reporting import (
-    Record,
-    append_json_line,
-    check_can_plot,
-    format_metrics,
-    plot_metrics,
-    winning_threshold,
-)
+from dse.training.reporting import check_can_plot, format_metrics
 
 if TYPE_CHECKING:
     import torch
 
-    from dse.data.features import Features
-    from dse.models import DSESiameseClassifier
-    from dse.storage.states import States
+    from dse.networks.batches import Batches
+    from dse.networks.student import SiameseNetwork
+    from dse.training.student_run import RunStart
     from dse.training.trainer import Trainer
 
 PROG = "dse_train_runner.py"
@@ -98,20 +90,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@dataclass
-class RunStart:
-    """What a run starts from: the pre-trained encoder, or a state of the run."""
-
-    tokenizer: Any
-    stamp: str  # names the run's folders
-    config: DSEConfig
-    bert_folder: Path | None = None
-    states: "States | None" = None
-    path: Path | None = None  # of the state
-    epochs: int | None = None  # --epochs of the run that wrote it
-    checkpoint: dict[str, Any] | None = None  # the state, until it is loaded
-
-
 def check_flags(args: argparse.Namespace, task: Task) -> None:
     """Refuse what the flags alone tell."""
     longest = f"{args.experiment_name}_{utc_stamp()}_state_epoch_{args.epochs}_update_{2**32}.pt"
@@ -158,49 +136,6 @@ def splits_of(task: Task) -> list[str]:
     return ["train", "dev", *(split for split, _ in task.also_validate)]
 
 
-def start_fresh(args: argparse.Namespace, stamp: str, data: dict[str, Any]) -> RunStart:
-    folder = find_bert(args.bert_model, "--bert_model")
-    bert = bert_config(folder, "--bert_model")
-    check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
-    tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
-    data["bert"] = bert_hashes(folder)
-    return RunStart(tokenizer, stamp, DSEConfig.from_flags(args, bert), bert_folder=folder)
-
-
-def start_again(args: argparse.Namespace, task: Task, data: dict[str, Any]) -> RunStart | None:
-    """From --trainer_checkpoint, or with --resume from the run's newest whole state; None where there is none."""
-    from dse.data.tokenizers import tokenizer_from_files
-    from dse.storage.checkpoint import check_same_run, find_run, load_checkpoint, take_over
-
-    def check(checkpoint: dict[str, Any]) -> None:
-        check_same_run(checkpoint, task, run_flags(args), data)
-
-    if args.trainer_checkpoint:
-        path = Path(args.trainer_checkpoint)
-        checkpoint = load_checkpoint(path)
-        check(checkpoint)
-        states = take_over(path, checkpoint, args.experiment_name)
-    else:
-        found = find_run(Path(args.checkpoint_dir), args.experiment_name, check)
-        if found is None:
-            logger.info("--resume: no state of %s in %s: starting anew", args.experiment_name, args.checkpoint_dir)
-            return None
-        states, path, checkpoint = found
-    data["bert"] = checkpoint["data"].get("bert")  # None: of a version that did not store it
-    best = checkpoint["best"]
-    if best is not None and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
-        logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
-    return RunStart(
-        tokenizer_from_files(checkpoint["tokenizer"]),
-        checkpoint["stamp"],
-        DSEConfig.from_dict(checkpoint["architecture"]),
-        states=states,
-        path=path,
-        epochs=checkpoint["run"]["epochs"],
-        checkpoint=checkpoint,
-    )
-
-
 def commands_of(logits: Path) -> list[Any]:
     """The commands that made the logits and their teacher, as far as the JSON beside the logits tells."""
     about = logits.with_suffix(".json")
@@ -210,259 +145,107 @@ def commands_of(logits: Path) -> list[Any]:
 def run_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that a checkpoint remembers: those that another value of would make another run."""
     others = ("trainer_checkpoint", "resume", "save_every", "task_name")
-    return {flag: value for flag, value in vars(args).items() if flag not in others}
+    return {"task_name": args.task_name, **{flag: value for flag, value in vars(args).items() if flag not in others}}
 
 
-def make_features(
-    args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any, padding: str
-) -> dict[str, "Features"]:
-    """Separate features of each split, from caches whose names the user gave or that lie beside the data."""
+def find_start(args: argparse.Namespace, task: Task, data: dict[str, Any], stamp: str) -> "RunStart":
+    """From --trainer_checkpoint, with --resume from the run's newest whole state, else from the pre-trained encoder."""
+    from dse.training.run import Identity
+    from dse.training.student_run import RunStart, find_run, take_over
+
+    flags = run_flags(args)
+    del flags["task_name"]  # told by the task
+    now = Identity(task_to_dict(task), flags, data["files"], bert=None, logits=data["logits"])
+    start = None
+    if args.trainer_checkpoint:
+        start = take_over(Path(args.trainer_checkpoint), args.experiment_name, now)
+    elif args.resume:
+        start = find_run(Path(args.checkpoint_dir), args.experiment_name, now)
+        if start is None:
+            logger.info("--resume: no state of %s in %s: starting anew", args.experiment_name, args.checkpoint_dir)
+    if start is not None:
+        data["bert"] = start.checkpoint.data.get("bert")  # None: of a version that did not store it
+        return start
+    layers = args.pooler_num_top_hidden_layers
+    bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
+    data["bert"] = bert_hashes(bert.folder)
+    return RunStart(bert.tokenizer, DSEConfig.from_flags(args, bert.config), stamp, bert.folder)
+
+
+def make_batches(
+    args: argparse.Namespace, task: Task, examples: dict[str, Examples], tokenizer: Any, device: "torch.device"
+) -> "dict[str, Batches]":
+    """Batches of each split, from feature caches whose names the user gave or that lie beside the data."""
     from dse.data.features import cached_features
+    from dse.networks.batches import Batches, padding_for
 
-    paths = features_paths(args, task)
-    return {
-        split: cached_features("separate", task, rows, tokenizer, args.max_seq_length, *paths[split], padding)
-        for split, rows in examples.items()
-    }
+    padding, length, batches = padding_for(device, args.padding), args.max_seq_length, {}
+    for split, (path, chosen) in features_paths(args, task).items():
+        features = cached_features("separate", task, examples[split], tokenizer, length, path, chosen)
+        batches[split] = Batches(features, padding, length)
+    return batches
 
 
-def make_model(args: argparse.Namespace, start: RunStart) -> "DSESiameseClassifier":
-    from dse.models import new_student
-    from dse.networks.student import set_dropout
-    from dse.storage.checkpoint import student_from_checkpoint
+def make_network(args: argparse.Namespace, start: "RunStart") -> "SiameseNetwork":
+    from dse.networks.student import empty_network, new_network
 
-    if start.checkpoint is not None:
-        model, _ = student_from_checkpoint(start.checkpoint)
-    else:
-        model = new_student(start.bert_folder, start.config)
+    fresh = start.bert_folder is not None
+    network = new_network(start.bert_folder, start.config) if fresh else empty_network(start.config)
     if args.dropout is not None:
-        set_dropout(model, args.dropout)
+        network.set_dropout(args.dropout)
     if args.gradient_checkpointing:
-        model.dse_model.bert.bert.activation_checkpointing_enable()
-    return model
+        network.encoder.activation_checkpointing_enable()
+    return network
 
 
 def make_trainer(
     args: argparse.Namespace,
     task: Task,
-    model: "DSESiameseClassifier",
-    features: "Features",
+    network: "SiameseNetwork",
+    batches: "Batches",
     logits: "torch.Tensor",
     device: "torch.device",
     seed: int,
 ) -> "Trainer":
     import torch
 
-    from dse.training.losses import distillation_targets, student_loss
+    from dse.training.epoch_plan import EpochPlan, count_updates
+    from dse.training.kinds import kind_of
     from dse.training.metrics import measure_student
     from dse.training.optimization import make_optimizer
-    from dse.training.trainer import Trainer, count_updates
+    from dse.training.trainer import Trainer
 
+    coefficient = args.distillation_coeff
     # The original's schedule counts batches, though updates are fewer; the paper's numbers rest on it.
     per_update = args.gradient_accumulation_steps if args.schedule_in_updates else 1
-    t_total = count_updates(len(features), args.batch_size, per_update) * args.epochs
-    labels = torch.from_numpy(features.labels).to(device)
-    targets = distillation_targets(task.kind, logits).to(device)
+    t_total = count_updates(len(batches), args.batch_size, per_update) * args.epochs
+    labels = torch.from_numpy(batches.features.labels).to(device)
+    kind, targets = kind_of(task), kind_of(task).targets(logits).to(device)
     return Trainer(
-        model,
-        forward=lambda inputs: model(**inputs),
-        loss=lambda outputs, rows: student_loss(
-            task.kind, outputs, labels[rows], targets[rows], args.distillation_coeff
-        ),
-        measure=measure_student(task, args.tune_positive_thresholds, targets.cpu(), args.distillation_coeff),
-        features=features,
-        optimizer=make_optimizer(model, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
-        batch_size=args.batch_size,
-        accumulation_steps=args.gradient_accumulation_steps,
-        seed=seed,
+        network,
+        EpochPlan(batches, args.batch_size, args.gradient_accumulation_steps, seed),
+        loss=lambda outputs, rows: kind.student_loss(outputs, labels[rows], targets[rows], coefficient),
+        measure=measure_student(task, args.tune_positive_thresholds, targets.cpu(), coefficient),
+        optimizer=make_optimizer(network, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
         device=device,
         precision=cli.precision_of(args),
     )
 
 
-def make_validate(
-    args: argparse.Namespace, task: Task, trainer: "Trainer", features: dict[str, "Features"]
-) -> Callable[[], dict[str, float]]:
+def validate(
+    args: argparse.Namespace, task: Task, network: "SiameseNetwork", batches: "dict[str, Batches]"
+) -> dict[str, float]:
     """Metrics on dev and, with a prefix, on the task's other validation sets (mm_…, test_…)."""
     from dse.networks.inference import infer_pairs
     from dse.training.metrics import measure_student
 
-    measure = measure_student(task, args.tune_positive_thresholds)
-
-    def validate() -> dict[str, float]:
-        metrics = {}
-        for split, rows in features.items():
-            if split == "train":
-                continue
-            outputs = infer_pairs(trainer.model, rows, args.val_batch_size, trainer.device, f"validate {split}")
+    measure, metrics = measure_student(task, args.tune_positive_thresholds), {}
+    for split, rows in batches.items():
+        if split != "train":
+            outputs = infer_pairs(network, rows, args.val_batch_size, network.device, f"validate {split}")
             prefix = "" if split == "dev" else f"{split}_"
-            metrics |= {prefix + name: value for name, value in measure(outputs, rows.labels).items()}
-        return metrics
-
-    return validate
-
-
-def score_of(task: Task, record: Record) -> tuple[str, float]:
-    """Name and value of the score that ranks checkpoints; the loss where the correlation is undefined."""
-    from dse.training.metrics import best_score
-
-    return best_score(task.kind, record["validation"])
-
-
-def best_record(task: Task, history: list[Record]) -> Record | None:
-    """The validated epoch with the best score, the first of equals; None where none was validated.
-
-    Epochs without a score rank last, by their loss.
-    """
-
-    def rank(record: Record) -> tuple[bool, float]:
-        name, value = score_of(task, record)
-        return name != "loss", -value if name == "loss" else value
-
-    return max((record for record in history if "validation" in record), key=rank, default=None)
-
-
-def warn_of_no_score(task: Task, history: list[Record]) -> None:
-    """Warn, once in a run, that the last epoch has no score."""
-    names = [score_of(task, record)[0] for record in history if "validation" in record]
-    if names.count("loss") == 1 and names[-1] == "loss":
-        logger.warning(
-            "the correlation on dev is undefined, as all scores or all outputs are the same: the loss ranks such epochs"
-        )
-
-
-def best_epoch(task: Task, history: list[Record]) -> int | None:
-    record = best_record(task, history)
-    return None if record is None else record["epoch"]
-
-
-def out_of_patience(task: Task, history: list[Record], patience: int | None) -> bool:
-    validated = [record["epoch"] for record in history if "validation" in record]
-    if patience is None or not validated:
-        return False
-    return sum(epoch > best_epoch(task, history) for epoch in validated) >= patience
-
-
-def make_entries(
-    args: argparse.Namespace, task: Task, trainer: "Trainer", start: RunStart, data: dict[str, Any]
-) -> Callable[[str], dict[str, Any]]:
-    """A function from the name of a checkpoint under way, or "", to all that a checkpoint or state holds now."""
-    from dse.storage.checkpoint import HEADER
-
-    unchanging = {
-        **HEADER,
-        "architecture": trainer.model.config.to_dict(),
-        "tokenizer": tokenizer_to_files(start.tokenizer),
-        "task": task_to_dict(task, ranks=True),
-        "data": data,
-        "run": {"task_name": args.task_name, **run_flags(args)},
-        "stamp": start.stamp,
-    }
-
-    def entries(name: str = "") -> dict[str, Any]:
-        epoch, best = best_epoch(task, trainer.history), None
-        if epoch is not None and args.store_checkpoints:
-            newest = epoch + 1 == len(trainer.history) and name
-            threshold = winning_threshold(best_record(task, trainer.history)["validation"])
-            best = {"epoch": epoch, "file": newest or start.states.files[epoch + 1, 0].name, "threshold": threshold}
-        return {**unchanging, "model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "best": best}
-
-    return entries
-
-
-def make_after_epoch(
-    args: argparse.Namespace,
-    task: Task,
-    trainer: "Trainer",
-    start: RunStart,
-    data: dict[str, Any],
-    save: Callable[[], Path],
-    entries: Callable[[str], dict[str, Any]],
-    log_file: Path | None,
-) -> Callable[[Record], bool]:
-    """After each epoch: checkpoint or state, JSON line, plots; True ends the training early."""
-    from dse.storage.checkpoint import origin_of, save_best, settings_of
-
-    def after_epoch(record: Record) -> bool:
-        best = best_epoch(task, trainer.history)
-        warn_of_no_score(task, trainer.history)
-        if args.store_checkpoints and "validation" in record:
-            name, value = score_of(task, record)
-            file = f"{args.experiment_name}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
-            trainer.saved = start.states.save((record["epoch"] + 1, 0), entries(file), file, best)
-            logger.info("checkpoint %s", trainer.saved)
-            if best == record["epoch"] and parallel.is_first():
-                run = {"task_name": args.task_name, **run_flags(args)}
-                trainer.model.settings = settings_of(start.tokenizer, task, args.max_seq_length, trainer.history)
-                trainer.model.origin = origin_of(run, trainer.seed, trainer.history, data, start.stamp)
-                save_best(trainer.model, start.states.folder)
-        else:
-            trainer.saved = save()
-        if parallel.is_first():
-            if log_file is not None:
-                append_json_line(log_file.with_suffix(".jsonl"), record)
-            if args.plot_metrics:
-                folder = Path(args.plots_dir) / f"{args.experiment_name}_{start.stamp}"
-                plot_metrics(trainer.history, folder, args.experiment_name)
-        stop = out_of_patience(task, trainer.history, args.patience)
-        if stop:
-            logger.info("no better score in %d validations: stopped early", args.patience)
-        return stop
-
-    return after_epoch
-
-
-def train(
-    args: argparse.Namespace,
-    task: Task,
-    trainer: "Trainer",
-    start: RunStart,
-    data: dict[str, Any],
-    validate: Callable[[], dict[str, float]],
-    log_file: Path | None,
-) -> None:
-    """Train to the end of --epochs, or of --patience, keeping states."""
-    from dse.storage.checkpoint import mend_best, new_run_folder
-    from dse.storage.states import States
-
-    if start.states is None:
-        folder = Path(args.checkpoint_dir) / "of the first process"
-        if parallel.is_first():
-            folder, start.stamp = new_run_folder(Path(args.checkpoint_dir), args.experiment_name, start.stamp)
-        start.states = States(folder, args.experiment_name, own=True)
-    entries = make_entries(args, task, trainer, start, data)
-
-    def save() -> Path:
-        position = len(trainer.history), trainer.position
-        best = best_epoch(task, trainer.history) if args.store_checkpoints else None
-        return start.states.save(position, entries(), best_epoch=best)
-
-    wanted_more = len(trainer.history) >= args.epochs != start.epochs  # by the run that is gone on with
-    if out_of_patience(task, trainer.history, args.patience):
-        wanted_more = False
-        logger.warning("nothing to train: the run had stopped early, out of --patience %d", args.patience)
-    elif len(trainer.history) >= args.epochs:
-        logger.warning("nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), args.epochs)
-    else:
-        after_epoch = make_after_epoch(args, task, trainer, start, data, save, entries, log_file)
-        trainer.fit(args.epochs, validate, args.validate_every, after_epoch, save, args.save_every)
-    best = best_epoch(task, trainer.history) if args.store_checkpoints else None
-    if not wanted_more:  # else more may be wanted again: what is there stays
-        start.states.finish(best)
-    if best is not None and parallel.is_first():
-        mend_best(start.states.folder, start.states.files[best + 1, 0], best, start.stamp)
-
-
-def report_best(task: Task, history: list[Record]) -> None:
-    best = best_record(task, history)
-    if best is None:
-        return
-    name, value = score_of(task, best)
-    threshold = winning_threshold(best["validation"])
-    where = "" if threshold is None else f" with threshold {threshold}"
-    logger.info("best %s %.4f at epoch %d%s", name, value, best["epoch"], where)
-    logger.info("its train metrics: %s", format_metrics(best["train"], threshold))
-    logger.info("its validation metrics: %s", format_metrics(best["validation"], threshold))
+            metrics |= {prefix + name: value for name, value in measure(outputs, rows.features.labels).items()}
+    return metrics
 
 
 def run(args: argparse.Namespace) -> None:
@@ -475,52 +258,40 @@ def run(args: argparse.Namespace) -> None:
     files = {split: rows.files for split, rows in examples.items()}
     logits_path = Path(args.distillation_logits_path)
     data = {"files": files, "logits": sha256_file(logits_path), "commands": commands_of(logits_path)}
-    again = args.trainer_checkpoint or args.resume
-    start = (start_again(args, task, data) if again else None) or start_fresh(args, stamp, data)
+    start = find_start(args, task, data, stamp)
 
-    # 2. Teacher logits that belong to this data; features; device and seed.
-    from dse.networks.batches import padding_for
+    # 2. Teacher logits that belong to this data; device and seed; batches.
     from dse.storage.logits import load_logits, logits_identity
+    from dse.training.student_run import StudentRun, report_best
 
-    logits = load_logits(
-        args.distillation_logits_path, logits_identity(task, examples["train"].files, len(examples["train"]))
-    )
+    logits = load_logits(logits_path, logits_identity(task, examples["train"].files, len(examples["train"])))
     device = select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
-    features = make_features(args, task, examples, start.tokenizer, padding_for(device, args.padding))
+    batches = make_batches(args, task, examples, start.tokenizer, device)
     seed = seed_everything(args.random_seed)
 
-    # 3. Student and trainer.
-    model = make_model(args, start).to(device)
-    trainer = make_trainer(args, task, model, features["train"], logits, device, seed)
-    if start.checkpoint is not None:
-        trainer.load_state_dict(start.checkpoint["trainer"])
-        trainer.saved, start.checkpoint = start.path, None
-        logger.info(
-            "going on after %d epochs and %d updates of the next, from %s",
-            len(trainer.history), trainer.position, start.path,
-        )  # fmt: skip
+    # 3. Student and trainer, where the run stands.
+    network = make_network(args, start).to(device)
+    trainer = make_trainer(args, task, network, batches["train"], logits, device, seed)
+    training = StudentRun(start, task, run_flags(args), data, log_file)
+    training.resume(trainer)
     logger.info(
-        "device %s, seed %d, task %s, %s, embeddings of %d",
-        describe_device(device), trainer.seed, task.name,
-        ", ".join(f"{split} {len(rows)}" for split, rows in features.items()), start.config.embedding_size,
+        "device %s, seed %d, task %s, %s, embeddings of %d", describe_device(device), trainer.plan.seed, task.name,
+        ", ".join(f"{split} {len(rows)}" for split, rows in batches.items()), start.config.embedding_size,
     )  # fmt: skip
 
     # 4. Train.
-    validate = make_validate(args, task, trainer, features)
+    measure = partial(validate, args, task, network, batches)
     if args.run_evaluation_before_fine_tune:
-        logger.info("before training: %s", format_metrics(validate()))
+        logger.info("before training: %s", format_metrics(measure()))
     with signals.advice("the same command with --resume goes on"):
-        train(args, task, trainer, start, data, validate, log_file)
+        training.train(trainer, measure, args.save_every)
 
     # 5. The best epoch.
     report_best(task, trainer.history)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)
 
 
 if __name__ == "__main__":

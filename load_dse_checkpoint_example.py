@@ -38,17 +38,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_trained(path: str, task: Task, given: dict[str, Any]) -> "DSESiameseClassifier":
     """The student of a checkpoint; flags that disagree with it are refused."""
-    from dse.storage.checkpoint import check_task, load_checkpoint, student_from_checkpoint
+    from dse.models import DSESiameseClassifier
+    from dse.storage.checkpoint import Checkpoint
 
-    checkpoint = load_checkpoint(path)
-    check_task(checkpoint, task)
+    checkpoint = Checkpoint.read(path)
+    checkpoint.check_task(task)
     for flag, value in given.items():
-        if not same_value(checkpoint["run"][flag], value):
+        if not same_value(checkpoint.run[flag], value):
             raise InputError(
-                f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint['run'][flag]}; "
+                f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint.run[flag]}; "
                 "leave the flag out, the checkpoint knows it"
             )
-    return student_from_checkpoint(checkpoint)[0]
+    return DSESiameseClassifier(**vars(checkpoint.student()))
 
 
 def build_untrained(task: Task, given: dict[str, Any]) -> "DSESiameseClassifier":
@@ -62,12 +63,12 @@ def build_untrained(task: Task, given: dict[str, Any]) -> "DSESiameseClassifier"
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
 
-    from dse.models import TextSettings, new_student
+    from dse.models import DSESiameseClassifier
+    from dse.networks.student import new_network
 
     logger.warning("no --trainer_checkpoint: the encoder is pre-trained, but the head is UNTRAINED")
-    model = new_student(folder, DSEConfig.from_flags(args, bert)).eval()
-    model.settings = TextSettings(tokenizer, task, args.max_seq_length)
-    return model
+    network = new_network(folder, DSEConfig.from_flags(args, bert)).eval()
+    return DSESiameseClassifier(network, tokenizer, task, args.max_seq_length)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,11 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from dse.data.features import cached_features
-    from dse.networks.batches import padding_for
+    from dse.networks.batches import Batches, padding_for
     from dse.networks.inference import PartialOutputs, infer
-    from dse.networks.teacher import load_teacher, teacher_logits
+    from dse.networks.teacher import load_teacher
     from dse.storage.logits import logits_identity, save_logits
-    from dse.training.losses import distillation_targets
+    from dse.training.kinds import kind_of
     from dse.training.metrics import tell_agreement
 
     device = select_device(args.disable_gpu, args.gpu_id)
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
     padding = padding_for(device, args.padding)
     cache = args.train_features_path
-    features = cached_features("joint", task, examples, tokenizer, args.max_seq_length, cache, True, padding)
+    features = cached_features("joint", task, examples, tokenizer, args.max_seq_length, cache, True)
     logger.info("device %s, %d pairs of %s", describe_device(device), len(features), task.name)
 
     # 3. Logits, in file order.
@@ -102,11 +101,11 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size, "padding": padding, "device": device.type,
     }  # fmt: skip
     progress = PartialOutputs(path.with_suffix(".partial"), work, args.save_every)
-    forward = partial(teacher_logits, teacher)
-    logits = torch.from_numpy(infer(teacher, forward, features, args.batch_size, device, "teacher logits", progress))
+    batches = Batches(features, padding, args.max_seq_length)
+    logits = torch.from_numpy(infer(teacher, batches, args.batch_size, device, "teacher logits", progress))
     if not parallel.is_first():
         return
-    outputs = distillation_targets(task.kind, logits).numpy()
+    outputs = kind_of(task).targets(logits).numpy()
     tell_agreement(task, outputs, features.labels, "the teacher", "the training labels")
 
     # 4. The file, and what it belongs to.

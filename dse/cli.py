@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, POOLER_TYPES
+from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS
+from dse.networks.poolers import POOLERS
 from dse.system import parallel, signals
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError, RunError, one_line
@@ -217,7 +218,7 @@ def add_architecture_flags(parser: argparse.ArgumentParser, given_only: bool = F
 
     add("--bert_model", DEFAULT_BERT, "pre-trained encoder: hub name or folder")
     add("--do_lower_case", False, "uncased model", action="store_true")
-    add("--pooler_type", "concat_top_mean", "hidden states to embedding", choices=POOLER_TYPES, metavar="POOLER")
+    add("--pooler_type", "concat_top_mean", "hidden states to embedding", choices=POOLERS, metavar="POOLER")
     add("--pooler_num_top_hidden_layers", 4, "layers that the pooler works on, from the top", type=whole_number(1))
     add("--max_seq_length", 128, "token ids per sentence, with [CLS] and [SEP]", type=whole_number(4))
     add("--siamese_head_type", "concat", "concat: u, v, u*v, |u-v|; dot: u.v", choices=HEAD_TYPES)
@@ -286,7 +287,7 @@ def load_student(args: argparse.Namespace) -> "DSESiameseClassifier":
 
     device = select_device(args.disable_gpu, args.gpu_id)
     model = DSESiameseClassifier.from_pretrained(args.model)
-    logger.info("student of %s from %s on %s", model.settings.task.name, args.model, describe_device(device))
+    logger.info("student of %s from %s on %s", model.task.name, args.model, describe_device(device))
     return model.to(device)
 
 

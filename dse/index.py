@@ -4,13 +4,8 @@
     index = CandidateIndex.open(folder, model)                  maps the folder's files, reads nothing yet
     index.search("a query", top_k=10)                           [Hit(score, row, text), …], best first
 
-The query is the pair's first text. The head's first layer is linear in the blocks of [u, v, u * v, |u - v|], so for
-one query u and all candidates v
-
-    W_u u + W_v v + W_p (u * v) + W_d |u - v| + b  =  (W_u u + b)  +  (W_v + W_p diag(u)) v  +  W_d |u - v|
-
-has a constant, one matrix for v, and |u - v| as the only thing to be made per pair; nothing but v is stored. With
-the `dot` head u . v is one matrix product for all queries.
+The query is the pair's first text. Nothing but the candidates' embeddings is stored; each head knows how to score one
+query against many of them at once (networks/heads.py).
 
 A folder holds vectors.bin (rows of float32 or float16, little-endian), texts.bin (UTF-8, end to end), ends.bin (int64:
 where each text ends) and index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows. A block
@@ -32,8 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dse.data.features import batches_of
-from dse.data.tasks import BINARY, REGRESSION, Task, ranked_label
-from dse.networks.heads import PairHead
+from dse.data.tasks import Task, ranked_label
 from dse.storage.index_files import (
     _FILES,
     _KINDS,
@@ -51,6 +45,7 @@ from dse.storage.student_folder import fingerprint
 from dse.system.errors import InputError
 from dse.system.files import remove_stale_parts, replace_folder
 from dse.system.text_files import checked_texts
+from dse.training.kinds import kind_of
 
 if TYPE_CHECKING:
     from dse.models import DSESiameseClassifier
@@ -126,7 +121,7 @@ class CandidateIndex:
         keep = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name) / "index" if keep is not None else Path(folder)
         check_index_place(folder, str(folder))
-        width = model.config.embedding_size
+        width = model.network.config.embedding_size
         content = {"model": fingerprint(model), "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
         with contextlib.ExitStack() as held, replace_folder(folder) as beside:
             _extend(beside, content, parts)
@@ -232,7 +227,7 @@ class CandidateIndex:
         self, texts: list[str], rank_label: str | None, show: bool | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Queries' rows, candidates' rows and their scores, part by part."""
-        task = self.model.settings.task
+        task = self.model.task
         ranked_label(task, rank_label)  # refused before anything is embedded
         queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
         groups = [slice(i, min(i + _QUERIES, len(texts))) for i in range(0, len(texts), _QUERIES)]
@@ -242,12 +237,12 @@ class CandidateIndex:
             torch.inference_mode(),
             tqdm(total=len(groups) * len(starts), desc="score", unit="block", disable=disable, leave=False) as bar,
         ):
-            head = PairHead(self.model.siamese_head)
+            outputs = self.model.network.siamese_head.factorised()
             for rows in groups:
                 for start in starts:
                     candidates = self.block(start)
                     columns = slice(start, start + len(candidates))
-                    scores = rank_scores(head.outputs(queries[rows], candidates), task, rank_label)
+                    scores = rank_scores(outputs(queries[rows], candidates), task, rank_label)
                     if not bool(scores.isfinite().all()):
                         raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
                     yield rows, columns, scores
@@ -280,19 +275,10 @@ class CandidateIndex:
 def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
     """What ranks candidates, of the head's outputs: (..., outputs) to (...), float.
 
-    A regression's score; else the log-odds log(p / (1 - p)) of the rank label's probability p, which rank as p does and
-    still differ where p rounds to 1. In a binary task they are the logit, negated for the first label.
-
     Raises InputError as `ranked_label` does.
     """
     label = ranked_label(task, rank_label)
-    if task.kind == REGRESSION:
-        return outputs[..., 0]
-    place = task.labels.index(label)
-    if task.kind == BINARY:
-        return outputs[..., 0] if place else -outputs[..., 0]
-    others = [i for i in range(len(task.labels)) if i != place]
-    return outputs[..., place] - outputs[..., others].logsumexp(dim=-1)
+    return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
 
 
 def _best(scores: Tensor, rows: Tensor, new: Tensor, start: int, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The student on texts: embeddings and scores of texts, labels, folders and the hub.
+"""The student: what it is used with, from texts to embeddings, scores and labels, and from and to folders and the hub.
 
     model = DSESiameseClassifier.from_pretrained(folder)
     model.encode(sentences)          embeddings, one row per sentence
@@ -12,53 +12,77 @@ steps of similar length; what else is in a call changes a number by rounding onl
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
-import logging
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from huggingface_hub import ModelHubMixin
 
 from dse.data.features import SeparateFeatures, tokenize_texts
-from dse.data.tasks import DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, Task, ranked_label
-from dse.networks.batches import padding_for
-from dse.networks.config import DSEConfig
-from dse.networks.heads import SiameseHead
+from dse.data.tasks import MULTICLASS, REGRESSION, ranked_label
+from dse.networks.batches import Batches, padding_for
 from dse.networks.inference import embed_texts, infer_pairs
-from dse.networks.student import DSEModel, _load
-from dse.storage.student_folder import Shareable
+from dse.networks.student import Student
+from dse.storage.checkpoint import Checkpoint
+from dse.storage.student_folder import read_student, write_student
 from dse.system.text_files import checked_texts, elements
-from dse.training.metrics import decisions, sigmoid
+from dse.training.kinds import kind_of
 
 Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and text_pair
 
 
-@dataclass(frozen=True)
-class TextSettings:
-    """What a student needs beside its weights to take texts: the tokenizer and length of its training, its task."""
+class DSESiameseClassifier(Student, ModelHubMixin):
+    """A student on texts: a network, a tokenizer, a task and a length (`Student` has the fields).
 
-    tokenizer: Any
-    task: Task
-    max_seq_length: int  # token ids per sentence
-    threshold: float = DEFAULT_THRESHOLD  # binary: above it, strictly, `predict` says the second label
-
-
-class TextInterface:
-    """encode, score and predict, for a student that has `settings`."""
-
-    settings: TextSettings | None = None
+    `push_to_hub` is huggingface_hub's.
+    """
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        return self.network.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network to a device; the student itself."""
+        self.network.to(device)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A student in evaluation mode on the CPU, float32, with its tokenizer.
+
+        Args:
+            name: a folder that save_pretrained wrote, or a hub name.
+            revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
+
+        Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
+        """
+        of_hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return cls(**vars(read_student(name, **of_hub)))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> Self:
+        """The student of a checkpoint of dse_train_runner.py, as `from_pretrained` gives it."""
+        return cls(**vars(Checkpoint.read(path).student()))
+
+    def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
+        """Write the student to a folder, whole; an earlier student there is replaced.
+
+        Raises InputError for a folder with other things in it, or a network with wrapped or quantized layers.
+        (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
+        """
+        write_student(self, Path(folder))
 
     def encode(
         self,
@@ -92,12 +116,12 @@ class TextInterface:
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
-        embeddings = np.empty((0, self.config.embedding_size), np.float32)
+        embeddings = np.empty((0, self.network.config.embedding_size), np.float32)
         if texts:
-            features = self._features(texts, texts)
+            batches = self._batches(texts, texts)
             with self._precision(half):
-                distinct = embed_texts(self, features, batch_size, self.device, "encode", show_progress)
-            embeddings = distinct[features.first]
+                distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
+            embeddings = distinct[batches.features.first]
         if normalize:
             lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
             embeddings = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -123,11 +147,11 @@ class TextInterface:
         """
         _check_batch_size(batch_size)
         firsts, seconds = _sides(pairs)
-        width = self.config.fc_dims[-1]
+        width = self.network.config.fc_dims[-1]
         outputs = np.empty((0, width), np.float32)
         if firsts:
-            features = self._features(firsts, seconds)
-            outputs = infer_pairs(self, features, batch_size, self.device, "score", show_progress)
+            batches = self._batches(firsts, seconds)
+            outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
         return outputs[:, 0] if width == 1 else outputs
 
     def predict(
@@ -143,15 +167,15 @@ class TextInterface:
         Args:
             pairs: as in `score`.
             probabilities: float32 instead of labels. True: of a binary task (pairs,), the probability of the label that
-                ranks (processors.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
+                ranks (tasks.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
                 (pairs, labels), labels in the task's order. "all": (pairs, labels) for both.
             threshold: binary: a pair has the second label where that one's probability is above it, strictly. None: the
-                one that was best on dev in training (`settings.threshold`).
+                one that was best on dev in training (`self.threshold`).
             batch_size, show_progress: as in `encode`.
 
         Raises ValueError for probabilities of a regression, TypeError as `score` does.
         """
-        task = self._settings().task
+        task, kind = self.task, kind_of(self.task)
         if probabilities not in (False, True, "all"):
             raise ValueError(f"probabilities: got {probabilities!r}, expected False, True or 'all'")
         if task.kind == REGRESSION and probabilities:
@@ -159,33 +183,26 @@ class TextInterface:
         outputs = self.score(pairs, batch_size, show_progress)
         if task.kind == REGRESSION:
             return outputs
+        rows = outputs.reshape(len(outputs), self.network.config.fc_dims[-1])
         if not probabilities:
-            rows = outputs.reshape(len(outputs), self.config.fc_dims[-1])
-            threshold = self.settings.threshold if threshold is None else threshold
-            return [task.labels[place] for place in decisions(task.kind, rows, threshold)]
-        if task.kind == MULTICLASS:
-            return torch.from_numpy(outputs).softmax(dim=-1).numpy()
-        of_labels = np.stack([sigmoid(-outputs), sigmoid(outputs)], axis=1).astype(np.float32)
-        return of_labels if probabilities == "all" else of_labels[:, task.labels.index(ranked_label(task))]
+            threshold = self.threshold if threshold is None else threshold
+            return [task.labels[place] for place in kind.decisions(rows, threshold)]
+        of_labels = kind.probabilities(rows)
+        if probabilities == "all" or task.kind == MULTICLASS:
+            return of_labels
+        return of_labels[:, task.labels.index(ranked_label(task))]
 
-    def _settings(self) -> TextSettings:
-        if self.settings is None:
-            raise ValueError("this student has no tokenizer: load it with from_pretrained, or set `settings`")
-        return self.settings
-
-    def _features(self, firsts: list[str], seconds: list[str]) -> SeparateFeatures:
-        settings = self._settings()
+    def _batches(self, firsts: list[str], seconds: list[str]) -> Batches:
         texts = firsts if firsts is seconds else firsts + seconds
-        distinct, places = tokenize_texts(texts, settings.tokenizer, settings.max_seq_length)
-        padding = padding_for(self.device, None)
-        return SeparateFeatures(
-            distinct, places[: len(firsts)], places[-len(seconds) :], None, settings.tokenizer.pad_token_id,
-            padding=padding, max_seq_length=settings.max_seq_length,
-        )  # fmt: skip
+        distinct, places = tokenize_texts(texts, self.tokenizer, self.max_seq_length)
+        first, second = places[: len(firsts)], places[-len(seconds) :]
+        features = SeparateFeatures(distinct, first, second, None, self.tokenizer.pad_token_id)
+        return Batches(features, padding_for(self.device, None), self.max_seq_length)
 
     def _precision(self, half: bool) -> torch.autocast:
-        kind, own = self.device.type, next(self.parameters()).dtype  # a model of another dtype keeps to its own
-        quantized = any("quantized" in type(module).__module__ for module in self.modules())  # these take float32 alone
+        kind, own = self.device.type, next(self.network.parameters()).dtype  # another dtype keeps to its own
+        modules = self.network.modules()
+        quantized = any("quantized" in type(module).__module__ for module in modules)  # these take float32 alone
         enabled = half and own == torch.float32 and not quantized
         return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
 
@@ -208,65 +225,3 @@ def _sides(pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:
         firsts.append(pair[0])
         seconds.append(pair[1])
     return list(checked_texts(firsts, "pairs, first texts")), list(checked_texts(seconds, "pairs, second texts"))
-
-
-logger = logging.getLogger(__name__)
-
-# A forked child has none of the threads that its parent's products were shared with, and would wait for them.
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
-
-
-class DSESiameseClassifier(TextInterface, Shareable, nn.Module):
-    """The student: embeds both sentences of each pair with one encoder and scores the pair with the head.
-
-    For texts see encoding.py (`encode`, `score`, `predict`), for folders and the hub sharing.py (`from_pretrained`).
-
-    Args:
-        bert: the encoder, float32; with its tanh pooler for pooler_type `cls`, without it otherwise.
-        config: the architecture. Its additional layer and head start as torch's Linear does.
-    """
-
-    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.dse_model = DSEModel(bert, config)
-        self.siamese_head = SiameseHead(config)
-
-    def embed(self, *args: Any, **inputs: Any) -> Tensor:
-        """Inputs as SentenceEncoder takes them to (batch, embedding_size), float32."""
-        return self.dse_model(*args, **inputs)
-
-    def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        """Score B pairs; inputs as SentenceEncoder takes them.
-
-        Args:
-            input_ids: (2 * B, length), int64: the first sentences of all pairs, then the second ones, so that
-                one pass of the encoder serves both.
-            attention_mask: (2 * B, length), int64.
-            packed: the same rows without padding, in place of both.
-
-        Returns:
-            (B, fc_dims[-1]), float32: logits, or scores for regression.
-        """
-        u, v = self.embed(*args, **inputs).chunk(2)
-        return self.siamese_head(u, v)
-
-
-def empty_student(config: DSEConfig) -> DSESiameseClassifier:
-    """A student without pre-trained weights, to load a state dict into."""
-    bert = BertModel(BertConfig(**config.bert), add_pooling_layer=config.pooler_type == "cls")
-    # With transformers' defaults written out, so that a checkpoint means the same under a later version.
-    return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))
-
-
-def new_student(folder: Path, config: DSEConfig) -> DSESiameseClassifier:
-    """A student with the pre-trained encoder of a folder, float32, and an untrained head.
-
-    The encoder has its tanh pooler only where pooler_type `cls` uses it.
-    """
-    bert, new = _load(BertModel, folder, add_pooling_layer=config.pooler_type == "cls")
-    if new:
-        logger.warning("%s has no tanh pooler: --pooler_type cls starts from a random one", folder)
-    # With transformers' defaults written out, so that a checkpoint means the same under a later version.
-    return DSESiameseClassifier(bert, replace(config, bert=bert.config.to_dict()))

@@ -113,17 +113,17 @@ def student_flags(bert, data, logits, tmp_path):
 def student(bert):
     """A function that makes an untrained student of a task, the same one each time, ready for texts."""
     from dse.data.tokenizers import load_tokenizer
-    from dse.models import TextSettings, new_student
+    from dse.models import DSESiameseClassifier
     from dse.networks.config import DSEConfig
     from dse.networks.pretrained import bert_config
+    from dse.networks.student import new_network
 
     def make(name: str = "mrpc", **changes: object):
         torch.manual_seed(3)
         task, config = get_task(name), bert_config(bert, "bert")
         architecture = {"pooler_num_top_hidden_layers": 2, "fc_dims": (8, task.num_student_outputs), **changes}
-        model = new_student(bert, DSEConfig(config, **architecture)).eval()
-        model.settings = TextSettings(load_tokenizer(bert, True, "bert"), task, 32)
-        return model
+        network = new_network(bert, DSEConfig(config, **architecture)).eval()
+        return DSESiameseClassifier(network, load_tokenizer(bert, True, "bert"), task, 32)
 
     return make
 

@@ -56,7 +56,7 @@ def run_stages(folder: str) -> None:
 
 def outcome(folder: Path) -> dict[str, object]:
     """All that must be the same, by name; times and stamps apart."""
-    from dse.storage.checkpoint import load_checkpoint
+    from dse.storage.checkpoint import Checkpoint
     from dse.system.files import sha256_file
 
     training = json.loads((folder / "teacher" / "training.json").read_text())
@@ -70,7 +70,7 @@ def outcome(folder: Path) -> dict[str, object]:
         "best student": sha256_file(run / "best" / "model.safetensors"),
     }
     for path in sorted(run.glob("*.pt")):
-        checkpoint = load_checkpoint(path)
+        checkpoint = Checkpoint.read(path).entries()
         trainer = checkpoint["trainer"]
         moments = [tensor for state in trainer["optimizer"]["state"].values() for tensor in state.values()]
         name = path.name.rsplit("_epoch_", 1)[1]

@@ -26,6 +26,7 @@ from processes import LONG
 import download_glue_data
 import finetune_bert
 from dse.data import download
+from dse.data import glue as recipes
 from dse.data.download import DownloadError
 from dse.experiments.synthetic import make_pair
 from dse.system.errors import RunError
@@ -165,8 +166,8 @@ def recorded(server, monkeypatch):
     def serve(files: dict[str, bytes] | None = None) -> bytes:
         content = zip_of(files or wnli())
         server.files["/glue/data/WNLI.zip"] = content
-        source = download_glue_data.Source("WNLI.zip", len(content), hashlib.sha256(content).hexdigest())
-        monkeypatch.setitem(download_glue_data.SOURCES, "WNLI", [source])
+        source = recipes.Source("WNLI.zip", len(content), hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(recipes.SOURCES, "WNLI", [source])
         return content
 
     return serve
@@ -279,8 +280,8 @@ def test_no_verify_takes_another_file_and_says_so(server, get, glue, caplog):
     code, table = get("--no_verify")
     assert (code, table["WNLI"]) == (0, ["done", "train.tsv has 9 rows, expected 635"])
     sha256 = hashlib.sha256(content).hexdigest()
-    recorded = download_glue_data.SOURCES["WNLI"][0].sha256
-    assert f"SHA-256 {sha256}, NOT the recorded {recorded}" in caplog.text
+    recorded = recipes.SOURCES["WNLI"][0].sha256
+    assert f"SHA-256 {sha256}, recorded: {recorded}" in caplog.text
     assert get()[1] == {
         "WNLI": ["already there", "unchanged since the download, which differed from the recorded hashes"]
     }
@@ -291,7 +292,7 @@ def test_a_mirror_without_a_slash_at_its_end_and_all_tasks(server, recorded, get
     assert get(base_url=server.url.rstrip("/")) == DONE
     code, table = get(tasks="all", base_url=server.url.rstrip("/"))
     assert code == 1
-    assert list(table) == list(download_glue_data.SOURCES)
+    assert list(table) == list(recipes.SOURCES)
     assert table["WNLI"][0] == "already there"
     assert table["CoLA"][0] == "failed"
 
@@ -416,7 +417,7 @@ def test_tries_end(server, recorded, get, glue):
     server.faults["/glue/data/WNLI.zip"] = [("cut", 10_000), 503, ("cut", 5_000), *[503] * 9]
     code, table = get()
     assert code == 1
-    assert "the server answers 503 Service Unavailable; given up after 4 tries" in table["WNLI"][1]
+    assert "the server answers 503 Service Unavailable; gave up after 4 tries" in table["WNLI"][1]
     assert len(server.asked) == 6  # the third got further, so the count began anew
     server.faults.clear()
     assert get() == DONE
@@ -504,8 +505,8 @@ def test_a_body_that_is_compressed_unasked(server, get, glue):
 
 @pytest.mark.parametrize("length", [True, False])
 def test_an_endless_body_is_not_read_on(server, get, glue, monkeypatch, length):
-    source = download_glue_data.Source("WNLI.zip", 100, "0" * 64)
-    monkeypatch.setitem(download_glue_data.SOURCES, "WNLI", [source])
+    source = recipes.Source("WNLI.zip", 100, "0" * 64)
+    monkeypatch.setitem(recipes.SOURCES, "WNLI", [source])
     server.length = length
     server.files["/glue/data/WNLI.zip"] = bytes(3_000_000)
     code, table = get()
@@ -565,7 +566,7 @@ def test_a_truncated_zip(server, get, glue):
     server.files["/glue/data/WNLI.zip"] = content[: len(content) // 2]
     code, table = get("--no_verify")
     assert code == 1
-    assert "WNLI.zip: no whole zip archive (BadZipFile: File is not a zip file); kept as" in table["WNLI"][1]
+    assert "WNLI.zip: not a complete zip archive (BadZipFile: File is not a zip file); kept as" in table["WNLI"][1]
     assert not (glue / "WNLI").exists()
     server.files["/glue/data/WNLI.zip"] = content
     assert get("--no_verify")[0] == 0
@@ -608,7 +609,7 @@ def test_other_archives_that_are_refused(server, get, glue):
     stored = zip_of(wnli(), zipfile.ZIP_STORED)
     archives = {
         "neither stored nor deflated": zip_of(wnli(), zipfile.ZIP_BZIP2),
-        "files below WNLI/ expected, found 'train.tsv'": zip_of({"train.tsv": b"x"}),
+        "expected files below WNLI/, found 'train.tsv'": zip_of({"train.tsv": b"x"}),
         "Bad CRC-32 for file 'WNLI/train.tsv'": stored[:500] + bytes([stored[500] ^ 1]) + stored[501:],
         "two of its files have one name": zip_of({**wnli(), "WNLI/train.tsv/x": b""}),
         "found no files": zip_of({}),
@@ -684,7 +685,7 @@ def test_no_space_left(server, recorded, get, glue, monkeypatch, suffix):
         patch.setattr(download, "open", open_on_full_disk, raising=False)
         code, table = get()
     assert code == 1
-    assert table["WNLI"][1] == "[Errno 28] No space left on device; with more room, the same command goes on"
+    assert table["WNLI"][1] == "[Errno 28] No space left on device; make room and run the same command to continue"
     assert not (glue / "WNLI").exists()
     assert get() == DONE
     assert whole(glue, wnli())
@@ -698,7 +699,7 @@ def test_too_little_space_is_seen_before_the_download(server, recorded, get, glu
     code, table = get()
     assert code == 1
     assert table["WNLI"][1].startswith(
-        f"[Errno 28] 0.1 MB are needed, and 0.0 MB are free: '{glue}/.download'; with more"
+        f"[Errno 28] 0.1 MB are needed, and 0.0 MB are free: '{glue}/.download'; make room"
     )
 
 
@@ -739,7 +740,7 @@ def test_killed_in_the_middle_and_a_second_run(server, get, glue, tmp_path, how)
     output, _ = process.communicate(timeout=LONG)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
     if how != signal.SIGKILL:
-        assert output == "WNLI        interrupted    the same command goes on\n"
+        assert output == "WNLI        interrupted    run the same command to continue\n"
         assert "Traceback" not in (tmp_path / "log").read_text()
     assert not (glue / "WNLI").exists()
     assert get("--no_verify") == DONE
@@ -775,7 +776,7 @@ def test_killed_after_the_download_without_a_record(server, get, glue, extra, re
 
 
 def test_a_file_that_cannot_be_written_stops_its_task_alone(get, monkeypatch):
-    def made(task, _):
+    def made(task, *_):
         if task == "WNLI":
             raise RunError("WNLI: cannot be written (Read-only file system)")
         return "done", "fine"
@@ -793,7 +794,7 @@ def test_interrupted_while_unpacking(server, recorded, get, glue, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "copyfileobj", interrupt)
-        assert get(tasks="WNLI,RTE") == (130, {"WNLI": ["interrupted", "the same command goes on"]})
+        assert get(tasks="WNLI,RTE") == (130, {"WNLI": ["interrupted", "run the same command to continue"]})
     assert not (glue / "WNLI").exists()
     assert get() == DONE
     assert len(server.asked) == 1
@@ -804,7 +805,7 @@ def test_two_runs_at_once(server, glue, tmp_path):
     server.faults["/glue/data/WNLI.zip"] = [("stall", 10_000)]
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     processes = [start(server, glue, log) for log in logs]
-    wait_for(lambda: sum("another run is at WNLI: waiting" in log.read_text() for log in logs) == 1)
+    wait_for(lambda: sum("another run is working on WNLI: waiting" in log.read_text() for log in logs) == 1)
     wait_for(lambda: server.asked)
     server.released.set()
     outputs = [process.communicate(timeout=LONG)[0] for process in processes]
@@ -825,7 +826,7 @@ def test_a_changed_file_is_neither_skipped_nor_overwritten(recorded, get, glue):
     assert code == 1
     assert table["WNLI"] == [
         "failed",
-        f"dev.tsv changed since the download: move {glue}/WNLI away to have it made anew",
+        f"dev.tsv changed since the download: move {glue}/WNLI away to have it made again",
     ]
     assert (glue / "WNLI" / "dev.tsv").read_text() == "mine\n"
 
@@ -858,13 +859,20 @@ def test_files_that_no_script_reads_may_be_removed(server, get, glue):
     assert get()[1]["WNLI"][1].endswith("; 1 other files were removed")
 
 
+def test_an_archive_with_a_record_of_its_own(server, get, glue):
+    server.files["/glue/data/WNLI.zip"] = zip_of({**wnli(), "WNLI/download.json": b"{}"})
+    assert get("--no_verify") == DONE
+    assert json.loads((glue / "WNLI" / "download.json").read_text())["task"] == "WNLI"
+    assert get()[1]["WNLI"][0] == "already there"
+
+
 def test_a_folder_of_the_user(server, recorded, get, glue):
     recorded()
     (glue / "WNLI").mkdir(parents=True)
     (glue / "WNLI" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n")
     code, table = get()
     assert (code, table["WNLI"][0]) == (1, "failed")
-    assert "but no dev.tsv, test.tsv in it" in table["WNLI"][1]
+    assert "but it has no dev.tsv, test.tsv: move" in table["WNLI"][1]
     for name in ("dev", "test"):
         (glue / "WNLI" / f"{name}.tsv").write_bytes(wnli()[f"WNLI/{name}.tsv"])
     before = files_below(glue)
@@ -876,7 +884,7 @@ def test_a_folder_of_the_user(server, recorded, get, glue):
     assert server.asked == []
 
 
-def test_a_record_that_is_none(recorded, get, glue):
+def test_a_record_that_is_not_one(recorded, get, glue):
     recorded()
     get()
     for text in ("{}", "[]", '{"files": {}, "sources": [1]}', "{"):
@@ -894,7 +902,7 @@ def test_rows_that_differ_are_warned_of(server, get, glue, caplog):
     code, table = get("--no_verify")
     dev = "dev.tsv, line 72: byte 0xff is no valid UTF-8; save the file as UTF-8"
     train = "train.tsv has 9 rows, expected 635"
-    assert (code, table["WNLI"]) == (0, ["done", f"{train}; {dev}"])  # the short row is no row
+    assert (code, table["WNLI"]) == (0, ["done", f"{train}; {dev}"])  # the short row does not count
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"WNLI: {train}" in warnings
 
@@ -928,7 +936,7 @@ def test_a_foreign_header_or_no_rows_is_a_failure(task, file, content, why, serv
     assert get("--no_verify", tasks=task)[0] == 0
 
 
-def test_a_column_more_is_no_foreign_header(server, get, glue):
+def test_an_extra_column_is_not_a_foreign_header(server, get, glue):
     """A mirror's test file with labels."""
     rows = b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"
     server.files["/glue/data/WNLI.zip"] = zip_of({**wnli(), "WNLI/test.tsv": rows})
@@ -963,7 +971,9 @@ def test_mrpc_from_raw_files_by_hand(server, get, glue, tmp_path, caplog):
     assert made["train.tsv"] == HEADER + "0\t20\t10\td\te\n1\t30\t40\tf\tg\n"
     assert made["test.tsv"] == "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t5\t6\th\ti\n1\t7\t8\tj\tk\n"
     for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"):  # theirs, so only a warning
-        assert f"{raw / name}: SHA-256 {hashlib.sha256((raw / name).read_bytes()).hexdigest()}, but" in caplog.text
+        sha256 = hashlib.sha256((raw / name).read_bytes()).hexdigest()
+        size = (raw / name).stat().st_size
+        assert f"{raw / name}: {size} bytes, SHA-256 {sha256}, recorded: " in caplog.text
     assert server.asked == []  # dev_ids.tsv lies beside them
     assert get("--path_to_mrpc", raw, tasks="MRPC")[1]["MRPC"][0] == "already there"
 
@@ -983,12 +993,12 @@ def test_a_page_in_place_of_mrpc(server, get, glue):
     server.files["/senteval/senteval_data/msr_paraphrase_test.txt"] = b"<html>\n<p>Sign in to this network.\n"
     code, table = get("--no_verify", tasks="MRPC")
     assert code == 1
-    assert "msr_paraphrase_test.txt, line 2: 5 columns expected: '<p>Sign in" in table["MRPC"][1]
+    assert "msr_paraphrase_test.txt, line 2: expected 5 columns, found '<p>Sign in" in table["MRPC"][1]
     serve_small_tasks(server)
     assert get("--no_verify", tasks="MRPC")[0] == 0
 
 
-@pytest.mark.parametrize("name", download_glue_data.MRPC_RAW)
+@pytest.mark.parametrize("name", recipes.MRPC_RAW)
 @pytest.mark.parametrize(("content", "why"), [
     (PAGE, "{}, line 1: has the header '<!DOCTYPE html><html><body>Sign in to"),
     (b"", "{}, line 1: has the header '', expected 'Quality"),
@@ -996,9 +1006,9 @@ def test_a_page_in_place_of_mrpc(server, get, glue):
     ((HEADER + "\n").encode(), ".tsv has 0 rows, expected "),
     (b"1\t10\t20\ta b\tc\n0\t20\t10\td\te\n", "{}, line 1: has the header '1\\t10"),
 ], ids=["page", "empty", "header alone", "header and a blank line", "no header"])  # fmt: skip
-def test_raw_files_of_mrpc_that_are_none(name, content, why, server, get, glue, tmp_path):
+def test_raw_files_of_mrpc_that_are_not_such(name, content, why, server, get, glue, tmp_path):
     serve_small_tasks(server)
-    for raw in download_glue_data.MRPC_RAW:
+    for raw in recipes.MRPC_RAW:
         (tmp_path / raw).write_bytes(content if raw == name else server.files[f"/senteval/senteval_data/{raw}"])
     code, table = get("--path_to_mrpc", tmp_path, "--no_verify", tasks="MRPC")
     assert (code, table["MRPC"][0]) == (1, "failed")
@@ -1010,9 +1020,9 @@ def test_raw_files_of_mrpc_that_are_none(name, content, why, server, get, glue, 
 def test_a_spoiled_raw_file_of_the_user_costs_no_verified_download(server, get, glue, tmp_path, monkeypatch):
     serve_small_tasks(server)
     ids = server.files["/glue/data/mrpc_dev_ids.tsv"]
-    sources = download_glue_data.SOURCES["MRPC"]
-    recorded = download_glue_data.Source("mrpc_dev_ids.tsv", len(ids), hashlib.sha256(ids).hexdigest())
-    monkeypatch.setitem(download_glue_data.SOURCES, "MRPC", [*sources[:2], recorded])
+    sources = recipes.SOURCES["MRPC"]
+    recorded = recipes.Source("mrpc_dev_ids.tsv", len(ids), hashlib.sha256(ids).hexdigest())
+    monkeypatch.setitem(recipes.SOURCES, "MRPC", [*sources[:2], recorded])
     for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"):
         (tmp_path / name).write_text("header\nspoiled\n")
     assert get("--path_to_mrpc", tmp_path, tasks="MRPC")[0] == 1
@@ -1058,7 +1068,10 @@ def test_snli_by_hand(server, get, glue, caplog):
     code, table = get("--snli_url", url, tasks="SNLI")
     assert (code, table["SNLI"][0]) == (0, "done")
     assert "train.tsv has 2 rows, expected 549,367" in table["SNLI"][1]
-    assert f"SNLI has no recorded checksum; SHA-256 obtained {hashlib.sha256(content).hexdigest()}" in caplog.text
+    assert (
+        f"snli_1.0.zip: {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}, recorded: none"
+        in caplog.text
+    )
     assert "snli_1.0_dev.txt has no sentence2_binary_parse, sentence1_parse, sentence2_parse: left empty" in caplog.text
     parses = "sentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
     expected = (
@@ -1082,7 +1095,7 @@ def test_snli_with_rows_of_more_cells_than_its_header(server, get, caplog):
 def test_snli_with_a_short_row_or_without_a_column(server, get):
     url = server.url.replace("/glue/data/", "/snli.zip")
     for raw, why in (
-        (SNLI_RAW + "neutral\t( a )\tA.\n", "line 5: at least 6 columns expected: 'neutral"),
+        (SNLI_RAW + "neutral\t( a )\tA.\n", "line 5: ends before sentence2: 'neutral"),
         (SNLI_RAW.replace("gold_label", "label"), "line 1: no column"),
     ):
         files = {f"snli_1.0/snli_1.0_{split}.txt": raw.encode() for split in ("train", "dev", "test")}

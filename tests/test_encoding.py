@@ -9,16 +9,17 @@ import torch
 from dse.data.features import tokenize_texts
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import make_pair
+from dse.networks.batches import pad
 
 PAIRS = [make_pair(random.Random(seed))[1:] for seed in range(9)]
 TEXTS = [text for pair in PAIRS for text in pair]
 
 
 def embedded_alone(model, text: str) -> np.ndarray:
-    """A second way: one text, padded, through the model itself."""
-    tokens, _ = tokenize_texts([text], model.settings.tokenizer, model.settings.max_seq_length)
+    """A second way: one text, padded, through the network itself."""
+    tokens, _ = tokenize_texts([text], model.tokenizer, model.max_seq_length)
     with torch.inference_mode():
-        return model.embed(*tokens.padded(np.array([0]), 0, 32))[0].numpy()
+        return model.network.embed(*pad(tokens, np.array([0]), 0, 32))[0].numpy()
 
 
 def test_encode_keeps_the_order_whatever_the_batches(student):
@@ -44,7 +45,7 @@ def test_long_texts_are_cut_to_the_students_length(student):
 
 def test_what_encode_returns(student):
     model = student()
-    width = model.config.embedding_size
+    width = model.network.config.embedding_size
     both = model.encode(TEXTS[:2])
     assert model.encode(TEXTS[0]).shape == (width,)
     assert model.encode([]).shape == (0, width)
@@ -57,13 +58,14 @@ def test_what_encode_returns(student):
     half = model.encode(TEXTS[:2], half=True)
     assert half.dtype == np.float16
     assert np.abs(half - both).max() < 0.03 * np.abs(both).max()
-    assert not model.training
+    assert not model.network.training
 
 
 def test_encode_leaves_the_mode_as_it_was(student):
-    model = student().train()
+    model = student()
+    model.network.train()
     model.encode(TEXTS[:2])
-    assert model.training
+    assert model.network.training
 
 
 @pytest.mark.parametrize("task", ["mrpc", "snli", "sts-b"])
@@ -71,7 +73,7 @@ def test_score_is_the_head_on_the_embeddings(student, task):
     model = student(task)
     u, v = (torch.from_numpy(model.encode([pair[side] for pair in PAIRS])) for side in (0, 1))
     with torch.inference_mode():
-        expected = model.siamese_head(u, v).numpy()
+        expected = model.network.siamese_head(u, v).numpy()
     scores = model.score(iter(PAIRS), batch_size=2)
     assert scores.shape == ((9, 3) if task == "snli" else (9,))
     np.testing.assert_allclose(scores.reshape(9, -1), expected, rtol=1e-4, atol=1e-5)
@@ -116,13 +118,6 @@ def test_what_is_no_text_is_refused(student, call, message):
         call(student())
 
 
-def test_a_student_without_tokenizer_says_so(student):
-    model = student()
-    model.settings = None
-    with pytest.raises(ValueError, match="no tokenizer"):
-        model.encode(["a"])
-
-
 def test_half_computes_with_fewer_bits(student):
     """Not in float32, rounded at the end."""
     model = student()
@@ -133,7 +128,7 @@ def test_half_computes_with_fewer_bits(student):
 def test_batch_size_is_texts_or_pairs_of_full_length(student):
     """Six texts of 32 tokens."""
     model, seen = student(), []
-    model.dse_model.register_forward_pre_hook(
+    model.network.dse_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
     texts = [f"{word} " * 40 for word in ("doctor", "car", "town", "hill", "ring", "boat")]
@@ -152,13 +147,21 @@ def test_batch_size_is_texts_or_pairs_of_full_length(student):
 def test_nothing_is_dropped_out_in_training_mode(student):
     model = student()
     expected = model.encode(TEXTS), model.score(PAIRS)
-    model.train()
+    model.network.train()
     np.testing.assert_array_equal(model.encode(TEXTS), expected[0])
     np.testing.assert_array_equal(model.score(PAIRS), expected[1])
 
 
 def test_an_embedding_of_zeros_is_normalized_to_zeros(student):
     model = student(additional_embedding_layer_size=4)
-    for parameter in model.dse_model.bert.classifier.parameters():
+    for parameter in model.network.dse_model.bert.classifier.parameters():
         torch.nn.init.zeros_(parameter)
     assert model.encode(["a car", ""], normalize=True).tolist() == [[0.0] * 4] * 2
+
+
+def test_a_student_moves_to_a_device_itself(student):
+    model = student()
+    assert model.device == torch.device("cpu")
+    assert model.to("meta") is model
+    assert model.device == torch.device("meta")
+    assert {parameter.device.type for parameter in model.network.parameters()} == {"meta"}

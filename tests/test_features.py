@@ -10,7 +10,7 @@ from dse.data.features import cached_features, joint_features, kept_lengths, sep
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
-from dse.networks.batches import padding_for
+from dse.networks.batches import Batches, padding_for
 from dse.system.errors import InputError, RunError
 
 MRPC = get_task("mrpc")
@@ -58,7 +58,7 @@ def test_joint_rows_by_hand(tokenizer):
         [CLS, SEP, c, SEP],
         [CLS, d, b, SEP, d, SEP],
     ]
-    batch = features.batch(np.array([3, 0]))
+    batch = Batches(features).of_pairs(np.array([3, 0]))
     assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert batch["input_ids"].tolist()[0] == [CLS, SEP, c, SEP, PAD, PAD]
@@ -68,7 +68,7 @@ def test_separate_texts_are_embedded_once_each(tokenizer):
     pairs = Examples(["a car", "the town", "a car"], ["the town", "the town", ""], [1, 0, 1])
     features = separate_features(MRPC, pairs, tokenizer, 4)
     assert len(features.texts.lengths) == 3
-    batch = features.batch(np.array([2, 0]))
+    batch = Batches(features).of_pairs(np.array([2, 0]))
     a, car = ids_of(tokenizer, "a car")
     the, town = ids_of(tokenizer, "the town")
     assert batch["input_ids"].tolist() == [
@@ -226,5 +226,6 @@ def test_the_padding_asked_for_goes_before_the_devices():
 @pytest.mark.parametrize("form", ["joint", "separate"])
 def test_max_pads_to_max_seq_length_from_the_cache_too(form, tokenizer, tmp_path):
     for _ in ("made", "read"):
-        features = cached_features(form, MRPC, PAIRS, tokenizer, 16, tmp_path / "cache", False, "max")
-        assert features.batch(np.array([1]))["input_ids"].shape == (1 if form == "joint" else 2, 16)
+        features = cached_features(form, MRPC, PAIRS, tokenizer, 16, tmp_path / "cache", False)
+        inputs = Batches(features, "max", 16).of_pairs(np.array([1]))
+        assert inputs["input_ids"].shape == (1 if form == "joint" else 2, 16)

@@ -8,16 +8,19 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from dse.data.features import SeparateFeatures, in_batches, joint_features, separate_features
+from dse.data.features import in_batches, joint_features, separate_features
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
-from dse.models import DSESiameseClassifier, new_student
-from dse.networks.config import PADDINGS, POOLER_TYPES, DSEConfig
+from dse.networks.batches import Batches, pad
+from dse.networks.config import PADDINGS, DSEConfig
 from dse.networks.inference import infer, infer_pairs
+from dse.networks.poolers import POOLERS
 from dse.networks.pretrained import bert_config
-from dse.networks.teacher import teacher_logits
-from dse.training.losses import distillation_targets, student_loss
+from dse.networks.student import SiameseNetwork, new_network
+from dse.networks.teacher import Teacher
+from dse.training.epoch_plan import EpochPlan
+from dse.training.kinds import KINDS
 from dse.training.optimization import make_optimizer
 from dse.training.trainer import Trainer
 
@@ -62,7 +65,8 @@ def test_joint_ids_equal_the_originals(length, pairs, tokenizer):
     golden = arrays("features.npz")
     features = joint_features(TASKS["binary"], pairs, tokenizer, length)
     names = ("input_ids", "token_type_ids", "attention_mask")
-    assert_padded({name: golden[f"cross_{length}_{name}"] for name in names}, features.batch(np.arange(len(pairs))))
+    inputs = Batches(features).of_pairs(np.arange(len(pairs)))
+    assert_padded({name: golden[f"cross_{length}_{name}"] for name in names}, inputs)
 
 
 @pytest.mark.parametrize("length", [17, 24, 48])
@@ -70,7 +74,7 @@ def test_joint_ids_equal_the_originals(length, pairs, tokenizer):
 def test_separate_ids_equal_the_originals(length, side, pairs, tokenizer):
     golden = arrays("features.npz")
     features = separate_features(TASKS["binary"], pairs, tokenizer, length)
-    ids, mask = features.texts.padded(getattr(features, side), features.pad_id)
+    ids, mask = pad(features.texts, getattr(features, side), features.pad_id)
     names = ("input_ids", "attention_mask")
     assert_padded(
         {name: golden[f"separate_{length}_{side}_{name}"] for name in names}, {"input_ids": ids, "attention_mask": mask}
@@ -82,31 +86,29 @@ def test_separate_ids_equal_the_originals(length, side, pairs, tokenizer):
 def test_teacher_logits(kind, padding, pairs, tokenizer):
     golden = arrays("teacher.npz")
     weight, bias = (torch.from_numpy(golden[f"{kind}_classifier_{name}"]) for name in ("weight", "bias"))
-    teacher = BertForSequenceClassification.from_pretrained(TINY, num_labels=len(bias)).eval()
+    teacher = Teacher(BertForSequenceClassification.from_pretrained(TINY, num_labels=len(bias))).eval()
     teacher.classifier.load_state_dict({"weight": weight, "bias": bias})
-    features = joint_features(TASKS[kind], pairs, tokenizer, 24)
-    features.padding, features.max_seq_length = padding, 24
+    batches = Batches(joint_features(TASKS[kind], pairs, tokenizer, 24), padding, 24)
     with torch.inference_mode():
-        logits = teacher_logits(teacher, features.batch(np.arange(len(pairs))))
+        logits = teacher(**batches.of_pairs(np.arange(len(pairs))))
     np.testing.assert_allclose(logits.numpy(), golden[f"{kind}_logits"], atol=1e-5, rtol=0)
 
 
-def student(config_flags: dict, seed: int = 0) -> DSESiameseClassifier:
+def student(config_flags: dict, seed: int = 0) -> SiameseNetwork:
     torch.manual_seed(seed)
-    return new_student(TINY, DSEConfig(bert=bert_config(TINY, "--bert_model"), **config_flags))
+    return new_network(TINY, DSEConfig(bert=bert_config(TINY, "--bert_model"), **config_flags))
 
 
-def assert_first_embeddings(expected: np.ndarray, model: DSESiameseClassifier, pairs: Examples, tokenizer) -> None:
+def assert_first_embeddings(expected: np.ndarray, model: SiameseNetwork, pairs: Examples, tokenizer) -> None:
     features = separate_features(TASKS["binary"], pairs, tokenizer, 24)
-    features.max_seq_length = 24
-    for features.padding in PADDINGS:
+    for padding in PADDINGS:
         with torch.inference_mode():
-            embeddings = model.eval().embed(**features.text_batch(features.first)).numpy()
-        np.testing.assert_allclose(embeddings, expected, atol=1e-5, rtol=0, err_msg=features.padding)
+            embeddings = model.eval().embed(**Batches(features, padding, 24).of_texts(features.first)).numpy()
+        np.testing.assert_allclose(embeddings, expected, atol=1e-5, rtol=0, err_msg=padding)
 
 
 @pytest.mark.parametrize(
-    ("pooler", "layers"), [("cls", 1)] + [(name, k) for name in POOLER_TYPES if name != "cls" for k in (1, 4)]
+    ("pooler", "layers"), [("cls", 1)] + [(name, k) for name in POOLERS if name != "cls" for k in (1, 4)]
 )
 def test_embeddings(pooler, layers, pairs, tokenizer):
     model = student({"pooler_type": pooler, "pooler_num_top_hidden_layers": layers})
@@ -122,35 +124,31 @@ def test_embeddings_with_additional_layer(pairs, tokenizer):
     assert_first_embeddings(golden["additional8_embedding"], model, pairs, tokenizer)
 
 
-class InFileOrder(Trainer):
-    """The project's Trainer with its batches unshuffled, as the golden trainings had them."""
+class InFileOrder(EpochPlan):
+    """The project's plan with its batches unshuffled, as the golden trainings had them."""
 
     def groups(self, epoch):
-        batches = in_batches(np.arange(len(self.features)), self.batch_size)
+        batches = in_batches(np.arange(len(self.batches)), self.batch_size)
         return in_batches(batches, self.accumulation_steps)
 
 
-def golden_trainer(case: dict, features: SeparateFeatures, model: DSESiameseClassifier, losses: list) -> Trainer:
+def golden_trainer(case: dict, batches: Batches, model: SiameseNetwork, losses: list) -> Trainer:
     """A trainer of a golden case; `losses` receives each batch's loss divided by the accumulation."""
     kind = case["kind"]
     logits = torch.from_numpy(arrays("teacher.npz")[f"{kind}_logits"])
-    labels, targets = torch.from_numpy(features.labels), distillation_targets(kind, logits)
+    labels, targets = torch.from_numpy(batches.features.labels), KINDS[kind].targets(logits)
 
     def loss(outputs, rows):
-        value = student_loss(kind, outputs, labels[rows], targets[rows], case["distillation_coeff"])
+        value = KINDS[kind].student_loss(outputs, labels[rows], targets[rows], case["distillation_coeff"])
         losses.append(value.item() / case["gradient_accumulation_steps"])
         return value
 
-    return InFileOrder(
+    return Trainer(
         model,
-        forward=lambda inputs: model(**inputs),
+        InFileOrder(batches, case["batch_size"], case["gradient_accumulation_steps"], seed=0),
         loss=loss,
         measure=lambda outputs, labels: {},
-        features=features,
         optimizer=make_optimizer(model, case["lr"], case["t_total"], case["warmup_proportion"]),
-        batch_size=case["batch_size"],
-        accumulation_steps=case["gradient_accumulation_steps"],
-        seed=0,
         device=torch.device("cpu"),
     )
 
@@ -176,11 +174,11 @@ def test_training(name, padding, pairs, tokenizer):
     assert model.load_state_dict(started, strict=False).unexpected_keys == []
     assert set(started) == {key for key in model.state_dict() if key.startswith("siamese_head.")}
     features = separate_features(TASKS[case["kind"]], labelled(pairs, case["kind"]), tokenizer, case["max_seq_length"])
-    features.padding, features.max_seq_length = padding, case["max_seq_length"]
+    batches = Batches(features, padding, case["max_seq_length"])
 
     losses: list[float] = []
-    trainer = golden_trainer(case, features, model, losses)
-    outputs = infer(model, trainer.forward, features, 7, trainer.device, "before")
+    trainer = golden_trainer(case, batches, model, losses)
+    outputs = infer(model, batches, 7, trainer.device, "before")
     np.testing.assert_allclose(outputs, golden["initial_outputs"], atol=2e-5, rtol=0)
 
     rates = [trainer.optimizer.next_rate]  # by the number of updates made
@@ -190,7 +188,7 @@ def test_training(name, padding, pairs, tokenizer):
     after_batch = [rates[(i + 1) // case["gradient_accumulation_steps"]] for i in range(len(losses))]
     np.testing.assert_allclose(after_batch, golden["lr_after_batch"], atol=1e-9, rtol=0)
 
-    outputs = infer_pairs(model, features, 36, trainer.device, "after")
+    outputs = infer_pairs(model, batches, 36, trainer.device, "after")
     np.testing.assert_allclose(outputs, golden["final_outputs"], atol=1e-4, rtol=0)
     finals = [key for key in golden if key.startswith("final__")]
     assert len(finals) == 4

@@ -152,7 +152,7 @@ def test_another_models_index_is_refused(student, tmp_path):
     CandidateIndex.open(tmp_path / "index", student())
     other = student()
     with torch.no_grad():
-        other.siamese_head.fc_layers[0].bias[0] += 1e-3
+        other.network.siamese_head.fc_layers[0].bias[0] += 1e-3
     with pytest.raises(InputError, match="another model"):
         CandidateIndex.open(tmp_path / "index", other)
 
@@ -248,7 +248,7 @@ def test_what_is_no_list_of_texts(student, tmp_path):
 
 def test_numbers_that_are_not_finite_are_not_stored(student, tmp_path):
     model = student()
-    vectors = np.full((1, model.config.embedding_size), 70_000.0, np.float32)
+    vectors = np.full((1, model.network.config.embedding_size), 70_000.0, np.float32)
     assert len(CandidateIndex.from_embeddings(model, [(vectors, ["a"])])) == 1
     for spoiled, dtype in ((vectors, "float16"), (vectors * np.nan, "float32")):
         with pytest.raises(InputError, match="NaN, infinite numbers or, for float16"):
@@ -316,7 +316,7 @@ def test_nothing_is_appended_to_another_models_index(student, tmp_path):
     index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
     other = student()
     with torch.no_grad():
-        other.siamese_head.fc_layers[0].bias[0] += 1e-3
+        other.network.siamese_head.fc_layers[0].bias[0] += 1e-3
     CandidateIndex.build(other, CANDIDATES[:3], tmp_path / "index")
     with pytest.raises(InputError, match="another model"):
         index.append(["more"])

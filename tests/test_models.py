@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dse.data.tasks import get_task
-from dse.models import empty_student, new_student
-from dse.networks.config import POOLER_TYPES, DSEConfig
-from dse.networks.heads import SiameseHead
-from dse.networks.poolers import pool
+from dse.networks.config import HEAD_TYPES, DSEConfig
+from dse.networks.heads import HEADS, SiameseHead
+from dse.networks.poolers import POOLERS
 from dse.networks.pretrained import bert_config, find_bert
+from dse.networks.student import empty_network, new_network
 from dse.networks.teacher import load_teacher
 from dse.system.errors import InputError
 
@@ -35,21 +35,25 @@ BY_HAND = {
 
 
 def test_by_hand_covers_every_pooler():
-    assert {*BY_HAND, "cls"} == set(POOLER_TYPES)
+    assert {*BY_HAND, "cls"} == set(POOLERS)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_poolers(name):
-    assert pool(name, [LOW, HIGH], MASK).tolist() == [pytest.approx(BY_HAND[name])]
+    assert POOLERS[name].pool([LOW, HIGH], MASK).tolist() == [pytest.approx(BY_HAND[name])]
 
 
 def head(config: DSEConfig, *weights: list) -> SiameseHead:
-    head = SiameseHead(config)
+    head = HEADS[config.siamese_head_type](config)
     with torch.no_grad():
         for layer, weight in zip(head.fc_layers, weights, strict=True):
             layer.weight.copy_(torch.tensor(weight))
             layer.bias.fill_(0.5)
     return head
+
+
+def test_each_head_that_flags_name_has_a_class():
+    assert set(HEADS) == set(HEAD_TYPES)
 
 
 def test_concat_head_by_hand():
@@ -71,7 +75,7 @@ def config_of(bert, **changes) -> DSEConfig:
 
 
 def test_state_dict_names(bert):
-    names = set(new_student(bert, config_of(bert, additional_embedding_layer_size=5)).state_dict())
+    names = set(new_network(bert, config_of(bert, additional_embedding_layer_size=5)).state_dict())
     assert "dse_model.bert.bert.embeddings.word_embeddings.weight" in names
     assert "dse_model.bert.bert.encoder.layer.1.attention.self.query.weight" in names
     assert {name for name in names if ".bert.bert." not in name} == {
@@ -79,7 +83,7 @@ def test_state_dict_names(bert):
         *(f"siamese_head.fc_layers.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")),
     }
     assert not any("pooler" in name for name in names)
-    pooled = set(new_student(bert, config_of(bert, pooler_type="cls")).state_dict())
+    pooled = set(new_network(bert, config_of(bert, pooler_type="cls")).state_dict())
     assert "dse_model.bert.bert.pooler.dense.weight" in pooled
 
 
@@ -92,22 +96,22 @@ def batch(model) -> dict[str, torch.Tensor]:
 
 def test_freezing_leaves_head_and_additional_layer(bert):
     for pooler in ("concat_top_mean", "cls"):
-        model = new_student(
+        model = new_network(
             bert, config_of(bert, pooler_type=pooler, freeze_bert=True, additional_embedding_layer_size=5)
         )
         model(**batch(model)).sum().backward()
         trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert trained == {name for name in model.state_dict() if ".bert.bert." not in name}
-        assert model.train().dse_model.bert.bert.embeddings.dropout.training  # dropout stays on
+        assert model.train().encoder.embeddings.dropout.training  # dropout stays on
 
 
 def test_gradient_checkpointing_changes_no_gradient(bert):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = new_student(bert, config_of(bert)).train()
+        model = new_network(bert, config_of(bert)).train()
         if checkpointing:
-            model.dse_model.bert.bert.activation_checkpointing_enable()
+            model.encoder.activation_checkpointing_enable()
         torch.manual_seed(0)
         model(**batch(model)).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -116,7 +120,7 @@ def test_gradient_checkpointing_changes_no_gradient(bert):
 
 
 def test_padding_changes_no_embedding(bert):
-    model = new_student(bert, config_of(bert)).eval()
+    model = new_network(bert, config_of(bert)).eval()
     inputs = batch(model)
     alone = model.embed(inputs["input_ids"][2:3, :5], inputs["attention_mask"][2:3, :5])
     together = model.embed(**inputs)[2:3]
@@ -124,8 +128,8 @@ def test_padding_changes_no_embedding(bert):
 
 
 def test_a_student_is_rebuilt_from_its_configuration(bert):
-    model = new_student(bert, config_of(bert)).eval()
-    copy = empty_student(model.config)
+    model = new_network(bert, config_of(bert)).eval()
+    copy = empty_network(model.config)
     copy.load_state_dict(model.state_dict())
     assert torch.equal(copy.eval()(**batch(model)), model(**batch(model)))
 
@@ -135,14 +139,14 @@ def test_the_teachers_classifier_starts_from_the_configs_range(bert):
     teacher = load_teacher(bert, get_task("mnli"), fine_tuned=False)
     weight = teacher.classifier.weight
     assert weight.shape == (3, 32)
-    assert weight.std().item() == pytest.approx(teacher.config.initializer_range, rel=0.2)  # 0.1
+    assert weight.std().item() == pytest.approx(teacher.bert.config.initializer_range, rel=0.2)  # 0.1
     assert not teacher.classifier.bias.any()
-    assert teacher.config.id2label == {0: "contradiction", 1: "entailment", 2: "neutral"}
+    assert teacher.bert.config.id2label == {0: "contradiction", 1: "entailment", 2: "neutral"}
 
 
 def test_weights_load_as_float32_whatever_they_were_saved_as(bert, tmp_path):
-    new_student(bert, config_of(bert)).dse_model.bert.bert.half().save_pretrained(tmp_path)
-    model = new_student(tmp_path, config_of(bert))
+    new_network(bert, config_of(bert)).encoder.half().save_pretrained(tmp_path)
+    model = new_network(tmp_path, config_of(bert))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -155,5 +159,6 @@ def test_a_bert_without_some_weights_is_refused(bert, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((bert / name).read_bytes())
     find_bert(str(tmp_path), "--bert_model")  # the folder looks whole
-    with pytest.raises(InputError, match=r"no whole BERT: 1 weights missing.*encoder\.layer\.1\.output\.dense\.weight"):
-        new_student(tmp_path, config_of(bert))
+    words = r"not a whole BERT: 1 weights missing.*encoder\.layer\.1\.output\.dense\.weight"
+    with pytest.raises(InputError, match=words):
+        new_network(tmp_path, config_of(bert))

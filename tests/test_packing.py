@@ -8,14 +8,14 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from dse.data.features import JointFeatures, Ragged, SeparateFeatures
-from dse.models import DSESiameseClassifier, empty_student
-from dse.networks import inference, kernels, packed_bert
-from dse.networks.batches import pack
-from dse.networks.config import POOLER_TYPES, DSEConfig
+from dse.networks import inference, packed_bert
+from dse.networks.batches import Batches, pack
+from dse.networks.config import PADDINGS, DSEConfig
 from dse.networks.inference import by_length, embed_texts, infer, infer_pairs
-from dse.networks.kernels import keep_factors
-from dse.networks.student import set_dropout
-from dse.networks.teacher import teacher_logits
+from dse.networks.packed_bert import keep_factors
+from dse.networks.poolers import POOLERS
+from dse.networks.student import SiameseNetwork, empty_network
+from dse.networks.teacher import Teacher
 
 LENGTHS = [3, 12, 7, 7, 2, 9, 4, 5, 12, 3, 6]  # in two groups, both with padding
 
@@ -27,14 +27,19 @@ def bert_of(**changes) -> dict:
     return BertConfig(**{**config, **sizes, **none, **changes}).to_dict()
 
 
-def student_of(pooler: str = "concat_top_mean", layers: int = 2, **changes) -> DSESiameseClassifier:
+def student_of(pooler: str = "concat_top_mean", layers: int = 2, **changes) -> SiameseNetwork:
     torch.manual_seed(1)
     flags = {"pooler_type": pooler, "pooler_num_top_hidden_layers": layers, "fc_dims": (5, 1)}
-    model = empty_student(DSEConfig(bert=bert_of(**changes), **flags))
+    model = empty_network(DSEConfig(bert=bert_of(**changes), **flags))
     for name, parameter in model.named_parameters():
         if "LayerNorm" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def teacher_of(**changes) -> Teacher:
+    torch.manual_seed(2)
+    return Teacher(BertForSequenceClassification(BertConfig(**bert_of(**changes))))
 
 
 def ragged(lengths: list[int]) -> Ragged:
@@ -53,7 +58,7 @@ def joint(lengths: list[int] = LENGTHS) -> JointFeatures:
     return JointFeatures(ragged(lengths), firsts, np.zeros(len(lengths), np.int64), pad_id=0)
 
 
-def assert_same(compute, features, model: torch.nn.Module) -> None:
+def assert_same(features, model: torch.nn.Module) -> None:
     """The same outputs and gradients for every padding, of a scalar in which each output counts differently.
 
     In double precision, where nothing hides behind rounding.
@@ -61,13 +66,12 @@ def assert_same(compute, features, model: torch.nn.Module) -> None:
     model.double()
     rows = np.array([5, 1, 1, 8, 0, 10, 3, 2, 9])
     results = {}
-    for features.padding in ("batch", "max", "packed"):
-        features.max_seq_length = 16
+    for padding in ("batch", "max", "packed"):
         model.zero_grad()
-        outputs = compute(features.batch(rows))
+        outputs = model(**Batches(features, padding, 16).of_pairs(rows))
         (outputs * torch.arange(outputs.numel()).view_as(outputs)).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results[features.padding] = outputs.detach(), gradients
+        results[padding] = outputs.detach(), gradients
     outputs, gradients = results.pop("batch")
     assert outputs.abs().max() > 0.1
     for padding, (others, other_gradients) in results.items():
@@ -77,65 +81,54 @@ def assert_same(compute, features, model: torch.nn.Module) -> None:
             torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("pooler", POOLER_TYPES)
+@pytest.mark.parametrize("pooler", POOLERS)
 def test_student_with_every_pooler(pooler):
     model = student_of(pooler)
-    assert_same(lambda inputs: model(**inputs), separate(), model)
+    assert_same(separate(), model)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, {"hidden_act": "relu"}], ids=str)
 def test_teacher(changes):
+    model = teacher_of(num_labels=3, **changes).eval()
+    assert_same(joint(), model)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_teacher_against_transformers_own_logits(padding):
     torch.manual_seed(2)
-    model = BertForSequenceClassification(BertConfig(**bert_of(**changes), num_labels=3)).eval()
-    assert_same(lambda inputs: teacher_logits(model, inputs), joint(), model)
+    own = BertForSequenceClassification(BertConfig(**bert_of(num_labels=3))).eval().double()
+    padded = own(**Batches(joint(), "batch").of_pairs(np.arange(11))).logits
+    logits = Teacher(own)(**Batches(joint(), padding, 16).of_pairs(np.arange(11)))
+    assert padded.abs().max() > 0.1
+    torch.testing.assert_close(logits, padded, rtol=1e-9, atol=1e-9)
 
 
 def test_rows_of_one_length_need_no_padding():
     model = student_of()
     features = separate([6] * 11)
     assert all(group.bias is None for group in pack(features.texts, np.arange(11)).groups)
-    assert_same(lambda inputs: model(**inputs), features, model)
+    assert_same(features, model)
 
 
 def test_idle_tokens_reach_nothing():
     """The pairs of assert_same have 16 x 12 + 2 x 3 = 198 tokens, which become 200; the joint ones 99, and 100."""
     lengths, rows = [12] * 10 + [3], np.array([5, 1, 1, 8, 0, 10, 3, 2, 9])
     for features, tokens in ((separate(lengths), 200), (joint(lengths), 100)):
-        features.padding = "packed"
-        assert len(features.batch(rows)["packed"].ids) == tokens
+        assert len(Batches(features, "packed").of_pairs(rows)["packed"].ids) == tokens
     for pooler in ("concat_top_mean", "cls"):
         student = student_of(pooler)
-        assert_same(lambda inputs, student=student: student(**inputs), separate(lengths), student)
-    torch.manual_seed(1)
-    teacher = BertForSequenceClassification(BertConfig(**bert_of()))
-    assert_same(lambda inputs: teacher_logits(teacher, inputs), joint(lengths), teacher)
-
-
-@pytest.mark.parametrize("onednn", [True, False])
-def test_linear_against_torchs_own(onednn, monkeypatch):
-    monkeypatch.setattr(kernels, "_ONEDNN", torch.ops.mkldnn._linear_pointwise if onednn else None)
-    torch.manual_seed(0)
-    inputs = [torch.randn(9, 6), torch.randn(4, 6), torch.randn(4)]
-    results = []
-    for compute in (packed_bert.linear, torch.nn.functional.linear):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        outputs = compute(*leaves)
-        (outputs * torch.arange(36.0).view(9, 4)).sum().backward()
-        results.append([outputs, *(leaf.grad for leaf in leaves)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    states = inputs[0].clone().requires_grad_()  # and frozen weights
-    packed_bert.linear(states, inputs[1], inputs[2]).sum().backward()
-    torch.testing.assert_close(states.grad, inputs[1].sum(dim=0).expand(9, 6), rtol=1e-5, atol=1e-5)
+        assert_same(separate(lengths), student)
+    teacher = teacher_of()
+    assert_same(joint(lengths), teacher)
 
 
 def test_frozen_encoder_and_gradient_checkpointing():
     model = student_of()
-    model.dse_model.bert.bert.activation_checkpointing_enable()
+    model.encoder.activation_checkpointing_enable()
     model.train()
-    assert_same(lambda inputs: model(**inputs), separate(), model)
-    model.dse_model.bert.bert.requires_grad_(False)
-    assert_same(lambda inputs: model(**inputs), separate(), model)
+    assert_same(separate(), model)
+    model.encoder.requires_grad_(False)
+    assert_same(separate(), model)
 
 
 def test_checkpointing_repeats_the_dropout():
@@ -143,11 +136,9 @@ def test_checkpointing_repeats_the_dropout():
     for enable in (False, True):
         model = student_of(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3).train()
         if enable:
-            model.dse_model.bert.bert.activation_checkpointing_enable()
-        features = separate()
-        features.padding = "packed"
+            model.encoder.activation_checkpointing_enable()
         torch.manual_seed(3)
-        model(**features.batch(np.arange(11))).sum().backward()
+        model(**Batches(separate(), "packed").of_pairs(np.arange(11))).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -186,7 +177,7 @@ def test_dropout_keeps_the_expectation_and_follows_the_seed():
 def test_dropout_comes_where_the_padded_model_has_it(pooler, monkeypatch):
     """Every dropout of either path multiplies by 1 + its rate instead."""
     model = student_of(pooler, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.25).train()
-    model.dse_model.bert.bert.set_attn_implementation("eager")  # sdpa has its own dropout
+    model.encoder.set_attn_implementation("eager")  # sdpa has its own dropout
 
     def multiply(inputs, p=0.5, training=True, inplace=False):
         return inputs * (1 + p) if training else inputs
@@ -197,18 +188,16 @@ def test_dropout_comes_where_the_padded_model_has_it(pooler, monkeypatch):
         "keep_factors",
         lambda shapes, rate, device, dtype: [torch.full(shape, 1 + rate) for shape in shapes],
     )
-    assert_same(lambda inputs: model(**inputs), separate(), model)
+    assert_same(separate(), model)
 
 
 def test_a_rate_that_was_set_is_the_rate_everywhere():
     """Without dropout training gives evaluation's numbers, packed and padded; with it, neither does."""
     model = student_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    features = separate()
     for padding in ("packed", "batch"):
-        features.padding = padding
-        inputs = features.batch(np.arange(11))
+        inputs = Batches(separate(), padding).of_pairs(np.arange(11))
         for rate, same in ((0.0, True), (0.5, False)):
-            set_dropout(model, rate)
+            model.set_dropout(rate)
             outputs = model.train().embed(**inputs)
             # by rounding: without gradients transformers takes another kernel
             assert torch.allclose(outputs, model.eval().embed(**inputs), atol=1e-5) == same
@@ -216,44 +205,37 @@ def test_a_rate_that_was_set_is_the_rate_everywhere():
 
 def test_dropout_follows_the_mode():
     model = student_of(hidden_dropout_prob=0.5).train()
-    features = separate()
-    features.padding = "packed"
-    inputs = features.batch(np.arange(11))
+    inputs = Batches(separate(), "packed").of_pairs(np.arange(11))
     assert not torch.equal(model.embed(**inputs), model.embed(**inputs))
     model.eval()
     assert torch.equal(model.embed(**inputs), model.embed(**inputs))
 
 
 def test_bf16_follows_float32():
-    for model, features, compute in (
-        (student_of(), separate(), lambda model, inputs: model(**inputs)),
-        (BertForSequenceClassification(BertConfig(**bert_of())), joint(), teacher_logits),
-    ):
-        features.padding = "packed"
-        inputs = features.batch(np.arange(11))
-        exact = compute(model, inputs)
+    for model, features in ((student_of(), separate()), (teacher_of(), joint())):
+        inputs = Batches(features, "packed").of_pairs(np.arange(11))
+        exact = model(**inputs)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            rough = compute(model, inputs)
+            rough = model(**inputs)
         rough.sum().backward()
         assert 0 < (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_each_text_is_embedded_once_and_pairs_keep_their_order():
-    model = student_of()
-    features = separate()
-    expected = infer(model, lambda inputs: model(**inputs), features, 3, torch.device("cpu"), "pairs")
+    model, batches = student_of(), Batches(separate())
+    expected = infer(model, batches, 3, torch.device("cpu"), "pairs")
     seen = []
     model.dse_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.extend(inputs["packed"].starts.tolist()), with_kwargs=True
     )
-    features.padding = "packed"
-    outputs = infer_pairs(model, features, 3, torch.device("cpu"), "texts")
+    batches.padding = "packed"
+    outputs = infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
     assert len(seen) == len(LENGTHS)
-    embeddings = embed_texts(model, features, 3, torch.device("cpu"), "texts")
+    embeddings = embed_texts(model, batches, 3, torch.device("cpu"), "texts")
     with torch.inference_mode():
-        alone = model.embed(**features.text_batch(np.array([4])))
+        alone = model.embed(**batches.of_texts(np.array([4])))
     np.testing.assert_allclose(embeddings[4], alone[0], atol=1e-5)
 
 
@@ -268,7 +250,7 @@ def test_no_step_has_more_than_its_tokens():
 @pytest.mark.parametrize("last_alone", [False, True])
 def test_no_two_dropouts_share_their_factors(last_alone):
     """One of the embeddings, then in each of 3 layers one of each group's weights, of the context, of the output."""
-    bert = student_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train().dse_model.bert.bert
+    bert = student_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train().encoder
     batch = pack(ragged(LENGTHS), np.arange(11))
     embeddings, keeps = packed_bert._draw(bert, batch, torch.zeros(len(batch.ids), 16), last_alone)
     factors = [embeddings, *(each for keep in keeps for each in (*keep.weights, keep.context, keep.output))]
@@ -284,49 +266,45 @@ def test_a_batch_moves_to_a_device_whole():
 
 def test_checkpointing_computes_each_layer_again_in_training(monkeypatch):
     model, calls = student_of(), []
-    bert, compute = model.dse_model.bert.bert, packed_bert._feed_forward
+    bert, compute = model.encoder, packed_bert._feed_forward
     monkeypatch.setattr(packed_bert, "_feed_forward", lambda *inputs: calls.append(1) or compute(*inputs))
-    features = separate()
-    features.padding = "packed"
-    counts = []
+    batches, counts = Batches(separate(), "packed"), []
     for enable, train in ((False, True), (True, True), (True, False)):
         if enable:
             bert.activation_checkpointing_enable()
         calls.clear()
-        model.train(train)(**features.batch(np.arange(11))).sum().backward()
+        model.train(train)(**batches.of_pairs(np.arange(11))).sum().backward()
         counts.append(len(calls))
     assert counts == [3, 6, 3]
 
 
 def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
-    model, features = student_of(), separate()
-    expected = infer_pairs(model, features, 3, torch.device("cpu"), "texts")
+    model, batches = student_of(), Batches(separate())
+    expected = infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
     monkeypatch.setattr(inference, "_PAIRS_PER_STEP", 4)
-    outputs = infer_pairs(model, features, 3, torch.device("cpu"), "texts")
+    outputs = infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
     assert np.ptp(expected) > 0.1
 
 
 def test_the_places_of_a_step():
     """By length 12 12 9 7 7 6 5 4 3 3 2; three pairs of 16 + 16 are 96 places, 8 x 12; three texts of 16 are 4 x 12."""
-    model, features, seen = student_of(), separate(), []
-    features.padding, features.max_seq_length = "packed", 16
+    model, batches, seen = student_of(), Batches(separate(), "packed", 16), []
     model.dse_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
-    infer_pairs(model, features, 3, torch.device("cpu"), "texts")
+    infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
     assert seen == [8, 3]
     seen.clear()
-    embed_texts(model, features, 3, torch.device("cpu"), "texts")
+    embed_texts(model, batches, 3, torch.device("cpu"), "texts")
     assert seen == [4, 6, 1]  # 48 places: 4 x 12, then 6 x 7, then the rest
 
 
 def test_no_step_has_more_places_than_gain_anything():
     """Of 1,000 texts of 16 places a step might hold 600 texts of 12; 4,096 places, whatever the flag, are 341 x 12."""
-    model, features, seen = student_of(), separate([12] * 600), []
-    features.padding, features.max_seq_length = "packed", 16
+    model, batches, seen = student_of(), Batches(separate([12] * 600), "packed", 16), []
     model.dse_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
-    embed_texts(model, features, 1000, torch.device("cpu"), "texts")
+    embed_texts(model, batches, 1000, torch.device("cpu"), "texts")
     assert seen == [341, 259]

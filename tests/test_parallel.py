@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
-from dse.storage.checkpoint import load_checkpoint
+from dse.storage.checkpoint import Checkpoint
 from dse.system import parallel
 from dse.system.errors import InputError, RunError
 
@@ -67,7 +67,9 @@ def stages(bert, copied, edit_json, data, tmp_path, logits):
 
 
 def newest(folder: Path) -> dict:
-    return load_checkpoint(max((folder / "checkpoints").glob("*/*.pt"), key=lambda path: path.stat().st_mtime_ns))
+    return Checkpoint.read(
+        max((folder / "checkpoints").glob("*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    ).entries()
 
 
 def test_two_processes_give_what_one_gives(stages, tmp_path):
@@ -146,6 +148,8 @@ def test_alone_nothing_changes(monkeypatch):
     assert parallel.rows_of_rank(rows) is rows
     assert parallel.summed(rows) is rows
     assert parallel.highest(7) == parallel.of_first(7) == 7
+    model = torch.nn.Linear(1, 1)
+    assert parallel.synchronized(model) is model
     parallel.join(torch.device("cpu"))
     assert parallel.size() == 1
 

@@ -139,7 +139,8 @@ def teacher(bert, tmp_path_factory):
         if not (folder / name).exists():
             task = get_task(name)
             torch.manual_seed(5)
-            model = load_teacher(bert, task, fine_tuned=False)
+            load_teacher(bert, task, fine_tuned=False).save_pretrained(folder / name)
+            model = BertForSequenceClassification.from_pretrained(folder / name)
             with torch.no_grad():  # answers spread over all labels, scores beyond 0 and 5
                 logits = torch.from_numpy(logits_by_hand(model, texts_of(name)))
                 spread = 3 / logits.std(dim=0)
@@ -161,12 +162,12 @@ def spread_student(student):
     def make(name: str = "mrpc"):
         model = student(name)
         scores = torch.from_numpy(model.score(PAIRS)).view(len(PAIRS), -1)
-        last = model.siamese_head.fc_layers[-1]
+        last = model.network.siamese_head.fc_layers[-1]
         with torch.no_grad():
             spread = 3 / scores.std(dim=0)
             last.bias.copy_((last.bias - scores.quantile(0.5, dim=0)) * spread)
             last.weight *= spread[:, None]
-            if model.settings.task.kind == "regression":
+            if model.task.kind == "regression":
                 last.bias += 2.5
         return model
 
@@ -358,7 +359,7 @@ def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
         "rte", model=teacher("mrpc")
     )
     assert "gives 2 logits, and mnli needs 3" in refusal("mnli", model=teacher("mrpc"))
-    assert "no fine-tuned teacher: classifier.bias, classifier.weight missing" in refusal("rte", model=bert)
+    assert "not a fine-tuned teacher: classifier.bias, classifier.weight missing" in refusal("rte", model=bert)
 
 
 def test_a_student_that_gives_nan_is_refused(refusal, student, tmp_path):
@@ -366,7 +367,7 @@ def test_a_student_that_gives_nan_is_refused(refusal, student, tmp_path):
     for name in ("mrpc", "mnli", "sts-b"):
         model = student(name)
         with torch.no_grad():
-            model.siamese_head.fc_layers[-1].bias[0] = torch.nan
+            model.network.siamese_head.fc_layers[-1].bias[0] = torch.nan
         model.save_pretrained(tmp_path / name)
         assert f"--model: gives NaN or infinite outputs on {name}" in refusal(name, model=tmp_path / name)
 

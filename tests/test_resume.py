@@ -25,12 +25,14 @@ from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.networks import inference
 from dse.storage import states
-from dse.storage.checkpoint import check_same_flags, load_checkpoint, student_from_checkpoint
+from dse.storage.checkpoint import Checkpoint
 from dse.storage.logits import save_logits
 from dse.storage.states import States
 from dse.system import files, signals
 from dse.system.errors import InputError, RunError
 from dse.training import trainer
+from dse.training.kinds import Kind
+from dse.training.run import Identity
 
 
 def stop_at(monkeypatch, number: int, call: str = "update", sent: int = signal.SIGTERM) -> None:
@@ -90,7 +92,7 @@ def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkp
         code, line = stopped(dse_train_runner.main, student_flags(**FLAGS), capsys)
     assert (code, "_epoch_0.pt;" in line) == (143, True)
     assert not list(tmp_path.glob("checkpoints/*/*_state_epoch_1_*.pt"))
-    assert load_checkpoint(line.split("state in ")[1].split(";")[0])  # whole
+    assert Checkpoint.read(line.split("state in ")[1].split(";")[0]).entries()  # whole
     dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
 
@@ -218,10 +220,13 @@ def test_going_on_with_other_flags_is_refused(teacher_flags, student_flags, refu
 
 
 def test_a_flag_that_a_run_did_not_know_counts_as_not_given():
-    check_same_flags({"lr": 0.1}, {"lr": 0.1, "dropout": None, "schedule_in_updates": False})
+    def identity(**flags: object) -> Identity:
+        return Identity({}, {"bert_model": "x", "lr": 0.1, **flags}, {}, None)
+
+    identity(dropout=None, schedule_in_updates=False).check(identity())
     for value in (0.0, 0.5):  # 0 is a rate, and another one than the encoder's
         with pytest.raises(InputError, match=f"--dropout: {value} now, None in the run"):
-            check_same_flags({"lr": 0.1}, {"lr": 0.1, "dropout": value})
+            identity(dropout=value).check(identity())
 
 
 def test_what_resume_finds_in_a_teachers_folder(teacher_flags, tmp_path, refused, caplog, edit_json):
@@ -344,7 +349,7 @@ def test_resume_takes_the_run_of_these_flags_and_starts_anew_where_there_is_none
     first = checkpoints()[0]
     shutil.copytree(first.parent, first.parent.with_name("bert_distillation_2099_01_01-00_00_00"))
     for path in first.parent.with_name("bert_distillation_2099_01_01-00_00_00").glob("*.pt"):
-        entries = load_checkpoint(path)
+        entries = Checkpoint.read(path).entries()
         files.save_tensors(path, {**entries, "run": {**entries["run"], "lr": 0.5}})
     dse_train_runner.main([*student_flags(epochs=2), "--resume"])
     assert [path.name[-10:] for path in sorted(first.parent.glob("*_epoch_1.pt"))] == ["epoch_1.pt"]
@@ -373,7 +378,7 @@ def test_a_spoiled_newest_state_costs_the_work_since_the_one_before(
     spoil(newest)
     caplog.clear()
     dse_train_runner.main([*student_flags(**FLAGS), "--resume"])
-    assert f"{newest} is truncated or no checkpoint" in caplog.text
+    assert f"{newest} is truncated or not a checkpoint" in caplog.text
     assert "going on after 1 epochs and 1 updates of the next" in caplog.text
     assert_same_run(checkpoints()[-1], unbroken)
     assert not newest.exists()
@@ -447,17 +452,17 @@ def creator(data, teacher_flags, tmp_path):
 
 def stop_forward(monkeypatch, number: int) -> list[int]:
     """Send SIGTERM within the teacher's n-th step; the list grows with each step."""
-    from dse.networks import teacher
+    from dse.networks.teacher import Teacher
 
-    original, calls = teacher.teacher_logits, []
+    original, calls = Teacher.forward, []
 
-    def counted(*args):
+    def counted(*args, **inputs):
         calls.append(1)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **inputs)
 
-    monkeypatch.setattr(teacher, "teacher_logits", counted)
+    monkeypatch.setattr(Teacher, "forward", counted)
     return calls
 
 
@@ -522,7 +527,7 @@ def test_a_spoiled_checkpoint_is_refused_for_use(student_flags, checkpoints, ref
     dse_train_runner.main(student_flags(epochs=1))
     flip(checkpoints()[0], 0.4)
     argv = ["--task_name", "mrpc", "--trainer_checkpoint", checkpoints()[0]]
-    assert "is truncated or no checkpoint" in refused(load_dse_checkpoint_example.main, argv)
+    assert "is truncated or not a checkpoint" in refused(load_dse_checkpoint_example.main, argv)
 
 
 def test_a_missing_or_older_best_folder_is_made_again(student_flags, checkpoints, monkeypatch):
@@ -530,23 +535,21 @@ def test_a_missing_or_older_best_folder_is_made_again(student_flags, checkpoints
     dse_train_runner.main(student_flags(epochs=3))
     folder, (best, newest) = checkpoints()[0].parent / "best", checkpoints()
     weights = (folder / "model.safetensors").read_bytes()
-    for spoil in (shutil.rmtree, student_from_checkpoint(load_checkpoint(newest))[0].save_pretrained):
+    for spoil in (shutil.rmtree, DSESiameseClassifier.from_checkpoint(newest).save_pretrained):
         spoil(folder)
         dse_train_runner.main([*student_flags(epochs=3), "--resume"])
         assert (folder / "model.safetensors").read_bytes() == weights
         student = DSESiameseClassifier.from_pretrained(folder)
-        assert student.origin["epoch"] == load_checkpoint(newest)["best"]["epoch"] == 1
-        for name, tensor in load_checkpoint(best)["model"].items():
-            assert torch.equal(student.state_dict()[name], tensor), name
+        assert student.origin["epoch"] == Checkpoint.read(newest).best["epoch"] == 1
+        for name, tensor in Checkpoint.read(best).model.items():
+            assert torch.equal(student.network.state_dict()[name], tensor), name
 
 
 def give_scores(monkeypatch, scores: list[float]) -> None:
     """Have the validation of the n-th epoch from here on give the n-th f1."""
     given = iter(scores)
     metrics = {f"{name}_0.5": 0.5 for name in ("accuracy", "precision", "recall")}
-    monkeypatch.setattr(
-        dse_train_runner, "make_validate", lambda *_: lambda: {"loss": 1.0, **metrics, "f1_0.5": next(given)}
-    )
+    monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"loss": 1.0, **metrics, "f1_0.5": next(given)})
 
 
 def test_the_best_folder_follows_the_best_epoch_while_the_run_is_under_way(
@@ -561,13 +564,13 @@ def test_the_best_folder_follows_the_best_epoch_while_the_run_is_under_way(
 
     give_scores(monkeypatch, [0.2, 0.1, 0.7, 0.7])
     monkeypatch.setattr(States, "save", saved)
-    monkeypatch.setattr("dse.storage.checkpoint.mend_best", lambda *_: None)
+    monkeypatch.setattr("dse.training.student_run.mend_best", lambda *_: None)
     dse_train_runner.main(student_flags(epochs=4))
     assert seen == [{}, {"best": 0}, {"best": 0}, {"best": 2}]
     student = DSESiameseClassifier.from_pretrained(checkpoints()[0].parent / "best")
     assert checkpoints()[0].name.endswith("_epoch_2.pt")
-    for name, tensor in load_checkpoint(checkpoints()[0])["model"].items():
-        assert torch.equal(student.state_dict()[name], tensor), name
+    for name, tensor in Checkpoint.read(checkpoints()[0]).model.items():
+        assert torch.equal(student.network.state_dict()[name], tensor), name
 
 
 def test_other_logits_are_another_run(student_flags, checkpoints, logits, tmp_path, refused):
@@ -589,21 +592,19 @@ def test_other_logits_are_another_run(student_flags, checkpoints, logits, tmp_pa
 
 def test_a_loss_that_is_not_finite_ends_the_run(student_flags, tmp_path, monkeypatch, capsys):
     """In the second epoch's second batch of three; the state of the epoch before stays, and is whole."""
-    from dse.training import losses
-
-    original, calls = losses.student_loss, []
+    original, calls = Kind.student_loss, []
 
     def broken(*args):
-        calls.append(1)
+        calls.extend([1] * args[1].requires_grad)  # not those of whole epochs
         return original(*args) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(losses, "student_loss", broken)
+    monkeypatch.setattr(Kind, "student_loss", broken)
     code, line = stopped(dse_train_runner.main, student_flags(gradient_accumulation_steps=1), capsys)
     assert code == 1
     assert "epoch 1, batch 2: the loss is nan: the training has diverged; last good state: " in line
     path = line.split("last good state: ")[1].split(". Start")[0]
     assert path.endswith("_epoch_0.pt")
-    assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+    assert all(tensor.isfinite().all() for tensor in Checkpoint.read(path).model.values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(teacher_flags, tmp_path, capsys, monkeypatch):
@@ -665,7 +666,7 @@ def test_a_full_disk(student_flags, tmp_path, monkeypatch, capsys):
         assert "cannot be written (No space left on device; 0 MiB are free there)" in line
         left = sorted((place / "checkpoints").glob("*/*.pt"))
         assert {path.name[-10:] for path in left} == {"epoch_0.pt", "epoch_1.pt"}
-        assert all(load_checkpoint(path)["model"] for path in left)
+        assert all(Checkpoint.read(path).model for path in left)
         assert not list((place / "checkpoints").glob("*/.*.part"))
     finally:
         subprocess.run(["umount", str(place)], check=True)
@@ -785,7 +786,7 @@ def epochs_of(run: Path) -> dict[str, int]:
 
 def better_each_epoch(monkeypatch) -> None:
     """Have every epoch score higher than those before it."""
-    monkeypatch.setattr(dse_train_runner, "score_of", lambda task, record: ("f1", 0.1 * record["epoch"]))
+    monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", 0.1 * record["epoch"]))
 
 
 def test_21_a_foreign_file_in_best_costs_no_work(
@@ -820,7 +821,7 @@ def test_21_the_checkpoint_comes_before_the_best_folder(student_flags, tmp_path,
         raise SystemExit(9)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(DSESiameseClassifier, "save_pretrained", killed)
+        patched.setattr("dse.storage.student_folder.write_student", killed)
         dse_train_runner.main(student_flags())
     (run,) = (tmp_path / "checkpoints").iterdir()
     assert [path.name[-10:] for path in run.glob("*.pt")] == ["epoch_0.pt"]
@@ -857,7 +858,8 @@ def test_23_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, 
     """Same experiment name, in every position that the run itself will have: checkpoints, states and `best`."""
     flags = {**FLAGS, "checkpoint_dir": tmp_path / "other"}
     with monkeypatch.context() as patched:
-        patched.setattr(dse_train_runner, "utc_stamp", lambda: "2020_01_01-00_00_00")
+        for place in ("dse_train_runner", "dse.training.student_run"):
+            patched.setattr(f"{place}.utc_stamp", lambda: "2020_01_01-00_00_00")
         stop_at(patched, 5)  # leaves checkpoint 0, its `best` and states of epoch 1
         stopped(dse_train_runner.main, student_flags(**flags), capsys)
     (other,) = (tmp_path / "other").iterdir()
@@ -879,7 +881,7 @@ def test_23_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, 
     assert {name: after.get(name) for name in before} == before
     assert not mine.exists()
     new = [path for path in other.glob("*.pt") if path.name not in before]
-    assert {load_checkpoint(path)["stamp"] for path in new} == {load_checkpoint(start)["stamp"]}
+    assert {Checkpoint.read(path).stamp for path in new} == {Checkpoint.read(start).stamp}
     assert_same_run(max(new, key=lambda path: path.stat().st_mtime_ns), unbroken)
     assert epochs_of(other) == {"best": 0, "best_epoch_0": 0}
 
@@ -1004,7 +1006,7 @@ def test_30_a_student_needs_its_encoder_no_more(
         (run,) = (checkpoints()[0].parent.parent).iterdir()
         if not known:
             for path in run.glob("*.pt"):
-                entries = load_checkpoint(path)
+                entries = Checkpoint.read(path).entries()
                 del entries["data"]["bert"]
                 files.save_tensors(path, entries)
         shutil.rmtree(model)
@@ -1017,7 +1019,7 @@ def test_30_a_student_needs_its_encoder_no_more(
 def test_30_an_older_state_knows_its_encoder_by_name(student_flags, bert, copied, checkpoints, refused):
     dse_train_runner.main(student_flags(epochs=1))
     (path,) = checkpoints()
-    entries = load_checkpoint(path)
+    entries = Checkpoint.read(path).entries()
     del entries["data"]["bert"]
     files.save_tensors(path, entries)
     line = refused(dse_train_runner.main, [*student_flags(bert_model=copied(bert)), "--resume"])

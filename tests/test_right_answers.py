@@ -3,7 +3,6 @@
 import json
 import logging
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,16 @@ import load_dse_checkpoint_example
 import run_distillation_logits_creator
 from dse import __main__ as entry
 from dse.data.processors import read_examples
-from dse.data.tasks import Task, get_task, ranked_label, task_from_dict, task_to_dict
+from dse.data.tasks import Task, get_task, ranked_label, task_from_dict, task_to_dict, winning_threshold
 from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
-from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.storage.checkpoint import Checkpoint
 from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
 from dse.system.files import json_text
 from dse.training.metrics import measure_student
-from dse.training.reporting import format_metrics, winning_threshold
+from dse.training.reporting import format_metrics
 
 OWN = {  # the label of what is wanted comes first
     "kind": "binary", "labels": ["match", "other"], "rank_label": "match",
@@ -91,12 +90,12 @@ def test_the_wanted_candidate_ranks_first(first_label_wanted, tmp_path):
     both = model.predict(everyone, probabilities="all")
     np.testing.assert_array_equal(both[:, 0], wanted)
     np.testing.assert_allclose(both.sum(axis=1), 1, atol=1e-6)
-    assert model.predict(everyone)[found[0][0].row] == model.settings.task.labels[0]
+    assert model.predict(everyone)[found[0][0].row] == model.task.labels[0]
     np.testing.assert_allclose(
         1 / (1 + np.exp(-np.array([hit.score for hit in found[0]]))), np.sort(wanted)[::-1], atol=1e-5
     )
     card = (first_label_wanted / "README.md").read_text()
-    label = model.settings.task.labels[0]
+    label = model.task.labels[0]
     assert f"candidates rank by the probability of `{label}`" in card
     assert f"`predict(probabilities=True)` gives the probability of `{label}`" in card
 
@@ -227,12 +226,12 @@ def test_the_winning_threshold_goes_with_the_student(student_flags, checkpoints,
     line = next(line for line in caplog.text.splitlines() if "epoch 0 of 0 to 0" in line)
     assert line.endswith("accuracy_0.3 1.0000, precision_0.3 1.0000, recall_0.3 1.0000, f1_0.3 1.0000")
     assert line.count("f1_") == 2, "one of train and one of dev"
-    assert load_checkpoint(checkpoints()[-1])["best"]["threshold"] == 0.3
+    assert Checkpoint.read(checkpoints()[-1]).best["threshold"] == 0.3
     monkeypatch.undo()
 
     best = checkpoints()[-1].parent / "best"
     model = DSESiameseClassifier.from_pretrained(best)
-    assert model.settings.threshold == 0.3
+    assert model.threshold == 0.3
     monkeypatch.setattr(model, "score", lambda *_: np.log(np.array([0.25 / 0.75, 0.35 / 0.65, 0.5 / 0.5], np.float32)))
     assert model.predict([]) == ["0", "1", "1"]
     assert model.predict([], threshold=0.4) == ["0", "0", "1"]
@@ -242,7 +241,7 @@ def test_the_winning_threshold_goes_with_the_student(student_flags, checkpoints,
     assert "| f1_0.3 | 1.0000 |" in card
     assert "f1_0.2" not in card.split("## Commands")[0]
 
-    assert student_from_checkpoint(load_checkpoint(checkpoints()[-1]))[0].settings.threshold == 0.3
+    assert Checkpoint.read(checkpoints()[-1]).student().threshold == 0.3
 
 
 def test_predict_takes_the_students_threshold(student, tmp_path):
@@ -259,7 +258,7 @@ def test_predict_takes_the_students_threshold(student, tmp_path):
         (p + 1e-3, p - 1e-3, 1),
         (0.5, p + 1e-3, 0),
     ):
-        model.settings = replace(model.settings, threshold=float(stored))
+        model.threshold = float(stored)
         model.save_pretrained(tmp_path / "student")
         assert model.predict([TEXTS[:2]], threshold=flag) == [str(expected)]
         entry.main(["predict", "--model", str(tmp_path / "student"), "--task_name", "mrpc", "--data_dir",
@@ -274,7 +273,7 @@ def test_folders_of_before_have_the_threshold_of_before(student, edit_json, tmp_
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     del config["threshold"], config["sha256"]
     (tmp_path / "student" / "config.json").write_text(json.dumps({**config, "sha256": sha256_json(config)}))
-    assert DSESiameseClassifier.from_pretrained(tmp_path / "student").settings.threshold == 0.5
+    assert DSESiameseClassifier.from_pretrained(tmp_path / "student").threshold == 0.5
 
 
 def test_a_line_of_many_thresholds_shows_the_best():
@@ -408,10 +407,9 @@ def test_predict_tells_how_far_it_agrees_with_labels_that_are_there(student, tmp
     """A student whose one logit is high for every pair, against a test file that says `match` three times of four."""
     (tmp_path / "own.json").write_text(json.dumps(OWN))
     model = student("rte")
-    task = get_task(str(tmp_path / "own.json"))
-    model.settings = type(model.settings)(model.settings.tokenizer, task, 32)
+    model.task = get_task(str(tmp_path / "own.json"))
     with torch.no_grad():
-        model.siamese_head.fc_layers[-1].bias.fill_(9.0)
+        model.network.siamese_head.fc_layers[-1].bias.fill_(9.0)
     model.save_pretrained(tmp_path / "student")
     (tmp_path / "own.json").write_text(json.dumps({**OWN, "test_label": "verdict"}))
     rows = "".join(f"{i}\tleft one\tright one\t{'other' if i == 2 else 'match'}\n" for i in range(4))
@@ -434,7 +432,7 @@ def test_scores_that_are_nan_are_refused(student):
     model = student()
     index = CandidateIndex.build(model, TEXTS)
     with torch.no_grad():
-        model.siamese_head.fc_layers[-1].bias.fill_(float("nan"))
+        model.network.siamese_head.fc_layers[-1].bias.fill_(float("nan"))
     with pytest.raises(InputError, match="scores are NaN or infinite"):
         index.search("soon")
 
@@ -449,7 +447,7 @@ def test_the_example_says_whose_the_probability_is(student_flags, checkpoints, c
 
 def test_a_card_where_nothing_says_what_ranks(student, tmp_path):
     model = student("snli")
-    model.settings = replace(model.settings, task=Task("mine", "multiclass", ("good", "bad", "neither")))
+    model.task = Task("mine", "multiclass", ("good", "bad", "neither"))
     model.save_pretrained(tmp_path / "student")
     card = (tmp_path / "student" / "README.md").read_text()
     assert "- candidates rank by the probability of the label that `rank_label` names\n" in card

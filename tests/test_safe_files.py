@@ -34,10 +34,11 @@ def run_steps(progress: inference.PartialOutputs | None, computed: list[int], co
         computed.extend(rows.tolist())
         return {"rows": torch.from_numpy(rows)}
 
-    def forward(inputs: dict) -> torch.Tensor:
-        return inputs["rows"].unsqueeze(1).float() + 1
+    def forward(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unsqueeze(1).float() + 1
 
-    return inference._by_batches(forward, batch, np.array(costs), 8, CPU, "x", False, progress)
+    model = torch.nn.Identity()
+    return inference._by_steps(model, forward, batch, np.array(costs), 8, CPU, "x", False, progress)
 
 
 def test_19_rows_that_are_done_are_stored_and_no_others(tmp_path):
@@ -274,7 +275,7 @@ def test_26_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flag
     for script, argv in (("finetune_bert", teacher_flags()), ("dse_train_runner", student_flags())):
         module = importlib.import_module(script)
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
-            patched.setattr(module, "run", no_memory(error))
+            patched.setattr(module, "get_task", no_memory(error))
             module.main(argv)
         assert stop.value.code == 1
         told = capsys.readouterr().err
@@ -294,7 +295,7 @@ def test_26_a_head_beyond_memory(student_flags, refused, capsys):
 
 
 def test_26_other_errors_are_not_hidden(monkeypatch, teacher_flags):
-    monkeypatch.setattr(finetune_bert, "run", no_memory(RuntimeError("a fault of ours")))
+    monkeypatch.setattr(finetune_bert, "get_task", no_memory(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         finetune_bert.main(teacher_flags())
 

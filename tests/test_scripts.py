@@ -19,10 +19,11 @@ from dse.data.features import joint_features, separate_features
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
+from dse.networks.batches import Batches
 from dse.networks.config import PADDINGS
 from dse.networks.inference import infer
 from dse.networks.teacher import load_teacher
-from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import read_config
 from dse.training.metrics import measure_student
 
@@ -48,7 +49,7 @@ def test_every_task_fine_tunes(name, teacher_flags, tmp_path):
 def test_every_pair_task_trains_a_student(name, student_flags, checkpoints):
     dse_train_runner.main(student_flags(name))
     task = get_task(name)
-    checkpoint = load_checkpoint(checkpoints()[-1])
+    checkpoint = Checkpoint.read(checkpoints()[-1]).entries()
     validation = checkpoint["trainer"]["history"][-1]["validation"]
     own = {
         "binary": {"loss", "accuracy_0.5", "precision_0.5", "recall_0.5", "f1_0.5"},
@@ -88,8 +89,9 @@ def test_the_teachers_folder_logits_and_their_identity(teacher_flags, data, tmp_
     teacher = load_teacher(tmp_path / "teacher", task, fine_tuned=True).eval()
     tokenizer = load_tokenizer(tmp_path / "teacher", True, "--bert_model")
     features = joint_features(task, read_examples(task, data("mrpc"), "train"), tokenizer, 48)
+    batches = Batches(features)
     with torch.inference_mode():
-        singly = torch.cat([teacher(**features.batch(torch.tensor([i]).numpy())).logits for i in range(24)])
+        singly = torch.cat([teacher(**batches.of_pairs(np.array([i]))) for i in range(24)])
     torch.testing.assert_close(logits, singly, atol=1e-5, rtol=0)
 
 
@@ -120,7 +122,7 @@ def test_every_padding_gives_the_same_run_without_dropout(
         of_teacher[padding] = torch.load(tmp_path / "teacher_packed_logits.pt", weights_only=True)
         folder = tmp_path / f"student_{padding}"
         dse_train_runner.main(student_flags(bert_model=plain, padding=padding, checkpoint_dir=folder))
-        outputs[padding] = load_checkpoint(checkpoints(folder.name)[-1])["trainer"]["history"][-1]["validation"]
+        outputs[padding] = Checkpoint.read(checkpoints(folder.name)[-1]).trainer["history"][-1]["validation"]
     for padding in PADDINGS:
         assert results[padding] == pytest.approx(results["batch"], abs=1e-4)
         torch.testing.assert_close(of_teacher[padding], of_teacher["batch"], rtol=0, atol=1e-5)
@@ -133,7 +135,7 @@ def test_bf16_trains_teacher_and_student(teacher_flags, student_flags, checkpoin
     for name, flags in (("half", {"bf16": True}), ("whole", {})):
         dse_train_runner.main(student_flags(**flags, checkpoint_dir=tmp_path / name))
     half, whole = (
-        load_checkpoint(checkpoints(name)[-1])["trainer"]["history"][-1]["train"]["loss"] for name in ("half", "whole")
+        Checkpoint.read(checkpoints(name)[-1]).trainer["history"][-1]["train"]["loss"] for name in ("half", "whole")
     )
     assert half != whole
     assert half == pytest.approx(whole, rel=0.1)
@@ -161,7 +163,7 @@ def test_mnlis_results_are_each_of_its_own_set(teacher_flags, tmp_path, data, co
     for split, place in (("dev", "teacher"), ("mm", "teacher-MM")):
         features = joint_features(task, read_examples(task, folder, split), tokenizer, 48)
         with torch.inference_mode():
-            logits = torch.cat([teacher(**features.batch(np.array([i]))).logits for i in range(len(features))])
+            logits = torch.cat([teacher(**Batches(features).of_pairs(np.array([i]))) for i in range(len(features))])
         labels = torch.from_numpy(features.labels)
         found[split] = {key: float(results_of(tmp_path / place)[key]) for key in ("acc", "eval_loss")}
         assert found[split] == {
@@ -185,7 +187,7 @@ def test_training_without_evaluation_saves_and_evaluation_alone_works(teacher_fl
 
 def test_the_teacher_is_refreshed_every_epoch(teacher_flags, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(finetune_bert, "save_teacher", lambda *_: saved.append(1))
+    monkeypatch.setattr("dse.training.teacher_run.TeacherRun.write_teacher", lambda _: saved.append(1))
     finetune_bert.main(teacher_flags(num_train_epochs=3, save_checkpoint_every_epoch=True))
     assert len(saved) == 3
 
@@ -201,12 +203,12 @@ def test_overwriting_keeps_other_files(teacher_flags, tmp_path):
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(path)["model"]
+    return Checkpoint.read(path).model
 
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Bit for bit the same weights, optimizer, random state and metrics; other times may have passed."""
-    a, b = (load_checkpoint(path) for path in (first, second))
+    a, b = (Checkpoint.read(path).entries() for path in (first, second))
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     moments = [
@@ -261,7 +263,7 @@ def test_going_on_needs_no_pretrained_weights(student_flags, checkpoints, copied
     for path in model.iterdir():
         path.unlink()
     dse_train_runner.main(student_flags(epochs=3, bert_model=model, trainer_checkpoint=checkpoints()[-1]))
-    assert len(load_checkpoint(checkpoints()[-1])["trainer"]["history"]) == 3
+    assert len(Checkpoint.read(checkpoints()[-1]).trainer["history"]) == 3
 
 
 def test_two_runs_with_one_seed_are_the_same_and_two_seeds_are_not(student_flags, checkpoints, tmp_path):
@@ -295,7 +297,7 @@ def test_a_frozen_encoder_stays_as_it_was(student_flags, checkpoints, bert):
     frozen = {name: tensor for name, tensor in trained.items() if name.startswith("dse_model.bert.bert.")}
     assert len(frozen) == len(start)
     assert all(torch.equal(tensor, start[name.removeprefix("dse_model.bert.bert.")]) for name, tensor in frozen.items())
-    moments = load_checkpoint(checkpoints()[-1])["trainer"]["optimizer"]["state"]
+    moments = Checkpoint.read(checkpoints()[-1]).trainer["optimizer"]["state"]
     assert len(moments) == len(trained) - len(frozen)
     dse_train_runner.main(
         student_flags(freeze_bert=True, pooler_type="cls", additional_embedding_layer_size=6, epochs=3,
@@ -308,20 +310,20 @@ def test_a_frozen_encoder_stays_as_it_was(student_flags, checkpoints, bert):
 
 def test_a_drawn_seed_is_kept_for_going_on(student_flags, checkpoints, monkeypatch):
     train_and_stop(student_flags(random_seed=-1, epochs=2), 0, monkeypatch)
-    seed = load_checkpoint(checkpoints()[-1])["trainer"]["seed"]
+    seed = Checkpoint.read(checkpoints()[-1]).trainer["seed"]
     dse_train_runner.main(student_flags(random_seed=-1, epochs=2, trainer_checkpoint=checkpoints()[-1]))
-    assert load_checkpoint(checkpoints()[-1])["trainer"]["seed"] == seed
+    assert Checkpoint.read(checkpoints()[-1]).trainer["seed"] == seed
 
 
 def test_best_and_newest_are_kept_and_reported(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.2, 0.9, 0.5, 0.9])
-    monkeypatch.setattr("dse.training.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
-    monkeypatch.setattr("dse.training.metrics.student_metrics", lambda *_: {"given": 0.0})
-    monkeypatch.setattr(dse_train_runner, "make_validate", lambda *_: lambda: {"given": next(scores)})
+    monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", record["validation"]["given"]))
+    monkeypatch.setattr("dse.training.kinds.Binary.metrics", lambda *_: {"given": 0.0})
+    monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=3))
     names = [re.search(r"f1_0\.\d+_epoch_\d", path.name).group() for path in checkpoints()]
     assert names == ["f1_0.900_epoch_1", "f1_0.500_epoch_2"]
-    assert load_checkpoint(checkpoints()[-1])["best"] == {"epoch": 1, "file": checkpoints()[0].name, "threshold": None}
+    assert Checkpoint.read(checkpoints()[-1]).best == {"epoch": 1, "file": checkpoints()[0].name, "threshold": None}
     assert "best f1 0.9000 at epoch 1" in caplog.text
     dse_train_runner.main(student_flags(epochs=4, trainer_checkpoint=checkpoints()[-1]))
     assert [path.name[-10:] for path in checkpoints()] == ["epoch_1.pt", "epoch_3.pt"]  # the first of equals
@@ -335,10 +337,10 @@ def test_an_undefined_score_is_never_the_best(student_flags, checkpoints, monkey
         pearson, loss = next(validations)
         return {"loss": loss, "pearson": pearson, "spearman": pearson}
 
-    monkeypatch.setattr(dse_train_runner, "make_validate", lambda *_: validate)
+    monkeypatch.setattr(dse_train_runner, "validate", lambda *_: validate())
     dse_train_runner.main(student_flags("sts-b", epochs=4))
     assert [path.name.rsplit("_", 1)[1] for path in checkpoints()] == ["2.pt", "3.pt"]
-    assert load_checkpoint(checkpoints()[-1])["best"] == {"epoch": 2, "file": checkpoints()[0].name, "threshold": None}
+    assert Checkpoint.read(checkpoints()[-1]).best == {"epoch": 2, "file": checkpoints()[0].name, "threshold": None}
     assert read_config(checkpoints()[0].parent / "best")["origin"]["epoch"] == 2
     assert "best pearson -0.5000 at epoch 2" in caplog.text
 
@@ -346,7 +348,7 @@ def test_an_undefined_score_is_never_the_best(student_flags, checkpoints, monkey
 def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch, tmp_path):
     stamps = iter(["2026_01_01-00_00_00"] * 4 + ["2026_01_01-00_00_01"] * 9)
     monkeypatch.setattr(dse_train_runner, "utc_stamp", lambda: "2026_01_01-00_00_00")
-    monkeypatch.setattr("dse.storage.checkpoint.utc_stamp", lambda: next(stamps))
+    monkeypatch.setattr("dse.training.student_run.utc_stamp", lambda: next(stamps))
     for _ in range(2):
         dse_train_runner.main(student_flags(epochs=1))
     folders = sorted((tmp_path / "checkpoints").iterdir())
@@ -356,23 +358,22 @@ def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch
 
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.5, 0.9, 0.8, 0.7, 0.99])
-    monkeypatch.setattr("dse.training.metrics.best_score", lambda kind, metrics: ("f1", metrics["given"]))
-    monkeypatch.setattr(dse_train_runner, "make_validate", lambda *_: lambda: {"given": next(scores)})
+    monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", record["validation"]["given"]))
+    monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=9, patience=2))
-    assert len(load_checkpoint(checkpoints()[-1])["trainer"]["history"]) == 4
+    assert len(Checkpoint.read(checkpoints()[-1]).trainer["history"]) == 4
     dse_train_runner.main(student_flags(epochs=9, patience=2, trainer_checkpoint=checkpoints()[-1]))
     assert next(scores) == 0.99, "a run that had stopped early was trained on"
 
 
 def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, checkpoints, data):
     dse_train_runner.main(student_flags(additional_embedding_layer_size=6, tune_positive_thresholds=[0.4, 0.5]))
-    checkpoint = load_checkpoint(checkpoints()[-1])
-    model, tokenizer = student_from_checkpoint(checkpoint)
+    whole = Checkpoint.read(checkpoints()[-1])
+    student, checkpoint = whole.student(), whole.entries()
     task = get_task("mrpc")
-    features = separate_features(task, read_examples(task, data("mrpc"), "dev"), tokenizer, 32)
-    features.padding = "max"  # the run's own was packed
-    features.max_seq_length = 32
-    outputs = infer(model, lambda inputs: model(**inputs), features, 7, torch.device("cpu"), "again")
+    features = separate_features(task, read_examples(task, data("mrpc"), "dev"), student.tokenizer, 32)
+    batches = Batches(features, "max", 32)  # the run's own were packed
+    outputs = infer(student.network, batches, 7, torch.device("cpu"), "again")
     again = measure_student(task, (0.4, 0.5))(outputs, features.labels)
     assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)
 
@@ -381,10 +382,10 @@ def test_schedule_in_updates(student_flags, checkpoints, tmp_path):
     """24 pairs, batches of 8 by 2: 2 updates an epoch, 4 in all; the original's schedule counts 3 * 2 batches."""
     flags = {"lr": 1.0e-4, "warmup_proportion": 0.0}
     dse_train_runner.main(student_flags(**flags))
-    rates = [record["rate"] for record in load_checkpoint(checkpoints()[-1])["trainer"]["history"]]
+    rates = [record["rate"] for record in Checkpoint.read(checkpoints()[-1]).trainer["history"]]
     assert rates == pytest.approx([1e-4 * (1 - 2 / 6), 1e-4 * (1 - 4 / 6)])
     dse_train_runner.main(student_flags(**flags, schedule_in_updates=True, checkpoint_dir=tmp_path / "updates"))
-    rates = [record["rate"] for record in load_checkpoint(checkpoints("updates")[-1])["trainer"]["history"]]
+    rates = [record["rate"] for record in Checkpoint.read(checkpoints("updates")[-1]).trainer["history"]]
     assert rates == pytest.approx([1e-4 * (1 - 2 / 4), 0.0])
 
 
@@ -430,7 +431,7 @@ def test_own_task_from_a_json_file(teacher_flags, bert, tmp_path, checkpoints):
                   "pooler_num_top_hidden_layers": 2, "store_checkpoints": True,
                   "checkpoint_dir": tmp_path / "checkpoints"})
     )  # fmt: skip
-    assert load_checkpoint(checkpoints()[0])["task"]["name"] == "mine"
+    assert Checkpoint.read(checkpoints()[0]).task["name"] == "mine"
 
 
 def test_the_example_needs_no_architecture_flags(student_flags, checkpoints, copied, bert, capsys):

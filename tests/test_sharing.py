@@ -24,7 +24,7 @@ from dse.data.tokenizers import load_tokenizer
 from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
-from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import command_line, fingerprint
 from dse.system.errors import InputError
 from dse.system.files import sha256_json
@@ -39,10 +39,11 @@ def test_saved_and_loaded_is_the_same(student, task, tmp_path):
     model = student(task, pooler_type="cls", additional_embedding_layer_size=5)
     model.save_pretrained(tmp_path / "a" / "student")
     again = DSESiameseClassifier.from_pretrained(tmp_path / "a" / "student")
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
-    assert (again.settings.task, again.settings.max_seq_length) == (get_task(task), 32)
-    assert not again.training
+    before, after = model.network.state_dict(), again.network.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert (again.task, again.max_seq_length) == (get_task(task), 32)
+    assert not again.network.training
     np.testing.assert_array_equal(again.score(PAIRS), model.score(PAIRS))
     again.save_pretrained(tmp_path / "a" / "student")  # over itself
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["student"]
@@ -69,14 +70,14 @@ def test_a_new_process_gives_the_same_bits(student, tmp_path):
 
 def test_the_runner_leaves_the_best_epoch_and_export_makes_the_same(student_flags, checkpoints, tmp_path):
     dse_train_runner.main(student_flags(epochs=4, lr=3e-3))
-    best = checkpoints()[-1].parent / load_checkpoint(checkpoints()[-1])["best"]["file"]
+    best = checkpoints()[-1].parent / Checkpoint.read(checkpoints()[-1]).best["file"]
     entry.main(["export", "--trainer_checkpoint", str(best), "--output", str(tmp_path / "exported")])
     for name in ("config.json", "README.md", "model.safetensors", "tokenizer.json"):
         assert (best.parent / "best" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes(), name
     model = DSESiameseClassifier.from_pretrained(best.parent / "best")
-    np.testing.assert_array_equal(model.score(PAIRS), student_from_checkpoint(load_checkpoint(best))[0].score(PAIRS))
+    np.testing.assert_array_equal(model.score(PAIRS), DSESiameseClassifier.from_checkpoint(best).score(PAIRS))
     card = (best.parent / "best" / "README.md").read_text()
-    record = load_checkpoint(best)["trainer"]["history"][-1]
+    record = Checkpoint.read(best).trainer["history"][-1]
     assert f"epoch {record['epoch']}" in card
     assert f"| f1_0.5 | {record['validation']['f1_0.5']:.4f} |" in card
     assert "--lr 0.003" in card
@@ -96,8 +97,7 @@ def test_an_index_is_of_the_length_and_tokenizer_too(student, bert, tmp_path):
     index, known = CandidateIndex.build(model, TEXTS, tmp_path / "index"), fingerprint(model)
     assert fingerprint(student()) == known
     for change in ({"max_seq_length": 5}, {"tokenizer": load_tokenizer(bert, False, "bert")}):
-        other = student()
-        other.settings = replace(other.settings, **change)
+        other = replace(student(), **change)
         assert not np.array_equal(other.encode("The doctor bought a car"), model.encode("The doctor bought a car"))
         assert fingerprint(other) != known
         with pytest.raises(InputError, match="made by another model"):
@@ -313,7 +313,7 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     queries.write_text("one\n")
     model = student()
     with torch.no_grad():
-        model.siamese_head.fc_layers[0].bias += 1
+        model.network.siamese_head.fc_layers[0].bias += 1
     CandidateIndex.build(model, TEXTS, tmp_path / "foreign")
     score = ["score", "--model", saved, "--queries", queries, "--candidates", queries]
 
@@ -337,7 +337,7 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     assert "no index of candidates" in refused(entry.main, [*index, "--append"])
     assert "--half" in refused(entry.main, [*index, "--append", "--half"])
     export = ["export", "--trainer_checkpoint", queries, "--output", tmp_path / "exported"]
-    assert "no checkpoint" in line(export)
+    assert "not a checkpoint" in line(export)
     assert "there is no file" in line(export, trainer_checkpoint=tmp_path / "none.pt")
     assert "is a file" in line(export, output=queries)
     assert not (tmp_path / "exported").exists()
@@ -348,7 +348,7 @@ def test_the_example_encodes_and_scores(student_flags, checkpoints, capsys):
     capsys.readouterr()
     load_dse_checkpoint_example.main(["--task_name", "mrpc", "--trainer_checkpoint", str(checkpoints()[-1])])
     output = capsys.readouterr().out
-    model, _ = student_from_checkpoint(load_checkpoint(checkpoints()[-1]))
+    model = DSESiameseClassifier.from_checkpoint(checkpoints()[-1])
     sentences = load_dse_checkpoint_example.SENTENCES
     assert f"Embedding: {torch.from_numpy(model.encode(sentences))[0]}" in output
     assert f"Score: {model.score([sentences])[0]}" in output

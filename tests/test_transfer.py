@@ -22,7 +22,7 @@ from dse.data.processors import Examples, read_examples
 from dse.data.tasks import get_task
 from dse.experiments import transfer
 from dse.experiments.synthetic import vocabulary
-from dse.models import DSESiameseClassifier, TextSettings
+from dse.models import DSESiameseClassifier
 from dse.system.errors import InputError
 
 PAIRS, SENTENCES, NLI = get_task("mrpc"), get_task("sst-2"), get_task("mnli")
@@ -174,7 +174,7 @@ def test_another_encoder_has_its_own_casing_and_positions(bert, student, copied)
     folder = copied(bert)
     BertTokenizer.from_pretrained(bert, do_lower_case=False).save_pretrained(folder)
     model = student()
-    model.settings = TextSettings(model.settings.tokenizer, model.settings.task, 90)
+    model.max_seq_length = 90
     embeddings = transfer.encoder_embedder(folder, model)(TEXTS)
     for text, embedding in zip(TEXTS, embeddings, strict=True):
         np.testing.assert_allclose(embedding, mean_by_hand(bert, text, 64, lower_case=False), rtol=1e-4, atol=1e-5)

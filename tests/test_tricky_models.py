@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,12 @@ from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer, tokenizer_from_files, tokenizer_key, tokenizer_to_files
 from dse.index import CandidateIndex
-from dse.models import DSESiameseClassifier, new_student
+from dse.models import DSESiameseClassifier
+from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.pretrained import bert_config, find_bert
-from dse.networks.teacher import load_teacher, teacher_logits
+from dse.networks.student import new_network
+from dse.networks.teacher import load_teacher
 from dse.system.errors import InputError
 
 TEXTS = [
@@ -206,20 +209,20 @@ def assert_same_numbers(folder: Path, teacher: bool = True) -> None:
     texts = [text for text in TEXTS if "[SEP]" not in text]
     assert _word_pieces(texts, tokenizer) == ids_by_the_library(folder, texts)
     task, layers = get_task("mrpc"), config["num_hidden_layers"]
-    student = new_student(folder, DSEConfig(config, pooler_num_top_hidden_layers=layers, fc_dims=(8, 1)))
+    network = new_network(folder, DSEConfig(config, pooler_num_top_hidden_layers=layers, fc_dims=(8, 1)))
     distinct, places = tokenize_texts(TEXTS, tokenizer, 24)
     texts = SeparateFeatures(distinct, places, places[::-1].copy(), None, 0)
-    computed = [(student, texts, lambda inputs: student(**inputs))]
+    computed = [(network, texts)]
     if teacher:
         cross = load_teacher(folder, task, fine_tuned=False)
         pairs = joint_features(task, Examples(TEXTS, TEXTS[::-1]), tokenizer, 24)
-        computed.append((cross, pairs, lambda inputs: teacher_logits(cross, inputs)))
-    for model, features, compute in computed:
+        computed.append((cross, pairs))
+    for model, features in computed:
         model.eval().double()
-        outputs, features.max_seq_length = [], 24
-        for features.padding in ("batch", "max", "packed"):
+        outputs = []
+        for padding in ("batch", "max", "packed"):
             with torch.inference_mode():
-                outputs.append(compute(features.batch(np.arange(len(TEXTS)))))
+                outputs.append(model(**Batches(features, padding, 24).of_pairs(np.arange(len(TEXTS)))))
         assert outputs[0].std() > 1e-3
         for other in outputs[1:]:
             torch.testing.assert_close(other, outputs[0], rtol=1e-9, atol=1e-9)
@@ -244,7 +247,7 @@ def test_one_token_type_is_enough_for_a_student_and_for_single_sentences(bert, c
     line = refused(finetune_bert.main, teacher_flags(bert_model=folder))
     assert "type_vocab_size is 1, and a teacher of pairs needs 2" in line
     assert_same_numbers(folder, teacher=False)
-    assert load_teacher(folder, get_task("cola"), fine_tuned=False).config.type_vocab_size == 1
+    assert load_teacher(folder, get_task("cola"), fine_tuned=False).bert.config.type_vocab_size == 1
 
 
 @pytest.mark.parametrize("activation", list(ACT2FN))
@@ -266,7 +269,7 @@ def test_the_sentence_transformers_package_goes_on_loading(caplog):
     plain.no_padding()
     expected = [encoded.ids for encoded in plain.encode_batch(texts, add_special_tokens=False)]
     assert _word_pieces(texts, tokenizer) == expected
-    new_student(folder, DSEConfig(bert_config(folder, "x")))
+    new_network(folder, DSEConfig(bert_config(folder, "x")))
     assert caplog.records == []
 
 
@@ -277,11 +280,11 @@ def test_known_heads_are_not_told_of(bert, copied, caplog):
     for name in ("classifier.weight", "cls.predictions.bias", "qa_outputs.bias"):
         weights[name] = torch.zeros(2, 32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    new_student(folder, DSEConfig(bert_config(folder, "x"), fc_dims=(8, 1)))
+    new_network(folder, DSEConfig(bert_config(folder, "x"), fc_dims=(8, 1)))
     assert caplog.records == []
     weights["bert.encoder.layer.0.attention.self.distance_embedding.weight"] = torch.zeros(2, 2)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    new_student(folder, DSEConfig(bert_config(folder, "x"), fc_dims=(8, 1)))
+    new_network(folder, DSEConfig(bert_config(folder, "x"), fc_dims=(8, 1)))
     assert "1 weights have no place" in caplog.text and "distance_embedding" in caplog.text
 
 
@@ -312,7 +315,7 @@ class Lora(torch.nn.Module):
 
 
 def layer_of(model) -> torch.nn.Module:
-    return model.dse_model.bert.bert.encoder.layer[1]
+    return model.encoder.encoder.layer[1]
 
 
 def lora_in_the_encoder(model):
@@ -374,15 +377,15 @@ def test_all_ways_to_a_score_agree(altered, tolerance, head, student):
     texts = ["the doctor bought a car", "lamp", "the thief hid a lamp in the forest yesterday", "a car"]
     pairs = [(texts[0], text) for text in texts]
     torch.manual_seed(0)
-    for name, weight in model.named_parameters():  # biases are all 0
+    for name, weight in model.network.named_parameters():  # biases are all 0
         if name.endswith("bias") and "LayerNorm" not in name:
             torch.nn.init.normal_(weight, std=0.3)
     before = model.score(pairs)
-    altered(model)
+    altered(model.network)
     with torch.inference_mode():
-        ids = [model.settings.tokenizer(text, return_tensors="pt") for text in texts]
-        embeddings = torch.cat([model.embed(one["input_ids"], one["attention_mask"]) for one in ids])
-        scores = model.siamese_head(embeddings[:1].expand_as(embeddings), embeddings)[:, 0].float().numpy()
+        ids = [model.tokenizer(text, return_tensors="pt") for text in texts]
+        embeddings = torch.cat([model.network.embed(one["input_ids"], one["attention_mask"]) for one in ids])
+        scores = model.network.siamese_head(embeddings[:1].expand_as(embeddings), embeddings)[:, 0].float().numpy()
     embeddings, index = embeddings.float().numpy(), CandidateIndex.build(model, texts)
     found = {hit.row: hit.score for hit in index.search(texts[0])}
     assert model.encode(texts).dtype == np.float32 and model.encode(texts, half=True).dtype == np.float16
@@ -399,25 +402,26 @@ def test_a_teacher_with_a_wrapped_layer(bert):
     teacher = load_teacher(bert, get_task("mrpc"), fine_tuned=False).eval()
     tokenizer = load_tokenizer(bert, True, "x")
     pairs = joint_features(get_task("mrpc"), Examples(TEXTS, TEXTS[::-1]), tokenizer, 24)
-    before = teacher_logits(teacher, {**pairs.batch(np.arange(len(TEXTS)))})
+    padded, packed = (Batches(pairs, padding).of_pairs(np.arange(len(TEXTS))) for padding in ("batch", "packed"))
+    before = teacher(**padded)
     torch.manual_seed(0)
     dense = teacher.bert.encoder.layer[0].attention.output
     dense.dense = Lora(dense.dense)
-    expected = teacher_logits(teacher, pairs.batch(np.arange(len(TEXTS))))
-    pairs.padding = "packed"
-    torch.testing.assert_close(teacher_logits(teacher, pairs.batch(np.arange(len(TEXTS)))), expected)
+    expected = teacher(**padded)
+    torch.testing.assert_close(teacher(**packed), expected)
     assert (expected - before).abs().max() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore")  # torch would have another library do it
 def test_a_quantized_student_scores_and_is_not_indexed(student):
     model = student()
-    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    network = torch.ao.quantization.quantize_dynamic(model.network, {torch.nn.Linear}, dtype=torch.qint8)
+    quantized = replace(model, network=network)
     texts = ["the doctor bought a car", "lamp", "the thief hid a lamp in the forest yesterday"]
     pairs = [(texts[0], text) for text in texts]
     with torch.inference_mode():
-        ids = [model.settings.tokenizer(text, return_tensors="pt") for text in texts]
-        embeddings = torch.cat([quantized.embed(one["input_ids"], one["attention_mask"]) for one in ids]).numpy()
+        ids = [model.tokenizer(text, return_tensors="pt") for text in texts]
+        embeddings = torch.cat([network.embed(one["input_ids"], one["attention_mask"]) for one in ids]).numpy()
     np.testing.assert_allclose(quantized.encode(texts), embeddings, atol=2e-2 * np.abs(embeddings).max())
     np.testing.assert_allclose(quantized.score(pairs), model.score(pairs), atol=2e-2)
     half = quantized.encode(texts, half=True)
@@ -429,7 +433,7 @@ def test_a_quantized_student_scores_and_is_not_indexed(student):
 
 def test_a_hooked_students_index_is_not_a_plain_ones(student, tmp_path, caplog):
     hooked = student()
-    hooked.siamese_head.fc_layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    hooked.network.siamese_head.fc_layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
     CandidateIndex.build(hooked, ["a car", "the town"], tmp_path / "index")
     assert "has hooks or wrapped layers: an index cannot tell whether they are the same" in caplog.text
     with pytest.raises(InputError, match="made by another model"):
@@ -441,7 +445,7 @@ def test_a_folder_is_not_replaced_by_one_that_does_not_load(student, tmp_path):
     """Weight norm stores a layer's weight under two other names."""
     model = student()
     model.save_pretrained(tmp_path / "student")
-    torch.nn.utils.parametrizations.weight_norm(model.siamese_head.fc_layers[0])
+    torch.nn.utils.parametrizations.weight_norm(model.network.siamese_head.fc_layers[0])
     with pytest.raises(InputError, match="cannot hold the student's wrapped layers: merge them first"):
         model.save_pretrained(tmp_path / "student")
     np.testing.assert_array_equal(
@@ -464,8 +468,8 @@ def test_shards_that_are_not_there(weight_map, bert, copied, refused, student_fl
 def test_a_plain_student_stays_packed_after_it_was_padded(student, monkeypatch):
     """transformers leaves hooks behind when it gives hidden states."""
     model = student()
-    ids = model.settings.tokenizer("the doctor", return_tensors="pt")
-    model.embed(ids["input_ids"], ids["attention_mask"])
+    ids = model.tokenizer("the doctor", return_tensors="pt")
+    model.network.embed(ids["input_ids"], ids["attention_mask"])
     monkeypatch.setattr("dse.networks.student.padded_inputs", None)
     assert model.encode(["the doctor"]).shape == (1, 64)
 
@@ -544,20 +548,18 @@ def test_the_five_under_other_names(bert, copied):
     assert _word_pieces(["</s> x</s>"], tokenizer) == [[3, 1, 1, 1, 1, 1]]  # < / s >, and none of them is known
 
 
-def test_added_tokens_survive_folder_checkpoint_and_cache(added, student, tmp_path):
+def test_added_tokens_survive_folder_checkpoint_and_cache(added, tmp_path):
     tokenizer = load_tokenizer(added, True, "x")
     expected = _word_pieces(ADDED, tokenizer)
     again = tokenizer_from_files(tokenizer_to_files(tokenizer))
     assert tokenizer_key(again) == tokenizer_key(tokenizer)
     assert _word_pieces(ADDED, again) == expected
     torch.manual_seed(0)
-    model = new_student(
-        added, DSEConfig(bert_config(added, "x"), pooler_num_top_hidden_layers=2, fc_dims=(8, 1))
-    ).eval()
-    model.settings = type(student().settings)(tokenizer, get_task("mrpc"), 32)
+    config = DSEConfig(bert_config(added, "x"), pooler_num_top_hidden_layers=2, fc_dims=(8, 1))
+    model = DSESiameseClassifier(new_network(added, config).eval(), tokenizer, get_task("mrpc"), 32)
     model.save_pretrained(tmp_path / "saved")
     saved = DSESiameseClassifier.from_pretrained(tmp_path / "saved")
-    assert _word_pieces(ADDED, saved.settings.tokenizer) == expected
+    assert _word_pieces(ADDED, saved.tokenizer) == expected
     assert np.array_equal(saved.encode(ADDED), model.encode(ADDED))
 
 

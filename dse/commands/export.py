@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> None:
     check_replaceable(Path(args.output), "--output")
 
     # 2. Checkpoint to folder.
-    from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+    from dse.models import DSESiameseClassifier
 
-    model, _ = student_from_checkpoint(load_checkpoint(args.trainer_checkpoint))
+    model = DSESiameseClassifier.from_checkpoint(args.trainer_checkpoint)
     model.save_pretrained(args.output)
     epoch = model.origin["epoch"]
     when = "within an epoch, without metrics" if epoch is None else f"epoch {epoch}"
-    logger.info("student of %s, %s: %s", model.settings.task.name, when, args.output)
+    logger.info("student of %s, %s: %s", model.task.name, when, args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ def run_stages(folder: Path) -> Path:
     import finetune_bert
     import load_dse_checkpoint_example
     import run_distillation_logits_creator
-    from dse.storage.checkpoint import load_checkpoint
+    from dse.storage.checkpoint import Checkpoint
 
     def stage(script: Any, *flags: object) -> None:
         argv = [str(flag) for flag in flags]
@@ -60,7 +60,7 @@ def run_stages(folder: Path) -> Path:
         "--checkpoint_dir", folder / "checkpoints", "--file_log", "--log_dir", folder / "logs",
     )  # fmt: skip
     newest = max((folder / "checkpoints").glob("*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    best = newest.parent / load_checkpoint(newest)["best"]["file"]
+    best = newest.parent / Checkpoint.read(newest).best["file"]
     stage(load_dse_checkpoint_example, *common, "--trainer_checkpoint", best)
     return best
 
@@ -82,27 +82,29 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     from dse.data.features import joint_features, separate_features
     from dse.data.processors import read_examples
     from dse.data.tasks import get_task
+    from dse.networks.batches import Batches, pad
     from dse.networks.inference import infer
-    from dse.networks.teacher import load_teacher, teacher_logits
-    from dse.storage.checkpoint import load_checkpoint, student_from_checkpoint
+    from dse.networks.teacher import load_teacher
+    from dse.storage.checkpoint import Checkpoint
     from dse.training.metrics import measure_student, measure_teacher
 
     task = get_task("mrpc")
     examples = read_examples(task, folder / "data", "dev")
     cpu = torch.device("cpu")
-    student, tokenizer = student_from_checkpoint(load_checkpoint(best))
+    student = Checkpoint.read(best).student()
+    network = student.network
     teacher = load_teacher(folder / "teacher", task, fine_tuned=True).eval()
-    joint, separate = (make(task, examples, tokenizer, 48) for make in (joint_features, separate_features))
+    joint, separate = (make(task, examples, student.tokenizer, 48) for make in (joint_features, separate_features))
 
     def teach() -> Any:
-        return infer(teacher, lambda inputs: teacher_logits(teacher, inputs), joint, 128, cpu, "teacher")
+        return infer(teacher, Batches(joint), 128, cpu, "teacher")
 
     with torch.inference_mode():
-        embeddings = student.embed(*separate.texts.padded(separate.first, separate.pad_id))
-        others = student.embed(*separate.texts.padded(separate.second, separate.pad_id))
+        embeddings = network.embed(*pad(separate.texts, separate.first, separate.pad_id))
+        others = network.embed(*pad(separate.texts, separate.second, separate.pad_id))
         of_teacher = measure_teacher(task)(teach(), joint.labels)
-        of_student = measure_student(task, (0.5,))(student.siamese_head(embeddings, others).numpy(), separate.labels)
-        student_rate = rate_of(len(separate), lambda: student.siamese_head(embeddings, others))
+        of_student = measure_student(task, (0.5,))(network.siamese_head(embeddings, others).numpy(), separate.labels)
+        student_rate = rate_of(len(separate), lambda: network.siamese_head(embeddings, others))
     positive = float(separate.labels.mean())
     majority_f1 = 2 * positive / (1 + positive) if positive >= 0.5 else 0.0
     return [

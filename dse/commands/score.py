@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     from dse.index import CandidateIndex
 
     model = cli.load_student(args)
-    label = ranked_label(model.settings.task, args.rank_label)
+    label = ranked_label(model.task, args.rank_label)
     logger.info("ranked by %s", "score" if label is None else f"the probability of {label!r}")
 
     # 2. Queries, candidates, and the best of them.

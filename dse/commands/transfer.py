@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     # 3. The table.
     print("\n" + transfer.to_markdown(found))
     if args.output:
-        about = {"model": args.model, "task": student.settings.task.name, "max_rows": args.max_rows}
+        about = {"model": args.model, "task": student.task.name, "max_rows": args.max_rows}
         write_json(args.output, {**about, "results": found})
 
 

@@ -2,7 +2,7 @@
 
 Joint, for the teacher: `[CLS] a [SEP] b [SEP]` with token types 0 and 1. Separate, for the student:
 `[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, so no
-padding is stored; a batch is packed (packing.py), or padded to its own longest row or to max_seq_length.
+padding is stored: networks/batches.py lays batches out.
 
     max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
     on a tie the second one does: 4+3 -> 3+3 -> 3+2.
@@ -22,16 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from tqdm import tqdm
 
 from dse.data.cache import check_cache_path, read_cache, write_cache
 from dse.data.processors import Examples
 from dse.data.tasks import REGRESSION, Task, task_to_dict
 from dse.data.tokenizers import tokenizer_key
-from dse.networks.batches import pack
 from dse.system import parallel
 
 logger = logging.getLogger(__name__)
@@ -58,15 +55,6 @@ class Ragged:
         """Tokens per row, int64."""
         return np.diff(self.offsets)
 
-    def padded(self, rows: np.ndarray, pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the given rows, each (len(rows), `length` or the longest row), int64."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        columns = np.arange(length or lengths.max())
-        mask = columns < lengths[:, None]
-        places = np.where(mask, self.offsets[rows][:, None] + columns, 0)
-        ids = np.where(mask, self.ids[places], pad_id).astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
-
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
         return {"ids": self.ids, "offsets": self.offsets} | ({} if self.cut is None else {"cut": np.array([self.cut])})
@@ -85,8 +73,6 @@ class JointFeatures:
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
     labels: np.ndarray | None  # (n,), int64 or, for regression, float32
     pad_id: int
-    padding: str = "batch"  # one of config.PADDINGS
-    max_seq_length: int | None = None  # what "max" pads to
 
     def __len__(self) -> int:
         return len(self.first_lengths)
@@ -96,13 +82,9 @@ class JointFeatures:
         """Tokens per pair, int64: what batches of similar length are made by."""
         return self.tokens.lengths
 
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
-        """Inputs of the given pairs: `packed`, or input_ids, attention_mask, token_type_ids, (len(rows), length)."""
-        if self.padding == "packed":
-            return {"packed": pack(self.tokens, rows, self.first_lengths[rows])}
-        ids, mask = self.tokens.padded(rows, self.pad_id, self.max_seq_length if self.padding == "max" else None)
-        second = torch.arange(ids.shape[1]) >= torch.from_numpy(self.first_lengths[rows].astype(np.int64))[:, None]
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": second.long() * mask}
+    def rows_of(self, pairs: np.ndarray) -> tuple[Ragged, np.ndarray, np.ndarray]:
+        """Where the token ids of the given pairs are: the rows of `tokens`, and how many of each are of type 0."""
+        return self.tokens, pairs, self.first_lengths[pairs]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
@@ -123,8 +105,6 @@ class SeparateFeatures:
     second: np.ndarray  # int32, (n,)
     labels: np.ndarray | None
     pad_id: int
-    padding: str = "batch"
-    max_seq_length: int | None = None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -135,16 +115,9 @@ class SeparateFeatures:
         lengths = self.texts.lengths
         return np.maximum(lengths[self.first], lengths[self.second])
 
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
-        """Inputs of the given pairs: the first texts of all, then the second ones (`text_batch`)."""
-        return self.text_batch(np.concatenate([self.first[rows], self.second[rows]]))
-
-    def text_batch(self, texts: np.ndarray) -> dict[str, Any]:
-        """Inputs of the given texts: `packed`, or input_ids and attention_mask, each (len(texts), length), int64."""
-        if self.padding == "packed":
-            return {"packed": pack(self.texts, texts)}
-        ids, mask = self.texts.padded(texts, self.pad_id, self.max_seq_length if self.padding == "max" else None)
-        return {"input_ids": ids, "attention_mask": mask}
+    def rows_of(self, pairs: np.ndarray) -> tuple[Ragged, np.ndarray]:
+        """Where the token ids of the given pairs are: the rows of `texts`, the first texts of all, then the second."""
+        return self.texts, np.concatenate([self.first[pairs], self.second[pairs]])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
@@ -364,7 +337,6 @@ def cached_features(
     max_seq_length: int,
     path: str | Path,
     chosen: bool,
-    padding: str = "batch",
 ) -> Features:
     """Features from the cache at `path` if it was made from the same, else made now and stored there.
 
@@ -374,7 +346,6 @@ def cached_features(
         path: of the cache.
         chosen: did the user name the path? Then another kind of file there is refused, and so is a place
             that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
-        padding: one of config.PADDINGS: how their batches are laid out.
     """
     path = Path(path)
     features_class, make = FORMS[form]
@@ -400,7 +371,6 @@ def cached_features(
             features = make(task, examples, tokenizer, max_seq_length)
             if parallel.is_first():
                 write_cache(path, features.arrays(), made_from, chosen)
-    features.padding, features.max_seq_length = padding, max_seq_length
     return features
 
 

@@ -216,3 +216,24 @@ def _check_own_task(path: Path, task: Task) -> None:
 
 DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
 SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # what ranks checkpoints
+
+
+def winning_threshold(metrics: dict[str, float]) -> float | None:
+    """The threshold with the best f1, of equals the one nearest to 0.5; None for metrics without thresholds.
+
+    >>> winning_threshold({"loss": 0.3, "f1_0.1": 0.9, "f1_0.4": 0.9, "f1_0.5": 0.8})
+    0.4
+    """
+    found = {float(name.removeprefix("f1_")): f1 for name, f1 in metrics.items() if name.startswith("f1_")}
+    return max(found, key=lambda threshold: (found[threshold], -abs(threshold - 0.5)), default=None)
+
+
+def at_threshold(metrics: dict[str, Any], threshold: float | None = None) -> dict[str, Any]:
+    """The metrics without those of all thresholds but one; None: the winning one.
+
+    >>> at_threshold({"loss": 0.3, "accuracy_0.4": 0.7, "f1_0.4": 0.8, "accuracy_0.5": 0.6, "f1_0.5": 0.9})
+    {'loss': 0.3, 'accuracy_0.5': 0.6, 'f1_0.5': 0.9}
+    """
+    kept = str(winning_threshold(metrics) if threshold is None else threshold)
+    others = {name.removeprefix("f1_") for name in metrics if name.startswith("f1_")} - {kept}
+    return {name: value for name, value in metrics.items() if name.rpartition("_")[2] not in others}

@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     from transformers import BertTokenizer
 
     saved = saved_casing(folder, flag)
-    _check_tokenizer_class(folder, flag)
+    check_tokenizer_class(folder, flag)
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
     except Exception as error:  # a spoiled vocabulary raises whatever its reader trips over
@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     return tokenizer
 
 
-def _check_tokenizer_class(folder: Path, flag: str) -> None:
+def check_tokenizer_class(folder: Path, flag: str) -> None:
     """Raise InputError where the folder's configurations name another tokenizer, or rules that are not BERT's.
 
     transformers would take the vocabulary and put BERT's rules around it, with a warning at most.

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from dse.data.processors import Examples
 from dse.data.tasks import BINARY, REGRESSION, Task
 from dse.system.files import load_tensors, save_tensors
+from dse.training.epoch_plan import epoch_order
 from dse.training.optimization import NO_DECAY
-from dse.training.trainer import epoch_order
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -28,13 +28,15 @@ from dse.data.features import cached_features, in_batches, joint_features, separ
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
 from dse.experiments.baselines import sentence_transformer
-from dse.models import new_student
+from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import TOKENS_PER_STEP, embed_texts
-from dse.networks.teacher import load_teacher, teacher_logits
-from dse.training.losses import distillation_targets, student_loss, teacher_loss
+from dse.networks.student import new_network
+from dse.networks.teacher import load_teacher
+from dse.training.epoch_plan import EpochPlan, epoch_order
+from dse.training.kinds import kind_of
 from dse.training.optimization import make_optimizer
-from dse.training.trainer import Trainer, epoch_order
+from dse.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -203,17 +205,17 @@ def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
         make(task, examples, given.tokenizer, args.max_seq_length) for make in (separate_features, joint_features)
     )
     labels = torch.from_numpy(separate.labels)
-    targets = distillation_targets(task.kind, torch.zeros(len(labels), task.num_logits))
-    student, teacher = new_student(given.folder, config), load_teacher(given.folder, task, fine_tuned=False)
+    targets = kind_of(task).targets(torch.zeros(len(labels), task.num_logits))
+    student, teacher = new_network(given.folder, config), load_teacher(given.folder, task, fine_tuned=False)
     roles = {
         "student": (
-            student, student.dse_model.bert.bert, separate, separate.texts.lengths[separate.first]
-            + separate.texts.lengths[separate.second], lambda inputs: student(**inputs),
-            lambda outputs, rows: student_loss(task.kind, outputs, labels[rows], targets[rows], 0.5),
+            student, student.encoder, separate, separate.texts.lengths[separate.first]
+            + separate.texts.lengths[separate.second],
+            lambda outputs, rows: kind_of(task).student_loss(outputs, labels[rows], targets[rows], 0.5),
         ),
         "teacher": (
-            teacher, teacher.bert, joint, joint.costs, lambda inputs: teacher_logits(teacher, inputs),
-            lambda logits, rows: teacher_loss(task.kind, logits, labels[rows]),
+            teacher, teacher.bert, joint, joint.costs,
+            lambda logits, rows: kind_of(task).teacher_loss(logits, labels[rows]),
         ),
     }  # fmt: skip
     theirs = None
@@ -232,36 +234,34 @@ def first_batches(args: argparse.Namespace, pairs: int) -> list[np.ndarray]:
 
 def train_role(
     args: argparse.Namespace, given: Given, role: str, model: Any, bert: Any, features: Any, tokens: Any,
-    forward: Any, loss: Any, theirs: Callable[[], None] | None,
+    loss: Any, theirs: Callable[[], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time the Trainer's own batches and updates of a student or a teacher with each padding, and `theirs`."""
-    trainer = Trainer(
-        model, forward, loss, lambda outputs, labels: {}, features, make_optimizer(model, 1e-9, 10**6, 0.1),
-        batch_size=args.batch_size, accumulation_steps=args.gradient_accumulation_steps, seed=args.random_seed,
-        device=torch.device("cpu"),
+    plan = EpochPlan(
+        Batches(features, "packed", args.max_seq_length), args.batch_size, args.gradient_accumulation_steps,
+        args.random_seed,
     )  # fmt: skip
+    trainer = Trainer(
+        model, plan, loss, lambda outputs, labels: {}, make_optimizer(model, 1e-9, 10**6, 0.1), torch.device("cpu")
+    )
     batches = first_batches(args, len(features))
-    features.max_seq_length = args.max_seq_length
 
     def steps_with(padding: str) -> Any:
         """Training on all batches once, padded so."""
 
         def run() -> None:
-            features.padding = padding
+            plan.batches.padding = padding
             model.train()
             for group in in_batches(batches, args.gradient_accumulation_steps):
-                for together in trainer.passes(trainer.shares(group)):
-                    trainer.backward(together, len(group))
+                for parts in plan.passes(group):
+                    trainer.backward(parts, len(group))
                 trainer.update()
 
         return run
 
     count = sum(int(tokens[rows].sum()) for rows in batches)
     logger.info("%s: %d batches of %d pairs, %d tokens each", role, len(batches), args.batch_size, count / len(batches))
-    features.padding = "packed"
-    passes = sum(
-        len(trainer.passes(trainer.shares(group))) for group in in_batches(batches, args.gradient_accumulation_steps)
-    )
+    passes = sum(len(plan.passes(group)) for group in in_batches(batches, args.gradient_accumulation_steps))
     per_pass = round(count / passes)
     variants = {padding: steps_with(padding) for padding in PADDINGS} | ({"theirs": theirs} if theirs else {})
     results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))
@@ -291,24 +291,22 @@ def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     examples = read_examples(given.task, args.data_dir, "train")
     first, second = (side[: args.pairs] for side in (examples.first, examples.second))
     features = separate_features(given.task, Examples(first, second), given.tokenizer, args.max_seq_length)
-    features.max_seq_length = args.max_seq_length
-    model = new_student(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
+    model = new_network(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
     lengths, cpu = features.texts.lengths, torch.device("cpu")
     in_file_order = in_batches(np.arange(len(lengths)), args.batch_size)
     part = in_file_order[:: max(1, len(in_file_order) // (4 * args.steps))]
 
     def padded_with(padding: str, batches: list[Any]) -> Any:
         def run() -> None:
-            features.padding = padding
+            laid_out = Batches(features, padding, args.max_seq_length)
             with torch.inference_mode():
                 for texts in batches:
-                    model.embed(**features.text_batch(texts))
+                    model.embed(**laid_out.of_texts(texts))
 
         return run
 
     def packed() -> None:
-        features.padding = "packed"
-        embed_texts(model, features, 10**6, cpu, "encode")
+        embed_texts(model, Batches(features, "packed", args.max_seq_length), 10**6, cpu, "encode")
 
     variants = {"max": padded_with("max", part), "batch": padded_with("batch", in_file_order), "packed": packed}
     if importlib.util.find_spec("sentence_transformers"):
@@ -320,7 +318,7 @@ def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     )
     of_theirs = results.pop("theirs", None)
     tokens = {"max": sum(int(lengths[texts].sum()) for texts in part), "batch": lengths.sum(), "packed": lengths.sum()}
-    encoder = model.dse_model.bert.bert.encoder
+    encoder = model.encoder.encoder
     rates = {name: useful_gflops(encoder, int(tokens[name]), results[name]["seconds"], False) for name in results}
     return report("inference", results, rates, peak, of_theirs)
 

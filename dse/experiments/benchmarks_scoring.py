@@ -23,10 +23,12 @@ from dse.data.features import joint_features
 from dse.data.processors import Examples, read_examples
 from dse.experiments.benchmarks import Given, take_turns
 from dse.index import CandidateIndex, rank_scores
-from dse.models import DSESiameseClassifier, TextSettings, new_student
+from dse.models import DSESiameseClassifier
+from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import infer
-from dse.networks.teacher import load_teacher, teacher_logits
+from dse.networks.student import new_network
+from dse.networks.teacher import load_teacher
 from dse.storage.index_files import BLOCK
 from dse.system.errors import InputError
 from dse.system.files import atomic_write
@@ -53,7 +55,7 @@ def naive_scores(model: DSESiameseClassifier, query: Tensor, index: CandidateInd
     with torch.inference_mode():
         for start in range(0, len(index), BLOCK):
             v = index.block(start)
-            outputs.append(model.siamese_head(query.expand_as(v), v).numpy())
+            outputs.append(model.network.siamese_head(query.expand_as(v), v).numpy())
     return np.concatenate(outputs)
 
 
@@ -81,12 +83,11 @@ def student_of(args: argparse.Namespace, given: Given) -> DSESiameseClassifier:
     """The student of --model, or an untrained one of the architecture flags, which takes as long."""
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
-        if model.settings.task != given.task:
-            raise InputError(f"--model: is a student of {model.settings.task.name}, --task_name is {given.task.name}")
+        if model.task != given.task:
+            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {given.task.name}")
         return model
-    model = new_student(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
-    model.settings = TextSettings(given.tokenizer, given.task, args.max_seq_length)
-    return model
+    network = new_network(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
+    return DSESiameseClassifier(network, given.tokenizer, given.task, args.max_seq_length)
 
 
 def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
                 model, repeated(embeddings, sentences, count), Path(folder) / str(count)
             )
             numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
-            if index.model.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
+            if index.model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
                 numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
                 halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
@@ -127,11 +128,11 @@ def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, se
     """Seconds per pair of a cross-encoder of --bert_model on the query with some sentences, packed and by length."""
     some = sentences[:CROSS_ENCODER_PAIRS]
     features = joint_features(given.task, Examples([query] * len(some), some), given.tokenizer, args.max_seq_length)
-    features.padding, features.max_seq_length = "packed", args.max_seq_length
+    batches = Batches(features, "packed", args.max_seq_length)
     bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
 
     def read() -> None:
-        infer(bert, lambda inputs: teacher_logits(bert, inputs), features, 10**6, torch.device("cpu"), "teacher")
+        infer(bert, batches, 10**6, torch.device("cpu"), "teacher")
 
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]["seconds"]
     logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
@@ -150,7 +151,7 @@ def one_size(
     count = len(index)
     u = model.encode(query, convert_to="tensor")
     naive, ours = naive_scores(model, u, index), index.score(query)  # warm, and every block compared with its sum
-    naive = rank_scores(torch.from_numpy(naive), model.settings.task).numpy()
+    naive = rank_scores(torch.from_numpy(naive), model.task).numpy()
     difference = relative_difference(ours, naive)
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
     memory: dict[str, float] = {}

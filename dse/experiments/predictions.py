@@ -18,16 +18,15 @@ from dse.data.features import joint_features, separate_features
 from dse.data.processors import Examples
 from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task
 from dse.data.tokenizers import load_tokenizer, saved_casing
-from dse.models import DSESiameseClassifier, TextSettings
-from dse.networks.batches import padding_for
+from dse.models import DSESiameseClassifier
+from dse.networks.batches import Batches, padding_for
 from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config, find_bert, read_training
-from dse.networks.teacher import load_teacher, teacher_logits
+from dse.networks.teacher import load_teacher
 from dse.storage.student_folder import FORMAT as STUDENT_FORMAT
 from dse.system.errors import InputError
 from dse.system.files import read_json, write_text
-from dse.training.losses import distillation_targets
-from dse.training.metrics import decisions
+from dse.training.kinds import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +56,26 @@ def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 3
     if folder.is_dir() and not is_student(folder):
         return teacher_scorer(folder, task, device, batch_size), DEFAULT_THRESHOLD
     model = DSESiameseClassifier.from_pretrained(name).to(device)
-    return student_scorer(model, task, batch_size), model.settings.threshold
+    return student_scorer(model, task, batch_size), model.threshold
 
 
 def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32) -> Scorer:
     """A student's outputs on a task with the labels of its own."""
-    own: TextSettings = model._settings()
+    own = model.task
     if task.text_b is None:
         raise InputError(f"--task_name: {task.name} has one sentence per row, and a student scores pairs")
-    if (own.task.kind, own.task.labels) != (task.kind, task.labels):
+    if (own.kind, own.labels) != (task.kind, task.labels):
         raise InputError(
-            f"--model: a student of {own.task.name} ({own.task.kind}, {list(own.task.labels)}), which does not "
+            f"--model: a student of {own.name} ({own.kind}, {list(own.labels)}), which does not "
             f"answer {task.name} ({task.kind}, {list(task.labels)})"
         )
-    if own.task.name != task.name:
-        logger.warning("a student of %s is used for %s", own.task.name, task.name)
+    if own.name != task.name:
+        logger.warning("a student of %s is used for %s", own.name, task.name)
 
     def score(rows: Examples) -> np.ndarray:
-        features = separate_features(task, rows, own.tokenizer, own.max_seq_length)
-        features.padding = padding_for(model.device, None)
-        return infer_pairs(model, features, batch_size, model.device, "student")
+        features = separate_features(task, rows, model.tokenizer, model.max_seq_length)
+        batches = Batches(features, padding_for(model.device, None))
+        return infer_pairs(model.network, batches, batch_size, model.device, "student")
 
     return score
 
@@ -92,10 +91,9 @@ def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: i
     teacher = load_teacher(folder, task, fine_tuned=True).to(device)
 
     def score(rows: Examples) -> np.ndarray:
-        features = joint_features(task, rows, tokenizer, length)
-        features.padding = padding_for(device, None)
-        logits = infer(teacher, lambda inputs: teacher_logits(teacher, inputs), features, batch_size, device, "teacher")
-        return distillation_targets(task.kind, torch.from_numpy(logits)).numpy()
+        batches = Batches(joint_features(task, rows, tokenizer, length), padding_for(device, None))
+        logits = infer(teacher, batches, batch_size, device, "teacher")
+        return kind_of(task).targets(torch.from_numpy(logits)).numpy()
 
     return score
 
@@ -120,7 +118,7 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOL
     if task.kind == REGRESSION:
         scores = np.clip(outputs[:, 0], *STS_RANGE) if task.name == "sts-b" else outputs[:, 0]
         return [f"{score + 0.0:.3f}" for score in scores]  # of -0.0 too
-    return [task.labels[place] for place in decisions(task.kind, outputs, threshold)]
+    return [task.labels[place] for place in kind_of(task).decisions(outputs, threshold)]
 
 
 def write_answers(path: Path, predictions: Sequence[str]) -> None:

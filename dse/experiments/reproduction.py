@@ -136,18 +136,19 @@ def measure(task: Task, outputs: dict[str, np.ndarray], sets: dict[str, Examples
     Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
     on dev. Multiclass: accuracy. Regression: pearson, spearman.
     """
-    from dse.training.metrics import best_threshold, student_metrics
+    from dse.training.kinds import kind_of
+    from dse.training.metrics import best_threshold
 
     labels = {split: np.array(rows.labels) for split, rows in sets.items()}
     if task.kind != BINARY:
-        return {split: student_metrics(task.kind, outputs[split], labels[split]) for split in sets}
+        return {split: kind_of(task).metrics(outputs[split], labels[split]) for split in sets}
     found: dict[str, dict[str, float]] = {split: {} for split in sets}
     for name in ("f1", "accuracy"):
         chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
         for split in sets:
             for prefix, above in (("", 0.0), ("tuned_", chosen)):
                 logits = outputs[split].astype(np.float64) - above
-                found[split][prefix + name] = student_metrics(BINARY, logits, labels[split])[f"{name}_0.5"]
+                found[split][prefix + name] = kind_of(task).metrics(logits, labels[split])[f"{name}_0.5"]
     return found
 
 
@@ -303,7 +304,7 @@ class Experiment:
 
     def _student(self, stage: str) -> tuple[Result, list[Path]]:
         import dse_train_runner
-        from dse.storage.checkpoint import load_checkpoint
+        from dse.storage.checkpoint import Checkpoint
         from dse.storage.student_folder import read_config
 
         command = call(
@@ -315,7 +316,7 @@ class Experiment:
         folder = self.model_folder(stage)
         newest = max(folder.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
         result = {
-            "command": command, "history": load_checkpoint(newest)["trainer"]["history"],
+            "command": command, "history": Checkpoint.read(newest).trainer["history"],
             "metrics": self._measure(folder), "best_epoch": read_config(folder)["origin"]["epoch"],
         }  # fmt: skip
         return result, sorted(path for path in folder.iterdir() if path.name != "README.md")
@@ -363,7 +364,7 @@ class Experiment:
         """The teacher's folder, or a student's best epoch."""
         if stage == "teacher":
             return self.folder / stage
-        from dse.storage.checkpoint import best_folders, told_by
+        from dse.storage.student_folder import best_folders, told_by
 
         for run in sorted(self.folder.glob(f"{stage}/{stage}_*"), reverse=True):
             found = {told_by(path).get("epoch"): path for path in best_folders(run)}
@@ -404,7 +405,7 @@ def stored_scorer(folder: Path, rows: Examples, device: Any) -> Callable[[Exampl
 
     model = DSESiameseClassifier.from_pretrained(folder).to(device)
     embeddings, places = model.encode([*rows.first, *rows.second]), np.arange(2 * len(rows))
-    return lambda _: score_stored(model, embeddings, places[: len(rows)], places[len(rows) :], device)
+    return lambda _: score_stored(model.network, embeddings, places[: len(rows)], places[len(rows) :], device)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

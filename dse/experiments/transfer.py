@@ -27,11 +27,12 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler, normalize
 from dse.data.processors import Examples
 from dse.data.tasks import BINARY, REGRESSION, TASKS, Task
 from dse.data.tokenizers import load_tokenizer, saved_casing
-from dse.models import DSESiameseClassifier, TextSettings, new_student
+from dse.models import DSESiameseClassifier
 from dse.networks.config import DSEConfig
 from dse.networks.pretrained import bert_config
+from dse.networks.student import new_network
 from dse.system.errors import InputError
-from dse.training.metrics import correlations
+from dse.training.kinds import correlations
 from dse.training.reporting import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,13 @@ def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: in
     Texts are cut where the student cuts, or where this BERT has no more positions. The casing is the folder's, which
     another encoder than the student's need not share with it; where the folder does not tell, the student's.
     """
-    settings, bert = student._settings(), bert_config(folder, "--bert_model")
-    model = new_student(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
+    bert = bert_config(folder, "--bert_model")
+    network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
     casing = saved_casing(folder, "--bert_model")
-    lower_case = settings.tokenizer.backend_tokenizer.normalizer.lowercase if casing is None else casing
-    length = min(settings.max_seq_length, bert.get("max_position_embeddings", settings.max_seq_length))
-    model.settings = TextSettings(load_tokenizer(folder, lower_case, "--bert_model"), settings.task, length)
-    return student_embedder(model, batch_size)
+    lower_case = student.tokenizer.backend_tokenizer.normalizer.lowercase if casing is None else casing
+    length = min(student.max_seq_length, bert.get("max_position_embeddings", student.max_seq_length))
+    tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
+    return student_embedder(DSESiameseClassifier(network, tokenizer, student.task, length), batch_size)
 
 
 def bag_of_words(training_texts: list[str]) -> Embedder:

@@ -1,14 +1,24 @@
-"""Batches of token ids as a BERT takes them."""
+"""A split's features as batches that a network takes: packed, or padded.
 
+packed    rows end to end without padding, in groups of similar length (packed_bert.py)
+batch     padded to the batch's longest row
+max       padded to max_seq_length
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dse.data.features import Ragged
+from dse.data.features import Features, Ragged
+
+_FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
+_SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
+_MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
+Inputs = dict[str, Any]  # what a network's forward takes, by name
 
 
 def padding_for(device: torch.device, asked: str | None) -> str:
@@ -16,9 +26,49 @@ def padding_for(device: torch.device, asked: str | None) -> str:
     return asked or ("packed" if device.type == "cpu" else "batch")
 
 
-_FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
-_SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
-_MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
+class Batches:
+    """The rows of a split, laid out for a network.
+
+    Args:
+        features: joint for a teacher, separate for a student.
+        padding: one of config.PADDINGS.
+        max_seq_length: what "max" pads to, and what sizes of steps are counted by; None: the longest row.
+    """
+
+    def __init__(self, features: Features, padding: str = "batch", max_seq_length: int | None = None) -> None:
+        self.features, self.padding = features, padding
+        self.max_seq_length = max_seq_length or int(features.costs.max())
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def of_pairs(self, rows: np.ndarray) -> Inputs:
+        """Inputs of the given pairs: of a student's, the first texts of all, then the second ones."""
+        return self._inputs(*self.features.rows_of(rows))
+
+    def of_texts(self, rows: np.ndarray) -> Inputs:
+        """Inputs of the given rows of a student's distinct texts."""
+        return self._inputs(self.features.texts, rows)
+
+    def _inputs(self, tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> Inputs:
+        """`packed`, or input_ids, attention_mask and, of joint features, token_type_ids, each (rows, length), int64."""
+        if self.padding == "packed":
+            return {"packed": pack(tokens, rows, first_lengths)}
+        ids, mask = pad(tokens, rows, self.features.pad_id, self.max_seq_length if self.padding == "max" else None)
+        if first_lengths is None:
+            return {"input_ids": ids, "attention_mask": mask}
+        second = torch.arange(ids.shape[1]) >= torch.from_numpy(first_lengths.astype(np.int64))[:, None]
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": second.long() * mask}
+
+
+def pad(tokens: Ragged, rows: np.ndarray, pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the given rows, each (len(rows), `length` or the longest row), int64."""
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    columns = np.arange(length or lengths.max())
+    mask = columns < lengths[:, None]
+    places = np.where(mask, tokens.offsets[rows][:, None] + columns, 0)
+    ids = np.where(mask, tokens.ids[places], pad_id).astype(np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 @dataclass
@@ -56,7 +106,7 @@ def _moved(record: Any, device: torch.device) -> Any:
     return replace(record, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
 
 
-def pack(tokens: "Ragged", rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
+def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
     """Pack rows of token ids.
 
     Args:
@@ -127,3 +177,36 @@ def _group(lengths: np.ndarray, start: int) -> Group:
         torch.from_numpy(mask.astype(np.int64)),
         bias,
     )
+
+
+class _Pad(torch.autograd.Function):
+    """(tokens, width) to (places, width); what a place of padding holds must not be used."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return states if group.bias is None else states.index_select(0, group.place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Nothing comes back from padding, so the gradient is gathered where index_select's own would be scattered.
+        return gradient if ctx.group.bias is None else gradient.index_select(0, ctx.group.back), None
+
+
+def padded_inputs(batch: PackedBatch) -> Iterator[dict[str, Tensor]]:
+    """Each group's rows as transformers' BertModel takes them, (rows, length), int64; results need `batch.order`."""
+    for group in batch.groups:
+        entries = {"input_ids": batch.ids} | ({} if batch.types is None else {"token_type_ids": batch.types})
+        inputs = {name: padded(x[group.tokens, None], group)[..., 0] for name, x in entries.items()}
+        yield {**inputs, "attention_mask": group.mask}
+
+
+def by_group(states: Tensor, batch: PackedBatch) -> list[Tensor]:
+    """(tokens, width) cut into each group's tokens; a split, whose gradient is put together in one pass."""
+    sizes = [group.tokens.stop - group.tokens.start for group in batch.groups]
+    return list(states.split([*sizes, len(states) - sum(sizes)]))[:-1]
+
+
+def padded(states: Tensor, group: Group) -> Tensor:
+    """A group's tokens, (tokens, width), as (rows, length, width), to be used with `group.mask`."""
+    return _Pad.apply(states, group).view(group.rows, group.length, -1)

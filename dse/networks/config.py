@@ -8,13 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dse.data.tasks import Task
+from dse.networks.poolers import POOLERS, Pooler
 from dse.system.errors import InputError
 
-_POOLED = tuple(
-    f"{layers}_{tokens}" for layers in ("concat_top", "mean_top") for tokens in ("mean", "sqrt_mean", "max")
-)
-POOLER_TYPES = (*_POOLED, *(f"{name}_with_cls" for name in _POOLED), "cls")
-HEAD_TYPES = ("concat", "dot")
+HEAD_TYPES = ("concat", "dot")  # heads.HEADS has a class for each
 MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packing.py)
 PADDINGS = ("packed", "batch", "max")  # how batches are laid out (features.py)
 
@@ -50,10 +47,14 @@ class DSEConfig:
         return {**asdict(self), "fc_dims": list(self.fc_dims)}
 
     @property
+    def pooler(self) -> Pooler:
+        """What makes a vector of the hidden states."""
+        return POOLERS[self.pooler_type]
+
+    @property
     def pooled_size(self) -> int:
         """Width of the pooled vector, before any additional layer."""
-        side_by_side = self.pooler_type.startswith("concat")
-        return self.bert["hidden_size"] * (self.pooler_num_top_hidden_layers if side_by_side else 1)
+        return self.bert["hidden_size"] * (self.pooler_num_top_hidden_layers if self.pooler.side_by_side else 1)
 
     @property
     def embedding_size(self) -> int:

@@ -1,5 +1,14 @@
-"""Heads over two embeddings."""
+"""Heads: from two embeddings u and v to a pair's outputs, in two ways.
 
+    head(u, v)              the blocks of the two, then linear layers with ReLU between them; pair by pair, in training
+    head.factorised()       the same for few queries and many stored candidates
+
+    concat    [u, v, u * v, |u - v|]        dot    u . v
+
+A head is a class here, with both ways, and its name in config.HEAD_TYPES.
+"""
+
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -7,76 +16,106 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dse.networks.config import DSEConfig
-from dse.networks.kernels import linear
-from dse.networks.packed_bert import is_plain
+from dse.networks.kernels import is_plain, linear
 
 _PART = 1 << 19  # numbers in a part's hidden layer
-
-
-class PairHead:
-    """A student's head for few queries and many candidates, in float32; one that is not plain is called as it is."""
-
-    def __init__(self, head: "SiameseHead") -> None:
-        self.head = None if is_plain(head) else head
-        if self.head is not None:
-            return
-        self.is_dot = head.head_type == "dot"
-        self.first, *self.rest = (
-            (layer.weight.detach().float(), layer.bias.detach().float()) for layer in head.fc_layers
-        )
-        if not self.is_dot:
-            blocks = self.first[0].chunk(4, dim=1)
-            self.of_u, self.of_v, self.of_product, self.of_difference = (block.contiguous() for block in blocks)
-            self.zero = torch.zeros_like(self.first[1])
-
-    def outputs(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """(queries, width) and (candidates, width) to (queries, candidates, outputs), all float32."""
-        if self.head is not None:
-            return torch.stack([self.head(u.expand_as(candidates), candidates).float() for u in queries])
-        return self._of_dots(queries, candidates) if self.is_dot else self._of_blocks(queries, candidates)
-
-    def _of_blocks(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        # Made beforehand: small results kept between the large steps would keep these from using the same memory again.
-        scores = queries.new_empty(len(queries), len(candidates), len((self.rest or [self.first])[-1][1]))
-        constants = queries @ self.of_u.t() + self.first[1]
-        for u, constant, row in zip(queries, constants, scores, strict=True):
-            hidden = linear(candidates, torch.addcmul(self.of_v, self.of_product, u), constant)
-            hidden += linear(torch.sub(candidates, u).abs_(), self.of_difference, self.zero)
-            row.copy_(self._after_first(hidden))
-        return scores
-
-    def _of_dots(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        products = queries @ candidates.t()
-        # In parts, whose hidden layer stays in the processor's cache.
-        parts = products.reshape(-1, 1).split(max(1, _PART // len(self.first[1])))
-        scores = [self._after_first(functional.linear(part, *self.first)) for part in parts]
-        return torch.cat(scores).view(*products.shape, -1)
-
-    def _after_first(self, x: Tensor) -> Tensor:
-        for layer in self.rest:
-            x = functional.linear(x.relu_(), *layer)
-        return x
+_Layer = tuple[Tensor, Tensor]  # weight and bias
 
 
 class SiameseHead(nn.Module):
-    """Two embeddings to outputs: their blocks, then linear layers with ReLU between them."""
+    """What heads share: the linear layers `fc_layers`; a subclass makes their input."""
+
+    blocks_per_pair: int | None = None  # of the embedding's size in the first layer's input; None: a single number
 
     def __init__(self, config: DSEConfig) -> None:
         super().__init__()
-        self.head_type = config.siamese_head_type
-        first = 4 * config.embedding_size if self.head_type == "concat" else 1
+        first = 1 if self.blocks_per_pair is None else self.blocks_per_pair * config.embedding_size
         sizes = (first, *config.fc_dims)
         self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+
+    def blocks(self, u: Tensor, v: Tensor) -> Tensor:
+        """(batch, embedding_size) twice to the first layer's input."""
+        raise NotImplementedError
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         """(batch, embedding_size) twice to (batch, fc_dims[-1]), computed in the dtype of its weights."""
         if not torch.is_autocast_enabled(u.device.type):
             kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), torch.float32)
             u, v = u.to(kind), v.to(kind)
-        if self.head_type == "concat":
-            x = torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
-        else:
-            x = (u * v).sum(dim=-1, keepdim=True)
+        x = self.blocks(u, v)
         for layer in self.fc_layers[:-1]:
             x = torch.relu(layer(x))
         return self.fc_layers[-1](x)
+
+    def factorised(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function from (queries, size) and (candidates, size) to (queries, candidates, outputs), all float32.
+
+        A head that is not plain (`is_plain`) is called as it is, query by query.
+        """
+        if not is_plain(self):
+            return lambda queries, all_v: torch.stack([self(u.expand_as(all_v), all_v).float() for u in queries])
+        first, *rest = ((layer.weight.detach().float(), layer.bias.detach().float()) for layer in self.fc_layers)
+        return self._factorised(first, rest)
+
+    def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
+        raise NotImplementedError
+
+
+def _after_first(x: Tensor, rest: list[_Layer]) -> Tensor:
+    for layer in rest:
+        x = functional.linear(x.relu_(), *layer)
+    return x
+
+
+class ConcatHead(SiameseHead):
+    """The paper's head, on [u, v, u * v, |u - v|].
+
+    Its first layer is linear in the blocks, so for one query u and all candidates v
+
+        W_u u + W_v v + W_p (u * v) + W_d |u - v| + b  =  (W_u u + b)  +  (W_v + W_p diag(u)) v  +  W_d |u - v|
+
+    has a constant, one matrix for v, and |u - v| as the only thing to make for each pair; v alone is stored.
+    """
+
+    blocks_per_pair = 4
+
+    def blocks(self, u: Tensor, v: Tensor) -> Tensor:
+        """(batch, embedding_size) twice to (batch, 4 * embedding_size)."""
+        return torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
+
+    def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
+        of_u, of_v, of_product, of_difference = (block.contiguous() for block in first[0].chunk(4, dim=1))
+        zero, width = torch.zeros_like(first[1]), len((rest or [first])[-1][1])
+
+        def outputs(queries: Tensor, candidates: Tensor) -> Tensor:
+            # Made first: small results kept between the large steps would keep these from using the same memory again.
+            scores = queries.new_empty(len(queries), len(candidates), width)
+            constants = queries @ of_u.t() + first[1]
+            for u, constant, row in zip(queries, constants, scores, strict=True):
+                hidden = linear(candidates, torch.addcmul(of_v, of_product, u), constant)
+                hidden += linear(torch.sub(candidates, u).abs_(), of_difference, zero)
+                row.copy_(_after_first(hidden, rest))
+            return scores
+
+        return outputs
+
+
+class DotHead(SiameseHead):
+    """Linear layers on u . v, which is one matrix product for all queries and candidates."""
+
+    def blocks(self, u: Tensor, v: Tensor) -> Tensor:
+        """(batch, embedding_size) twice to (batch, 1)."""
+        return (u * v).sum(dim=-1, keepdim=True)
+
+    def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
+        def outputs(queries: Tensor, candidates: Tensor) -> Tensor:
+            products = queries @ candidates.t()
+            # In parts, whose hidden layer stays in the processor's cache.
+            parts = products.reshape(-1, 1).split(max(1, _PART // len(first[1])))
+            scores = [_after_first(functional.linear(part, *first), rest) for part in parts]
+            return torch.cat(scores).view(*products.shape, -1)
+
+        return outputs
+
+
+HEADS: dict[str, type[SiameseHead]] = {"concat": ConcatHead, "dot": DotHead}

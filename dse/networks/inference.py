@@ -1,32 +1,27 @@
-"""The one inference loop, for teacher and student alike, and the metrics of what it gives."""
+"""The one inference loop, for teacher and student alike."""
 
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dse.data.features import Features, SeparateFeatures, in_batches
+from dse.data.features import in_batches
+from dse.networks.batches import Batches, Inputs
+from dse.networks.student import SiameseNetwork
 from dse.system import parallel, signals
 from dse.system.errors import InputError, RunError
 from dse.system.files import load_tensors, save_tensors, sha256_json
 
-if TYPE_CHECKING:
-    from dse.models import DSESiameseClassifier
-
-
 logger = logging.getLogger(__name__)
 
 _PAIRS_PER_STEP = 4096  # of the head
-Forward = Callable[[dict[str, Any]], Tensor]
-
-
 _SECONDS_BETWEEN_WRITES = 60
 TOKENS_PER_STEP = {"cpu": 4096, "cuda": 65536}  # more gain nothing, and take memory
 
@@ -111,38 +106,31 @@ class PartialOutputs:
 
 def infer(
     model: nn.Module,
-    forward: Forward,
-    features: Features,
+    batches: Batches,
     batch_size: int,
     device: torch.device,
     what: str,
-    progress: PartialOutputs | None = None,
+    partial: PartialOutputs | None = None,
 ) -> np.ndarray:
     """Outputs for all rows, in file order, without dropout.
 
     Args:
-        model: put into evaluation mode for the while, and back after it.
-        forward: a batch's inputs to its outputs (batch, width).
+        model: a network of `batches`; in evaluation mode for the while, and in its own after it.
         batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
         what: name of the progress bar.
-        progress: where the outputs so far are written, and found.
+        partial: where the outputs so far are written, and found.
 
     Returns:
-        (n, width), float32. Batches are made of rows of similar length, which changes no number but rounding.
+        (n, width), float32. Steps are made of rows of similar length, which changes no number but rounding.
     """
-    with _inference(model):
-        tokens = _tokens_per_step(batch_size, features, device)
-        return _by_batches(forward, features.batch, features.costs, tokens, device, what, progress=progress)
+    costs, tokens = batches.features.costs, _tokens_per_step(batch_size, batches, device)
+    return _by_steps(model, model, batches.of_pairs, costs, tokens, device, what, partial=partial)
 
 
 def infer_pairs(
-    model: "DSESiameseClassifier",
-    features: SeparateFeatures,
-    batch_size: int,
-    device: torch.device,
-    what: str,
+    network: SiameseNetwork, batches: Batches, batch_size: int, device: torch.device, what: str,
     show: bool | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """The student's outputs for all pairs, in file order, without dropout; each distinct text is embedded once.
 
     Args:
@@ -152,44 +140,35 @@ def infer_pairs(
     Returns:
         (n, fc_dims[-1]), float32.
     """
-    with _inference(model):
-        embeddings = embed_texts(model, features, 2 * batch_size, device, what, show)
-        return score_stored(model, embeddings, features.first, features.second, device)
+    embeddings = embed_texts(network, batches, 2 * batch_size, device, what, show)
+    return score_stored(network, embeddings, batches.features.first, batches.features.second, device)
 
 
 def score_stored(
-    model: "DSESiameseClassifier", embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, device: torch.device
+    network: SiameseNetwork, embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, device: torch.device
 ) -> np.ndarray:
     """The head's outputs (n, fc_dims[-1]), float32, on embeddings (texts, size) of which `first` and `second` (n,) name
     each pair's rows.
     """
     outputs = []
-    with torch.inference_mode():
+    with _inference(network):
         for pairs in in_batches(np.arange(len(first)), _PAIRS_PER_STEP):
             u, v = (torch.from_numpy(embeddings[rows[pairs]]).to(device) for rows in (first, second))
-            outputs.append(model.siamese_head(u, v).float().cpu().numpy())
+            outputs.append(network.siamese_head(u, v).float().cpu().numpy())
     return np.concatenate(outputs)
 
 
 def embed_texts(
-    model: "DSESiameseClassifier",
-    features: SeparateFeatures,
-    batch_size: int,
-    device: torch.device,
-    what: str,
+    network: SiameseNetwork, batches: Batches, batch_size: int, device: torch.device, what: str,
     show: bool | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Embeddings of all distinct texts, (texts, embedding_size), float32, without dropout."""
-    lengths, tokens = features.texts.lengths, _tokens_per_step(batch_size, features, device)
-    with _inference(model):
-        return _by_batches(
-            lambda inputs: model.embed(**inputs), features.text_batch, lengths, tokens, device, what, show
-        )
+    costs, tokens = batches.features.texts.lengths, _tokens_per_step(batch_size, batches, device)
+    return _by_steps(network, network.embed, batches.of_texts, costs, tokens, device, what, show)
 
 
-def _tokens_per_step(batch_size: int, features: Features, device: torch.device) -> int:
-    longest = features.max_seq_length or int(features.costs.max())
-    return min(batch_size * longest, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
+def _tokens_per_step(batch_size: int, batches: Batches, device: torch.device) -> int:
+    return min(batch_size * batches.max_seq_length, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
 
 
 @contextlib.contextmanager
@@ -204,43 +183,41 @@ def _inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _by_batches(
-    forward: Forward,
-    batch: Callable[[np.ndarray], dict[str, Any]],
+def _by_steps(
+    model: nn.Module,
+    forward: Callable[..., Tensor],
+    inputs_of: Callable[[np.ndarray], Inputs],
     costs: np.ndarray,
     tokens: int,
     device: torch.device,
     what: str,
     show: bool | None = None,
-    progress: "PartialOutputs | None" = None,
+    partial: PartialOutputs | None = None,
 ) -> np.ndarray:
-    steps = by_length(costs, tokens)
-    found = None if progress is None else progress.find(steps)
-    before = np.zeros(len(costs), dtype=bool) if found is None else found[0]
-    outputs = None if found is None else found[1]
+    """The outputs of rows of those costs, (n, width), float32; each process computes its share of the steps."""
+    steps, count = by_length(costs, tokens), len(costs)
+    before, outputs = (partial and partial.find(steps)) or (np.zeros(count, dtype=bool), None)
     done = before.copy() if parallel.is_first() else np.zeros_like(before)  # by this process
-    disable = None if show is None else not show  # None: where there is no terminal
-    with tqdm(
-        total=len(costs), desc=what, unit="row", disable=disable if parallel.is_first() else True, leave=False
-    ) as bar:
+    hidden = True if not parallel.is_first() else None if show is None else not show  # None: where there is no terminal
+    with _inference(model), tqdm(total=count, desc=what, unit="row", disable=hidden, leave=False) as bar:
         for step, rows in enumerate(steps):
             if before[rows].all():
                 bar.update(len(rows))
                 continue
-            with contextlib.nullcontext() if progress is None else signals.deferred():
+            with contextlib.nullcontext() if partial is None else signals.deferred():
                 if step % parallel.size() == parallel.rank() % parallel.size():
-                    inputs = {name: tensor.to(device) for name, tensor in batch(rows).items()}
-                    some = forward(inputs).float().cpu().numpy()
+                    inputs = {name: tensor.to(device) for name, tensor in inputs_of(rows).items()}
+                    some = forward(**inputs).float().cpu().numpy()
                     if outputs is None:
-                        outputs = np.full((len(costs), some.shape[1]), np.nan, dtype=np.float32)
+                        outputs = np.full((count, some.shape[1]), np.nan, dtype=np.float32)
                     outputs[rows], done[rows] = some, True
                 bar.update(len(rows))
-                if progress is not None:
-                    progress.after(step + 1, outputs, done)
+                if partial is not None:
+                    partial.after(step + 1, outputs, done)
+    width = parallel.highest(0 if outputs is None else outputs.shape[1])
     if outputs is None:  # fewer steps than processes
-        outputs = np.zeros((len(costs), 0), dtype=np.float32)
-    width = parallel.highest(outputs.shape[1])
-    outputs, done = _of_all(outputs if outputs.shape[1] == width else np.zeros((len(costs), width), np.float32), done)
+        outputs = np.zeros((count, width), dtype=np.float32)
+    outputs, done = _of_all(outputs, done)
     if not done.all():
         raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as {done.argmin()}; run it again")
     return outputs

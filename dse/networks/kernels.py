@@ -1,47 +1,46 @@
-"""torch's private operators, each with a public way beside it."""
+"""Everything of torch that is not public: each call with its reason, its gain and the public way beside it.
+
+`PUBLIC_ONLY` forces the public ways, as tests do. Where another build of torch lacks an operator, its public way is
+taken too.
+"""
 
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+PUBLIC_ONLY = False
 
-def find_onednn() -> Callable[..., Tensor] | None:
-    """oneDNN's linear, unless the processor is Intel's; for float32, torch's own goes through MKL.
+_PLAIN_LAYERS = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList}
+_PLAIN_MODULES = ("transformers.models.bert.modeling_bert", "transformers.activations", "torch.nn.modules.activation",
+                  "dse.networks.")  # fmt: skip
 
-    A fifth faster than MKL on the AMD processor where both were measured, and 4 % slower on Intel's. The operator is
-    not public, so it may be missing from another build of torch: None then too.
-    """
+
+def _is_intel() -> bool:
     with contextlib.suppress(OSError):
-        if b"GenuineIntel" in Path("/proc/cpuinfo").read_bytes():
-            return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+        return b"GenuineIntel" in Path("/proc/cpuinfo").read_bytes()
+    return False
 
 
-_ONEDNN = find_onednn()
-
-
-def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Dropout's factors, 0 or 1 / (1 - rate), for tensors of the given shapes; from torch's random numbers."""
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    dropped = round(65536 * rate)
-    bits = torch.empty((sum(sizes) + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    bits, least = bits.view(torch.int16), dropped - 32768
-    # numpy compares int16 several times faster
-    keep = torch.from_numpy(bits.numpy() >= least) if device.type == "cpu" else bits >= least
-    factors = keep.view(torch.int8).to(dtype).mul_(65536 / (65536 - dropped))[: sum(sizes)]
-    return [part.view(shape) for part, shape in zip(factors.split(sizes), shapes, strict=True)]
+# oneDNN's linear. torch's own takes MKL for float32, which is a fifth slower on the AMD processor where both were
+# measured, and 4 % faster on Intel's.
+_LINEAR: Callable[..., Tensor] | None = None
+if torch.backends.mkldnn.is_available() and not _is_intel():
+    _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# The gradient of a softmax in one pass; written out, it takes three.
+_SOFTMAX_BACKWARD: Callable[..., Tensor] | None = getattr(torch.ops.aten, "_softmax_backward_data", None)
+# All norms of a list of tensors in one call; 200 calls for a BERT-base otherwise.
+_NORMS: Callable[..., list[Tensor]] | None = getattr(torch, "_foreach_norm", None)
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """states @ weight.T + bias, for float32 on CPU through oneDNN where that is the faster one (`find_onednn`)."""
-    plain = states.device.type != "cpu" or states.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if plain or _ONEDNN is None:
+    """states @ weight.T + bias, for float32 on CPU through oneDNN where that is the faster one."""
+    elsewhere = states.device.type != "cpu" or states.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if elsewhere or PUBLIC_ONLY or _LINEAR is None:
         return functional.linear(states, weight, bias)
     return _OneDNNLinear.apply(states, weight, bias)
 
@@ -52,13 +51,50 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight)
-        return _ONEDNN(states, weight, bias, "none", [], "")
+        return _LINEAR(states, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (states, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            _ONEDNN(gradient, weight.t(), None, "none", [], "") if wanted[0] else None,
+            _LINEAR(gradient, weight.t(), None, "none", [], "") if wanted[0] else None,
             gradient.t() @ states if wanted[1] else None,  # here MKL is the faster one
             gradient.sum(dim=0) if wanted[2] else None,
         )
+
+
+def softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of softmax's input over the last dimension, given that of its output and the output, one shape."""
+    if PUBLIC_ONLY or _SOFTMAX_BACKWARD is None:
+        product = gradient * weights
+        return product - weights * product.sum(dim=-1, keepdim=True)
+    return _SOFTMAX_BACKWARD(gradient, weights, -1, weights.dtype)
+
+
+def norms(tensors: list[Tensor]) -> list[float]:
+    """The Euclidean norm of each tensor."""
+    if PUBLIC_ONLY or _NORMS is None:
+        return [tensor.norm().item() for tensor in tensors]
+    return torch.stack(_NORMS(tensors)).tolist()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Do its modules compute what their weights and classes say, so that these can be read in place of calling them?
+
+    Not where one is of another class (quantized, wrapped, a LoRA layer), has a hook or a `forward` of its own, lacks a
+    bias, or has weights that are more than a tensor. torch has no public way to list hooks; the public way beside this
+    is to call the modules, as callers do where they are not plain.
+    """
+    for each in module.modules():
+        kind = type(each)
+        if kind not in _PLAIN_LAYERS and not kind.__module__.startswith(_PLAIN_MODULES):
+            return False
+        hooks = (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks)
+        # transformers' own note states, or make checkpointing work: they change nothing
+        hooked = any(
+            not str(getattr(h, "__module__", "")).startswith("transformers.") for x in hooks for h in x.values()
+        )
+        odd = any(type(weight) not in (nn.Parameter, type(None)) for weight in each._parameters.values())
+        if hooked or odd or "forward" in vars(each) or (kind is nn.Linear and each.bias is None):
+            return False
+    return True

@@ -18,77 +18,19 @@ Dropout draws 16 random bits per element, so that a rate p becomes round(65536 p
 expectation; torch's own mask on CPU costs many times more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dse.networks.batches import Group, PackedBatch
-from dse.networks.kernels import keep_factors, linear
+from dse.networks.batches import Group, PackedBatch, by_group, padded
+from dse.networks.kernels import linear, softmax_backward
 
 if TYPE_CHECKING:
     from transformers import BertModel
-
-
-_PLAIN_LAYERS = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList}
-_PLAIN_MODULES = ("transformers.models.bert.modeling_bert", "transformers.activations", "torch.nn.modules.activation",
-                  "dse.networks.", "dse.models")  # fmt: skip
-
-
-class _Pad(torch.autograd.Function):
-    """(tokens, width) to (places, width); what a place of padding holds must not be used."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return states if group.bias is None else states.index_select(0, group.place)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Nothing comes back from padding, so the gradient is gathered where index_select's own would be scattered.
-        return gradient if ctx.group.bias is None else gradient.index_select(0, ctx.group.back), None
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Do its modules compute what their weights and classes say, so that these can be read in place of calling them?
-
-    Not where one is of another class (quantized, wrapped, a LoRA layer), has a hook or a `forward` of its own, lacks a
-    bias, or has weights that are more than a tensor.
-    """
-    for each in module.modules():
-        kind = type(each)
-        if kind not in _PLAIN_LAYERS and not kind.__module__.startswith(_PLAIN_MODULES):
-            return False
-        hooks = (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks)
-        # transformers' own note states, or make checkpointing work: they change nothing
-        hooked = any(
-            not str(getattr(h, "__module__", "")).startswith("transformers.") for x in hooks for h in x.values()
-        )
-        odd = any(type(weight) not in (nn.Parameter, type(None)) for weight in each._parameters.values())
-        if hooked or odd or "forward" in vars(each) or (kind is nn.Linear and each.bias is None):
-            return False
-    return True
-
-
-def padded_inputs(batch: PackedBatch) -> Iterator[dict[str, Tensor]]:
-    """Each group's rows as transformers' BertModel takes them, (rows, length), int64; results need `batch.order`."""
-    for group in batch.groups:
-        entries = {"input_ids": batch.ids} | ({} if batch.types is None else {"token_type_ids": batch.types})
-        inputs = {name: padded(x[group.tokens, None], group)[..., 0] for name, x in entries.items()}
-        yield {**inputs, "attention_mask": group.mask}
-
-
-def by_group(states: Tensor, batch: PackedBatch) -> list[Tensor]:
-    """(tokens, width) cut into each group's tokens; a split, whose gradient is put together in one pass."""
-    sizes = [group.tokens.stop - group.tokens.start for group in batch.groups]
-    return list(states.split([*sizes, len(states) - sum(sizes)]))[:-1]
-
-
-def padded(states: Tensor, group: Group) -> Tensor:
-    """A group's tokens, (tokens, width), as (rows, length, width), to be used with `group.mask`."""
-    return _Pad.apply(states, group).view(group.rows, group.length, -1)
 
 
 class _Attention(torch.autograd.Function):
@@ -126,7 +68,7 @@ class _Attention(torch.autograd.Function):
         of_weights = torch.bmm(gradient, v.transpose(1, 2))
         if keep is not None:
             of_weights.mul_(keep)
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(width**-0.5)
+        of_scores = softmax_backward(of_weights, weights).mul_(width**-0.5)
         of_all = torch.stack(
             [
                 torch.bmm(of_scores, k),
@@ -146,6 +88,18 @@ def _scores(q: Tensor, k: Tensor, group: Group, heads: int) -> Tensor:
         return torch.bmm(q, k.transpose(1, 2)).mul_(scale)
     bias = group.bias.to(q.dtype).expand(group.rows, heads, group.length).reshape(-1, 1, group.length)
     return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+
+
+def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Dropout's factors, 0 or 1 / (1 - rate), for tensors of the given shapes; from torch's random numbers."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    dropped = round(65536 * rate)
+    bits = torch.empty((sum(sizes) + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    bits, least = bits.view(torch.int16), dropped - 32768
+    # numpy compares int16 several times faster
+    keep = torch.from_numpy(bits.numpy() >= least) if device.type == "cpu" else bits >= least
+    factors = keep.view(torch.int8).to(dtype).mul_(65536 / (65536 - dropped))[: sum(sizes)]
+    return [part.view(shape) for part, shape in zip(factors.split(sizes), shapes, strict=True)]
 
 
 class _Keep(NamedTuple):

@@ -1,16 +1,16 @@
 """Where a pre-trained or fine-tuned BERT comes from: a local folder or the hub; its configuration and tokenizer.
 
-Nothing here loads torch, so that a wrong folder, casing or length is refused at once. Weights are loaded
-by models.py from the folder that `find_bert` returns.
+The module loads no torch at import, so that a wrong folder, casing or length is refused at once.
 """
 
 import logging
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dse.data.tokenizers import _check_tokenizer_class
-from dse.networks.config import MOST_DROPOUT
+from dse.data.tokenizers import check_tokenizer_class, load_tokenizer
+from dse.networks.config import MOST_DROPOUT, check_fits_bert
 from dse.system.errors import InputError, one_line
 from dse.system.files import read_json, sha256_file
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_FORMAT = "dse teacher 1"
 TRAINING = "training.json"  # beside a teacher: how it was trained, and its files' hashes
+STATE = "training_state"  # folder in a teacher's: the states of a training that is under way
 
 # What transformers' BERT ignores, or computes otherwise than packed batches do: the value that config.json may have.
 _PLAIN = {
@@ -30,7 +31,36 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_
 
 _DESCRIPTION = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                 "added_tokens.json", "adapter_config.json"]  # fmt: skip
+# Weights that may be left over: heads, and what older versions of transformers stored.
+_HEADS = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class OpenedBert(NamedTuple):
+    """A BERT's folder that was found sound, its configuration and its tokenizer; its weights are not loaded yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    tokenizer: Any
+
+
+def open_bert(
+    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, cache_dir: str = "",
+    hub: bool = True,
+) -> OpenedBert:  # fmt: skip
+    """Find a BERT and check it before torch is loaded.
+
+    Args:
+        name, flag, cache_dir, hub: as in `find_bert`.
+        do_lower_case: the casing of its tokenizer.
+        max_seq_length, top_layers: token ids per row, and layers, that it must have.
+
+    Raises InputError, naming the flag, for what cannot be used.
+    """
+    folder = find_bert(name, flag, cache_dir, hub)
+    config = bert_config(folder, flag)
+    check_fits_bert(config, max_seq_length, top_layers)
+    return OpenedBert(folder, config, load_tokenizer(folder, do_lower_case, flag))
 
 
 def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Path:
@@ -72,6 +102,11 @@ def read_training(folder: Path) -> dict[str, Any] | None:
     return training
 
 
+def files_of_teacher(folder: Path) -> set[str]:
+    """The files of the teacher that is in a folder, as its training.json lists them."""
+    return set((read_training(folder) or {"sha256": {}})["sha256"])
+
+
 def check_hashes(folder: Path, flag: str) -> None:
     """Raise InputError where a teacher's files are not those that its training.json names."""
     for name, expected in (read_training(folder) or {"sha256": {}})["sha256"].items():
@@ -90,7 +125,7 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
         # The small files first: a wrong name or model is refused before a gigabyte is fetched.
         folder = Path(snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=_DESCRIPTION))
         bert_config(folder, flag)
-        _check_tokenizer_class(folder, flag)
+        check_tokenizer_class(folder, flag)
         for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
@@ -196,3 +231,34 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 def last_part(name: str) -> str:
     """The last part of a hub name or path, for file names: `a/bert-base/` gives `bert-base`."""
     return Path(name).name or Path(name).resolve().name
+
+
+def load_bert(bert_class: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
+    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
+
+    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = bert_class.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # a spoiled file raises whatever its reader trips over
+        raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
+    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
+    if encoder:
+        raise InputError(
+            f"{folder}: not a whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
+        )
+    unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
+    if unused:
+        logger.warning(
+            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
+            folder, len(unused), unused[0],
+        )  # fmt: skip
+    return model, new

@@ -1,32 +1,33 @@
 """The student's network: a BERT that embeds each sentence alone, and a small head over two embeddings.
 
-    scores = head([u, v, u * v, |u - v|])      (concat), or      head(u . v)      (dot)
-
 Names in the state dict are the original's: `dse_model.bert.bert.…` is the encoder, `dse_model.bert.classifier.…` the
-additional layer, `siamese_head.fc_layers.<i>.…` the head.
+additional layer, `siamese_head.fc_layers.<i>.…` the head (heads.py).
 """
 
 import logging
-import re
+import os
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel
-from transformers.utils import logging as transformers_logging
+from transformers import BertConfig, BertModel
 
-from dse.networks.batches import PackedBatch
+from dse.data.tasks import DEFAULT_THRESHOLD, Task
+from dse.networks.batches import PackedBatch, by_group, padded, padded_inputs
 from dse.networks.config import DSEConfig
-from dse.networks.packed_bert import by_group, first_states, hidden_states, is_plain, padded, padded_inputs
-from dse.networks.poolers import pool
-from dse.system.errors import InputError, one_line
+from dse.networks.heads import HEADS
+from dse.networks.kernels import is_plain
+from dse.networks.packed_bert import first_states, hidden_states
+from dse.networks.pretrained import load_bert
 
 logger = logging.getLogger(__name__)
 
-
-# Weights that may be left over: heads, and what older versions of transformers stored.
-_HEADS = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
+# A forked child has none of the threads that its parent's products were shared with, and would wait for them.
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class SentenceEncoder(nn.Module):
@@ -34,7 +35,7 @@ class SentenceEncoder(nn.Module):
 
     def __init__(self, bert: BertModel, config: DSEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.pooler, self.top_layers = config.pooler, config.pooler_num_top_hidden_layers
         self.bert = bert
         self.dropout = nn.Dropout(bert.config.hidden_dropout_prob)
         self.classifier = None
@@ -60,24 +61,23 @@ class SentenceEncoder(nn.Module):
         return pooled if self.classifier is None else self.classifier(pooled)
 
     def _pool_packed(self, batch: PackedBatch) -> Tensor:
-        if self.config.pooler_type == "cls":
+        if self.pooler.is_berts:
             return self.bert.pooler(first_states(self.bert, batch).unsqueeze(1))
-        top = hidden_states(self.bert, batch, self.config.pooler_num_top_hidden_layers)
+        top = hidden_states(self.bert, batch, self.top_layers)
         # By group, the layers' states of its tokens.
         parts = zip(*(by_group(states, batch) for states in top), strict=True)
         pooled = [
-            pool(self.config.pooler_type, [padded(states, group) for states in layers], group.mask)
+            self.pooler.pool([padded(states, group) for states in layers], group.mask)
             for group, layers in zip(batch.groups, parts, strict=True)
         ]
         return torch.cat(pooled).index_select(0, batch.order)
 
     def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.config.pooler_type == "cls":
+        if self.pooler.is_berts:
             return self.bert(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         output = self.bert(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         # hidden_states[0] is the embedding layer; k <= number of layers keeps it out.
-        top = output.hidden_states[-self.config.pooler_num_top_hidden_layers :]
-        return pool(self.config.pooler_type, top, attention_mask)
+        return self.pooler.pool(output.hidden_states[-self.top_layers :], attention_mask)
 
 
 class DSEModel(nn.Module):
@@ -92,38 +92,82 @@ class DSEModel(nn.Module):
         return self.bert(*args, **inputs)
 
 
-def set_dropout(model: nn.Module, rate: float) -> None:
-    """Another rate for all dropout: of the embeddings, and in the encoder, where packed batches read its config."""
-    config = model.dse_model.bert.bert.config
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = rate
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
+class SiameseNetwork(nn.Module):
+    """Embeds both sentences of each pair with one encoder and scores the pair with the head.
 
-
-def _load(bert_class: type, folder: Path, **options: Any) -> tuple[Any, set[str]]:
-    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
-
-    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
+    Args:
+        bert: the encoder, float32; with its tanh pooler for pooler_type `cls`, without it otherwise.
+        config: the architecture. Its additional layer and head start as torch's Linear does.
     """
-    transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = bert_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except Exception as error:  # a spoiled file raises whatever its reader trips over
-        raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
-    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
-    encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
-    if encoder:
-        raise InputError(
-            f"{folder}: no whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
-        )
-    unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
-    if unused:
-        logger.warning(
-            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
-            folder, len(unused), unused[0],
-        )  # fmt: skip
-    return model, new
+
+    def __init__(self, bert: BertModel, config: DSEConfig) -> None:
+        super().__init__()
+        # With transformers' defaults written out, so that a checkpoint means the same under a later version.
+        self.config = replace(config, bert=bert.config.to_dict())
+        self.dse_model = DSEModel(bert, config)
+        self.siamese_head = HEADS[config.siamese_head_type](config)
+
+    @property
+    def encoder(self) -> BertModel:
+        """The BERT."""
+        return self.dse_model.bert.bert
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def embed(self, *args: Any, **inputs: Any) -> Tensor:
+        """Inputs as SentenceEncoder takes them to (batch, embedding_size), float32."""
+        return self.dse_model(*args, **inputs)
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """Score B pairs; inputs as SentenceEncoder takes them.
+
+        Args:
+            input_ids: (2 * B, length), int64: the first sentences of all pairs, then the second ones, so that
+                one pass of the encoder serves both.
+            attention_mask: (2 * B, length), int64.
+            packed: the same rows without padding, in place of both.
+
+        Returns:
+            (B, fc_dims[-1]), float32: logits, or scores for regression.
+        """
+        u, v = self.embed(*args, **inputs).chunk(2)
+        return self.siamese_head(u, v)
+
+    def set_dropout(self, rate: float) -> None:
+        """Another rate for all dropout: of the embeddings, and in the encoder, where packed batches read its config."""
+        config = self.encoder.config
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = rate
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+
+
+@dataclass(eq=False)  # one and the same, or not
+class Student:
+    """A student: its network, and what it needs beside the weights to take texts."""
+
+    network: SiameseNetwork
+    tokenizer: Any
+    task: Task
+    max_seq_length: int  # token ids per sentence
+    threshold: float = DEFAULT_THRESHOLD  # binary: above it, strictly, a pair has the second label
+    origin: dict[str, Any] | None = None  # what is known of its training: epoch, metrics, commands (script, flags)
+
+
+def empty_network(config: DSEConfig) -> SiameseNetwork:
+    """A network without pre-trained weights, to load a state dict into."""
+    return SiameseNetwork(BertModel(BertConfig(**config.bert), add_pooling_layer=config.pooler.is_berts), config)
+
+
+def new_network(folder: Path, config: DSEConfig) -> SiameseNetwork:
+    """A network with the pre-trained encoder of a folder, float32, and an untrained head.
+
+    The encoder has its tanh pooler only where pooler_type `cls` uses it.
+    """
+    bert, new = load_bert(BertModel, folder, add_pooling_layer=config.pooler.is_berts)
+    if new:
+        logger.warning("%s has no tanh pooler: --pooler_type cls starts from a random one", folder)
+    return SiameseNetwork(bert, config)

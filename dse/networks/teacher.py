@@ -1,37 +1,61 @@
-"""The teacher: a BERT cross-encoder."""
+"""The teacher: a BERT cross-encoder, which reads both texts of a pair together."""
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from dse.data.tasks import Task
-from dse.networks.packed_bert import first_states, is_plain, padded_inputs
-from dse.networks.pretrained import bert_config
-from dse.networks.student import _load
+from dse.networks.batches import PackedBatch, padded_inputs
+from dse.networks.kernels import is_plain
+from dse.networks.packed_bert import first_states
+from dse.networks.pretrained import bert_config, load_bert
 from dse.system.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def teacher_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits (batch, labels) of a BertForSequenceClassification, from padded or packed inputs."""
-    if "packed" not in inputs:
-        return model(**inputs).logits
-    batch = inputs["packed"]
-    if not is_plain(model):
-        return torch.cat([model(**some).logits for some in padded_inputs(batch)]).index_select(0, batch.order)
-    pooled = model.bert.pooler(first_states(model.bert, batch).unsqueeze(1))
-    return model.classifier(model.dropout(pooled))
+class Teacher(nn.Module):
+    """The parts of a BertForSequenceClassification, under their names in its state dict, on padded or packed inputs."""
+
+    def __init__(self, model: BertForSequenceClassification) -> None:
+        super().__init__()
+        self.bert, self.dropout, self.classifier = model.bert, model.dropout, model.classifier
+        self.save_pretrained = model.save_pretrained  # to a folder that transformers loads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.classifier.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        packed: PackedBatch | None = None,
+    ) -> Tensor:
+        """(batch, length) ids, mask and types, int64, or the same pairs packed, to logits (batch, labels), float32."""
+        if packed is None:
+            pooled = self.bert(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+            ).pooler_output
+        elif is_plain(self):
+            pooled = self.bert.pooler(first_states(self.bert, packed).unsqueeze(1))
+        else:
+            parts = [self.bert(**inputs).pooler_output for inputs in padded_inputs(packed)]
+            pooled = torch.cat(parts).index_select(0, packed.order)
+        return self.classifier(self.dropout(pooled))
 
 
-def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceClassification:
+def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
     """A cross-encoder, float32: BERT, its tanh pooler, dropout and a linear layer to the task's logits.
 
     Args:
+        folder: of a BERT.
+        task: its labels name the logits.
         fine_tuned: True for a folder that finetune_bert.py made for this task, whose classifier is used as it
             is; raises InputError for any other. False for training: the classifier starts from
             N(0, initializer_range), bias 0, even where the folder has one.
@@ -43,23 +67,23 @@ def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> BertForSequenceC
     if fine_tuned:
         _check_teacher_task(folder, task, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    model, new = _load(BertForSequenceClassification, folder, num_labels=len(labels), **names)
+    model, new = load_bert(BertForSequenceClassification, folder, num_labels=len(labels), **names)
     model.config.finetuning_task = task.name
     if fine_tuned:
         if new:
             raise InputError(
-                f"{folder}: no fine-tuned teacher: {', '.join(sorted(new))} missing; finetune_bert.py makes one"
+                f"{folder}: not a fine-tuned teacher: {', '.join(sorted(new))} missing; finetune_bert.py makes one"
             )
-        return model
+        return Teacher(model)
     if any("pooler." in name for name in new):
         logger.warning("%s has no tanh pooler: the teacher starts from a random one", folder)
     nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
     nn.init.zeros_(model.classifier.bias)
-    return model
+    return Teacher(model)
 
 
 def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
-    """Labels in another order would give logits that mean something else."""
+    """Raise InputError for labels in another order, whose logits would mean something else."""
     config = bert_config(folder, "the teacher")
     names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     if names and len(names) != len(labels):

@@ -8,122 +8,100 @@
 Hashes of weights and tokenizer are compared at loading, so a spoiled file is found. Nothing is unpickled.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from dse import __version__
-from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, SCORES, ranked_label, task_from_dict, task_to_dict
+from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, SCORES, at_threshold, ranked_label, task_from_dict, task_to_dict
 from dse.data.tokenizers import tokenizer_in, tokenizer_key
 from dse.networks.config import DSEConfig
-from dse.networks.packed_bert import is_plain
-from dse.system.errors import InputError, one_line
+from dse.networks.kernels import is_plain
+from dse.networks.student import SiameseNetwork, Student, empty_network
+from dse.system.errors import InputError, RunError, one_line
 from dse.system.files import check_ours, json_text, read_json, replace_folder, sha256_file, sha256_json
-from dse.training.reporting import at_threshold
 
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "dse student", 2
+BEST = "best"  # folder of the best epoch's student, in a run's
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
 STUDENT_FILES = [*_FILES[1:], CARD, "added_tokens.json"]  # that may lie beside config.json
 
 
-class Shareable(ModelHubMixin):
-    """save_pretrained and from_pretrained of a student; `push_to_hub` is huggingface_hub's."""
+def write_student(student: Student, folder: Path) -> None:
+    """Write a student to a folder, whole; an earlier student there is replaced.
 
-    origin: dict[str, Any] | None = None  # what is known of its training: epoch, metrics, commands (script, flags)
-
-    def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
-        """Write the student to a folder, whole; one that is there is replaced if it holds a student, else refused.
-
-        Raises InputError for a folder with other things in it, ValueError for a student without `settings`.
-        (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
-        """
-        from dse.models import empty_student
-
-        folder = Path(folder)
-        check_replaceable(folder, str(folder))
-        settings = self._settings()
-        with torch.device("meta"):
-            names = empty_student(self.config).state_dict().keys()
-        if self.state_dict().keys() != names:
-            raise InputError(f"{folder}: it cannot hold the student's wrapped layers: merge them first")
-        with replace_folder(folder) as beside:
-            save_file(weights_of(self), beside / WEIGHTS, metadata={"format": "pt"})
-            settings.tokenizer.save_pretrained(beside)
-            about = {
-                "format": FORMAT,
-                "version": VERSION,
-                "dse_version": __version__,
-                "architecture": self.config.to_dict(),
-                "task": task_to_dict(settings.task, ranks=True),
-                "labels": list(settings.task.labels),
-                "score_name": SCORES[settings.task.kind],
-                "max_seq_length": settings.max_seq_length,
-                "threshold": settings.threshold,
-                "do_lower_case": settings.tokenizer.backend_tokenizer.normalizer.lowercase,
-                "weights_sha256": sha256_file(beside / WEIGHTS),
-                "tokenizer_sha256": tokenizer_key(settings.tokenizer),
-                "origin": self.origin,
-            }
-            about = json.loads(json_text(about))  # as it will be read
-            about["sha256"] = sha256_json(about)
-            (beside / CONFIG).write_text(json_text(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            (beside / CARD).write_text(model_card(about), encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Self:
-        """A student in evaluation mode on the CPU, float32, with its tokenizer.
-
-        Args:
-            name: a folder that save_pretrained wrote, or a hub name.
-            revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
-
-        Raises InputError for a folder that is none, of another version, incomplete or spoiled.
-        """
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            folder = _download(
-                str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-            )
-        config = read_config(folder)
-        tokenizer = tokenizer_in(folder)
-        if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
-            raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
-        from dse.models import TextSettings, empty_student
-
-        try:
-            model = empty_student(DSEConfig.from_dict(config["architecture"]))
-            model.load_state_dict(_weights(folder, config["weights_sha256"]))
-            task = task_from_dict(config["task"])
-        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
-            raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
-        model.settings = TextSettings(
-            tokenizer, task, config["max_seq_length"], config.get("threshold", DEFAULT_THRESHOLD)
-        )
-        model.origin = config.get("origin")
-        return model.eval()
+    Raises InputError for a folder with other things in it, or a network with wrapped or quantized layers.
+    """
+    check_replaceable(folder, str(folder))
+    network, task, tokenizer = student.network, student.task, student.tokenizer
+    with torch.device("meta"):
+        names = empty_network(network.config).state_dict().keys()
+    if network.state_dict().keys() != names:
+        raise InputError(f"{folder}: it cannot hold the student's wrapped layers: merge them first")
+    with replace_folder(folder) as beside:
+        save_file(_weights_of(network), beside / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save_pretrained(beside)
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dse_version": __version__,
+            "architecture": network.config.to_dict(),
+            "task": task_to_dict(task, ranks=True),
+            "labels": list(task.labels),
+            "score_name": SCORES[task.kind],
+            "max_seq_length": student.max_seq_length,
+            "threshold": student.threshold,
+            "do_lower_case": tokenizer.backend_tokenizer.normalizer.lowercase,
+            "weights_sha256": sha256_file(beside / WEIGHTS),
+            "tokenizer_sha256": tokenizer_key(tokenizer),
+            "origin": student.origin,
+        }
+        about = json.loads(json_text(about))  # as it will be read
+        about["sha256"] = sha256_json(about)
+        (beside / CONFIG).write_text(json_text(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (beside / CARD).write_text(model_card(about), encoding="utf-8")
 
 
-def weights_of(model: Any) -> dict[str, torch.Tensor]:
+def read_student(name: str | Path, **of_hub: Any) -> Student:
+    """A student in evaluation mode on the CPU, float32.
+
+    Args:
+        name: a folder that `write_student` wrote, or a hub name.
+        of_hub: huggingface_hub's revision, token, cache_dir, local_files_only.
+
+    Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(str(name), **of_hub)
+    config, tokenizer = read_config(folder), tokenizer_in(folder)
+    if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
+        raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
+    try:
+        network = empty_network(DSEConfig.from_dict(config["architecture"]))
+        network.load_state_dict(_read_weights(folder, config["weights_sha256"]))
+        task = task_from_dict(config["task"])
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
+    threshold = config.get("threshold", DEFAULT_THRESHOLD)
+    return Student(network.eval(), tokenizer, task, config["max_seq_length"], threshold, config.get("origin"))
+
+
+def _weights_of(network: SiameseNetwork) -> dict[str, torch.Tensor]:
     """A student's weights by name, on the CPU. Raises InputError where one is not a plain tensor, e.g. quantized."""
-    state = model.state_dict()
+    state = network.state_dict()
     for name, tensor in state.items():
         if type(tensor) is not torch.Tensor or tensor.is_quantized:
             raise InputError(
@@ -132,18 +110,17 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(student: Student) -> str:
     """SHA-256 of all that decides a student's embeddings and scores: weights, architecture, tokenizer, length."""
-    settings = model._settings()
     digest = hashlib.sha256()
-    for name, tensor in weights_of(model).items():
+    for name, tensor in _weights_of(student.network).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.view(torch.uint8).numpy())
-    architecture = model.config.to_dict()
+    architecture = student.network.config.to_dict()
     bert = architecture.pop("bert")  # of which another version of transformers may know more
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
-    about = [architecture, bert, tokenizer_key(settings.tokenizer), settings.max_seq_length]
-    if not is_plain(model):
+    about = [architecture, bert, tokenizer_key(student.tokenizer), student.max_seq_length]
+    if not is_plain(student.network):
         logger.warning(
             "the student has hooks or wrapped layers: an index cannot tell whether they are the same when it is opened"
         )
@@ -182,13 +159,76 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise InputError(f"{folder}: {WEIGHTS} is missing; fetch or export the folder again")
     if sha256_file(path) != expected:
         raise InputError(f"{path}: spoiled or of another student (SHA-256 is not {expected}); fetch the folder again")
     return load_file(path)
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    """A student's `origin`, as its folder tells it; {} for another folder, or one that tells nothing."""
+    try:
+        return read_config(folder).get("origin") or {}
+    except InputError:
+        return {}
+
+
+def best_folders(run: Path) -> list[Path]:
+    """Where the best epoch's student may be in a run's folder; what is there may be something else (`told_by`)."""
+    return [run / BEST, *(path for path in run.glob(f"{BEST}_epoch_*") if path.name.rpartition("_")[2].isdecimal())]
+
+
+def save_best(student: Student, run: Path) -> None:
+    """Write the best epoch's student into a run's folder, as `best`, or as `best_epoch_<n>` where that cannot be.
+
+    That is so where others' files are in `best`, or another student. What this run wrote of earlier epochs goes.
+    """
+    origin = student.origin
+    for place in (run / BEST, run / f"{BEST}_epoch_{origin['epoch']}"):
+        told = told_by(place)
+        # What was written before there were stamps is this run's if the same command wrote it.
+        key = "stamp" if "stamp" in told else "commands"
+        if (place / CONFIG).exists() and told.get(key) != origin[key]:
+            logger.warning("%s holds another run's student and stays: the best epoch goes elsewhere", place)
+            continue
+        try:
+            write_student(student, place)
+        except (InputError, RunError) as error:
+            logger.warning("the best epoch so far, %d, goes elsewhere: %s", origin["epoch"], error)
+            continue
+        remove_older_best(run, place, origin["stamp"])
+        logger.info("best epoch so far, %d: %s", origin["epoch"], place)
+        return
+
+
+def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path, read: Callable[[Path], Student]) -> None:
+    """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints.
+
+    Args:
+        epoch, stamp: of the best epoch, and of the run.
+        checkpoint: of that epoch; where it is gone, nothing is written.
+        read: the student of a checkpoint.
+    """
+    for place in best_folders(run):
+        told = told_by(place)
+        if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
+            remove_older_best(run, place, stamp)
+            return
+    if checkpoint.is_file():
+        save_best(read(checkpoint), run)
+
+
+def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
+    """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
+    for place in best_folders(run):
+        if place != newest and told_by(place).get("stamp") == stamp:
+            with contextlib.suppress(OSError):
+                for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
+                    (place / name).unlink(missing_ok=True)
+                place.rmdir()  # unless others' files are in it
 
 
 def check_replaceable(folder: Path, what: str) -> None:

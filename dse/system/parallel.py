@@ -10,7 +10,7 @@ others did. Files are written by the first process alone.
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,26 +162,16 @@ def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
     return [each.cpu() for each in tensors]
 
 
-def synchronized(model: "nn.Module", forward: Callable[[dict[str, Any]], Any]) -> Any:
-    """`forward`, a function of the model and a batch's inputs, such that gradients are averaged over the processes.
+def synchronized(model: "nn.Module") -> Any:
+    """The model, such that gradients are averaged over the processes.
 
-    Alone it is `forward` itself; else a DistributedDataParallel, whose `no_sync` leaves gradients as they are.
+    Alone it is the model itself; else a DistributedDataParallel, whose `no_sync` leaves gradients as they are.
     """
     if size() == 1:
-        return forward
-    from torch import nn
+        return model
     from torch.nn.parallel import DistributedDataParallel
 
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("--freeze_bert: leaves this architecture nothing to train")
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, inputs: dict[str, Any]) -> Any:
-            return forward(inputs)
-
     devices = [_device] if _device.type == "cuda" else None
-    return DistributedDataParallel(Step(), device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

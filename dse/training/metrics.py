@@ -1,17 +1,15 @@
 """Metrics of a whole set at once: arrays in, plain dictionaries out."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore_support
+from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
-from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, SCORES, Task
-from dse.training.losses import distillation_loss, hard_loss, student_loss, teacher_loss
+from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task
+from dse.training.kinds import correlations, distillation_loss, kind_of
 from dse.training.reporting import show_number
 
 logger = logging.getLogger(__name__)
@@ -24,7 +22,7 @@ def measure_teacher(task: Task) -> Measure:
     """A function from (n, labels) logits and (n,) labels to the task's fine-tuning metrics and `loss`, a mean."""
 
     def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        loss = teacher_loss(task.kind, torch.from_numpy(logits), torch.from_numpy(labels))
+        loss = kind_of(task).teacher_loss(torch.from_numpy(logits), torch.from_numpy(labels))
         return {**teacher_metrics(task.metrics, logits, labels), "loss": loss.item()}
 
     return measure
@@ -37,20 +35,20 @@ def measure_student(
 
     Args:
         thresholds: of binary tasks.
-        targets: the teacher's logits for the same rows, as `distillation_targets` gives them. With them there are
+        targets: the teacher's logits for the same rows, as `Kind.targets` gives them. With them there are
             `distillation_loss` and `total_loss`, means over pairs, and `teacher_agreement` too: the share of pairs with
             the teacher's label, or the Pearson correlation with the teacher's scores.
         coefficient: weight of the teacher in `total_loss`.
     """
 
     def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        z, y = torch.from_numpy(outputs), torch.from_numpy(labels)
-        metrics = {"loss": hard_loss(task.kind, z, y).item()}
+        kind, z, y = kind_of(task), torch.from_numpy(outputs), torch.from_numpy(labels)
+        metrics = {"loss": kind.hard_loss(z, y).item()}
         if targets is not None:
             metrics["distillation_loss"] = distillation_loss(z, targets).item()
-            metrics["total_loss"] = student_loss(task.kind, z, y, targets, coefficient).item()
-            metrics["teacher_agreement"] = agreement(task.kind, outputs, decisions(task.kind, targets.numpy()))
-        return metrics | student_metrics(task.kind, outputs, labels, thresholds)
+            metrics["total_loss"] = kind.student_loss(z, y, targets, coefficient).item()
+            metrics["teacher_agreement"] = kind.agreement(outputs, kind.decisions(targets.numpy()))
+        return metrics | kind.metrics(outputs, labels, thresholds)
 
     return measure
 
@@ -66,7 +64,7 @@ def tell_agreement(
         who, whose: name the model and the labels.
         threshold: of binary tasks.
     """
-    value = agreement(task.kind, outputs, labels, threshold)
+    value = kind_of(task).agreement(outputs, labels, threshold)
     if task.kind == REGRESSION:
         logger.info("%s: Pearson correlation with %s %s", who, whose, show_number(value))
         if value < 0:
@@ -104,68 +102,6 @@ def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray
     return {name: values[name] for name in names}
 
 
-def student_metrics(
-    kind: str, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (DEFAULT_THRESHOLD,)
-) -> dict[str, float]:
-    """Metrics of a student.
-
-    Args:
-        kind: binary, multiclass or regression.
-        outputs: (n, 1), or (n, labels) for multiclass.
-        labels: (n,), places of the labels, or scores.
-        thresholds: for binary tasks; a pair is positive where sigmoid(output) > threshold, strictly.
-
-    Returns:
-        binary: accuracy_T, precision_T, recall_T, f1_T per threshold T, 0 where nothing is positive;
-        multiclass: accuracy; regression: pearson, spearman (NaN where the outputs are constant).
-    """
-    if kind == REGRESSION:
-        pearson, spearman = correlations(outputs[:, 0], labels)
-        return {"pearson": pearson, "spearman": spearman}
-    if kind == MULTICLASS:
-        return {"accuracy": float((outputs.argmax(axis=1) == labels).mean())}
-    probability = sigmoid(outputs[:, 0])
-    metrics = {}
-    for threshold in thresholds:
-        predicted = (probability > threshold).astype(np.int64)
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            labels, predicted, average="binary", zero_division=0.0
-        )
-        metrics[f"accuracy_{threshold}"] = float((predicted == labels).mean())
-        metrics |= {f"precision_{threshold}": float(precision), f"recall_{threshold}": float(recall)}
-        metrics[f"f1_{threshold}"] = float(f1)
-    return metrics
-
-
-def decisions(kind: str, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
-    """A student's outputs, or a teacher's in the same form, to what they say: (n,) places of labels, or scores."""
-    if kind == REGRESSION:
-        return outputs[:, 0]
-    return (sigmoid(outputs[:, 0]) > threshold).astype(np.int64) if kind == BINARY else outputs.argmax(axis=1)
-
-
-def agreement(kind: str, outputs: np.ndarray, labels: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> float:
-    """The share of pairs whose label the outputs give; of a regression the Pearson correlation with the scores."""
-    said = decisions(kind, outputs, threshold)
-    return correlations(said, labels)[0] if kind == REGRESSION else float((said == labels).mean())
-
-
-def sigmoid(outputs: np.ndarray) -> np.ndarray:
-    """Logits to probabilities, float64, without overflow."""
-    return 0.5 * (1.0 + np.tanh(0.5 * outputs.astype(np.float64)))
-
-
-def best_score(kind: str, metrics: dict[str, float]) -> tuple[str, float]:
-    """Name and value of the score that ranks checkpoints: the best f1 over thresholds, accuracy, or Pearson.
-
-    Where the correlation is undefined, "loss" and the loss, of which less is better.
-    """
-    name = SCORES[kind]
-    if kind == BINARY:
-        return name, max(value for key, value in metrics.items() if key.startswith("f1_"))
-    return ("loss", metrics["loss"]) if math.isnan(metrics[name]) else (name, metrics[name])
-
-
 def best_threshold(name: str, scores: np.ndarray, labels: np.ndarray) -> float:
     """The threshold above which, strictly, scores are taken as positive, with the best f1 or accuracy of all.
 
@@ -192,11 +128,3 @@ def best_threshold(name: str, scores: np.ndarray, labels: np.ndarray) -> float:
     values[ranked == below] = -1.0  # no threshold parts equal scores
     best = int(values.argmax())
     return float((ranked[best] + below[best]) / 2)
-
-
-def correlations(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Pearson and Spearman; NaN for both where either side is constant, which has no correlation."""
-    if len(labels) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
-        return math.nan, math.nan
-    predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
-    return float(pearsonr(predicted, labels)[0]), float(spearmanr(predicted, labels)[0])

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from dse.networks.kernels import norms
+
 NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
 MAX_GRADIENT_NORM = 1.0
 _LONG_AGO = 1e9  # steps: 0.999^1e9 is 0
@@ -109,10 +111,9 @@ class BertAdam(torch.optim.Optimizer):
 
 def clip_each(gradients: list[torch.Tensor]) -> None:
     """Scale each gradient, by itself, to a norm of at most MAX_GRADIENT_NORM, in place."""
-    norms = torch.stack(torch._foreach_norm(gradients)).tolist()
-    long = [(gradient, norm) for gradient, norm in zip(gradients, norms, strict=True) if not norm <= MAX_GRADIENT_NORM]
-    for gradient, norm in long:  # NaN too: it must reach the weights and be seen
-        gradient.mul_(MAX_GRADIENT_NORM / (norm + 1e-6))
+    for gradient, norm in zip(gradients, norms(gradients), strict=True):
+        if not norm <= MAX_GRADIENT_NORM:  # NaN too: it must reach the weights and be seen
+            gradient.mul_(MAX_GRADIENT_NORM / (norm + 1e-6))
 
 
 def make_optimizer(

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dse.data.tasks import at_threshold, winning_threshold
+from dse.system import parallel
 from dse.system.errors import InputError
-from dse.system.files import json_text
+from dse.system.files import json_text, write_text
 
 logger = logging.getLogger(__name__)
+RESULTS = "eval_results.txt"  # of a teacher
 Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics if any, updates, rate, seconds
 
 
@@ -22,27 +25,6 @@ def format_metrics(metrics: dict[str, float | None], threshold: float | None = N
 def show_number(value: float | None) -> str:
     """Four decimals; "undefined" for NaN, which JSON gives back as None."""
     return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def winning_threshold(metrics: dict[str, float]) -> float | None:
-    """The threshold with the best f1, of equals the one nearest to 0.5; None for metrics without thresholds.
-
-    >>> winning_threshold({"loss": 0.3, "f1_0.1": 0.9, "f1_0.4": 0.9, "f1_0.5": 0.8})
-    0.4
-    """
-    found = {float(name.removeprefix("f1_")): f1 for name, f1 in metrics.items() if name.startswith("f1_")}
-    return max(found, key=lambda threshold: (found[threshold], -abs(threshold - 0.5)), default=None)
-
-
-def at_threshold(metrics: dict[str, Any], threshold: float | None = None) -> dict[str, Any]:
-    """The metrics without those of all thresholds but one; None: the winning one.
-
-    >>> at_threshold({"loss": 0.3, "accuracy_0.4": 0.7, "f1_0.4": 0.8, "accuracy_0.5": 0.6, "f1_0.5": 0.9})
-    {'loss': 0.3, 'accuracy_0.5': 0.6, 'f1_0.5': 0.9}
-    """
-    kept = str(winning_threshold(metrics) if threshold is None else threshold)
-    others = {name.removeprefix("f1_") for name in metrics if name.startswith("f1_")} - {kept}
-    return {name: value for name, value in metrics.items() if name.rpartition("_")[2] not in others}
 
 
 def format_record(record: Record) -> str:
@@ -60,6 +42,25 @@ def append_json_line(path: Path, record: Record) -> None:
             file.write(json_text(record) + "\n")
     except OSError as error:
         logger.warning("%s: cannot be written (%s)", path, error.strerror)
+
+
+def results_dirs(folder: Path, also_validate: Sequence[Sequence[str]]) -> dict[str, Path]:
+    """Where the results on each set that is evaluated go: dev and, of MNLI, mm, its mismatched dev set."""
+    if "mm" not in dict(also_validate):
+        return {"dev": folder}
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return {"dev": folder, "mm": named.parent / f"{named.name}-MM"}
+
+
+def write_results(folder: Path, metrics: dict[str, Any], updates: int, train_loss: float | None) -> None:
+    """Write eval_results.txt: sorted `key = value` lines."""
+    if not parallel.is_first():
+        return
+    metrics = {name: math.nan if value is None else value for name, value in metrics.items()}  # as JSON gave it back
+    results = {**metrics, "eval_loss": metrics["loss"], "global_step": updates, "loss": train_loss}
+    lines = [f"{key} = {value}" for key, value in sorted(results.items())]
+    write_text(folder / RESULTS, "\n".join(lines) + "\n")
+    logger.info("%s: %s", folder / RESULTS, ", ".join(lines))
 
 
 def check_can_plot(flag: str) -> None:
