@@ -1,5 +1,6 @@
 """The one reader of the tasks' TSV files. It uses neither torch nor tokenizers, so that bad data is refused early."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
     # in GLUE's files, a last column must not be one of those before it
     needed = len(names) if own else max(used) + (2 if -1 in used else 1)
     rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
+    expected = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
     skipped, uneven, text = 0, 0, ""
     for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
         cells = line.split("\t")
@@ -120,12 +122,15 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
         if place_b is not None:
             rows.second.append(cells[place_b])
         if place_label is not None:
-            rows.labels.append(_parse_label(task, cells[place_label], path, number))
+            if (label := _label(task, cells[place_label])) is None:
+                what = "label" if task.labels else "score"
+                raise InputError(f"{path}, line {number}: {what} {cells[place_label]!r} is not {expected}")
+            rows.labels.append(label)
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
     if not len(rows):
-        what = f"no row has the {needed} columns that {task.name} needs" if skipped else "no rows of data in it"
-        raise InputError(f"{path}: {what}; expected one pair per line")
+        found = f"no row has the {needed} columns that {task.name} needs" if skipped else "no rows of data in it"
+        raise InputError(f"{path}: {found}; expected one pair per line")
     if uneven:
         logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
                        "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
@@ -155,7 +160,7 @@ def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -
 def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
     """Refuse a header whose label cell is a label, so that it is a row of data; for GLUE's files, warn of it."""
     name = names[place] if place < len(names) else ""
-    if name in task.labels or (task.kind == REGRESSION and math.isfinite(_number(name))):
+    if _label(task, name) is not None:
         what = "a number" if task.kind == REGRESSION else f"a label of {task.name}"
         why = f"{path}, line 1: a header is expected, but its label cell {name!r} is {what}; {_HEADER_HINT}"
         if task.name not in TASKS:
@@ -212,18 +217,11 @@ def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) ->
     return places
 
 
-def _parse_label(task: Task, text: str, path: Path, number: int) -> int | float:
-    if task.kind == REGRESSION:
-        if not math.isfinite(score := _number(text)):
-            raise InputError(f"{path}, line {number}: score {text!r} is not a number")
-        return score
-    if text not in task.labels:
-        raise InputError(f"{path}, line {number}: label {text!r} is not one of {task.name}'s: {', '.join(task.labels)}")
-    return task.labels.index(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def _label(task: Task, text: str) -> int | float | None:
+    """A label's place or, in a regression, the score; None for a text that is neither."""
+    if task.kind != REGRESSION:
+        return task.labels.index(text) if text in task.labels else None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(score := float(text)):
+            return score
+    return None

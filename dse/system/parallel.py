@@ -59,11 +59,10 @@ def join(device: "torch.device") -> None:
     if not launched():
         return
     import torch
-    from torch import distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     _device = device
 
 
@@ -77,10 +76,10 @@ def process_group() -> Iterator[None]:
     try:
         yield
         if _device is not None:
-            from torch import distributed
+            import torch
 
-            distributed.barrier()
-            distributed.destroy_process_group()
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except RuntimeError as error:
         if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
             raise
@@ -95,9 +94,9 @@ def process_group() -> Iterator[None]:
 def wait_for_all() -> None:
     """Return when all processes have called this."""
     if size() > 1:
-        from torch import distributed
+        import torch
 
-        distributed.barrier()
+        torch.distributed.barrier()
 
 
 @contextlib.contextmanager
@@ -143,10 +142,9 @@ def _reduced(values: np.ndarray, how: str) -> np.ndarray:
     if size() == 1:
         return values
     import torch
-    from torch import distributed
 
     tensor = torch.from_numpy(values).to(_device, copy=True)
-    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how))
+    torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
     return tensor.cpu().numpy()
 
 
@@ -155,10 +153,9 @@ def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
     if size() == 1:
         return [tensor]
     import torch
-    from torch import distributed
 
     tensors = [torch.empty_like(tensor, device=_device) for _ in range(size())]
-    distributed.all_gather(tensors, tensor.to(_device))
+    torch.distributed.all_gather(tensors, tensor.to(_device))
     return [each.cpu() for each in tensors]
 
 
