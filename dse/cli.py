@@ -180,9 +180,9 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", required=True, help="folder of the task's files")
 
 
-def add_device_flags(parser: argparse.ArgumentParser, no_gpu: str = "--disable_gpu") -> None:
-    """The device; `no_gpu` is the name of the flag for the CPU."""
-    parser.add_argument(no_gpu, action="store_true", help="use the CPU though there is a GPU")
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """The device."""
+    parser.add_argument("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
     parser.add_argument("--gpu_id", type=whole_number(0), default=0, help="which GPU")
 
 
