@@ -164,7 +164,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("example", None, {"fc_dims": [7, 1]}, "[7, 1] was given, but the checkpoint was trained with [8, 1]"),
     ("export", None, {"output": __file__}, "is a file; name a folder"),
     ("index", None, {"half": True, "append": True}, "--half: is decided when an index is made"),
-    ("index", None, {"candidates": "/no/such"}, "--candidates: /no/such: cannot read the texts, a UTF-8 file"),
+    ("index", None, {"candidates": "/no/such"}, "/no/such: cannot read the texts, a UTF-8 file"),
     ("score", None, {"top_k": 0}, "--top_k: 0 is below 1"),
     ("score", None, {"rank_label": "entailment"}, "--rank_label: 'entailment' is not a label of mrpc"),
     ("score", None, {"queries": "-", "candidates": "-"}, "standard input can be read once"),

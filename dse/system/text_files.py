@@ -24,7 +24,7 @@ def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str =
 
     Raises InputError where it cannot be read or is not UTF-8.
     """
-    name, number = ("standard input" if path == "-" else path), 0
+    name, number = (f"{flag}: standard input" if path == "-" else path), 0
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
             for raw in stream:
@@ -34,11 +34,11 @@ def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str =
                     number += 1
                     yield row.decode()
     except OSError as error:
-        raise InputError(f"{flag}: {name}: cannot read {what} ({error.strerror})") from error
+        raise InputError(f"{name}: cannot read {what} ({error.strerror}); see {flag}") from error
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise InputError(
-            f"{flag}: {name}, line {number}: byte 0x{byte:02x} is not valid UTF-8; save the text as UTF-8"
+            f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8; save the text as UTF-8"
         ) from error
 
 
