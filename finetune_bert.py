@@ -70,8 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_resume_flags(parser)
     cli.add_precision_flags(parser)
     cli.add_padding_flag(parser)
-    add("--file_log", action="store_true", help="log to a file too, and a JSON line per epoch beside it")
-    add("--log_dir", default="outputs/logs", help="folder of the log files")
+    cli.add_log_flags(parser)
     add("--save_checkpoint_every_epoch", action="store_true", help="refresh --output_dir after each epoch")
     args = parser.parse_args(argv)
     if not (args.do_train or args.do_eval):

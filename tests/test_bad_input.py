@@ -48,7 +48,7 @@ def creator_flags(data, teacher_flags, tmp_path):
 TEACHER = {
     "task": ({"task_name": "mrcp"}, "unknown task 'mrcp'; known: mrpc, qqp"),
     "own task that is not there": ({"task_name": "no.json"}, "no.json: cannot read the task description"),
-    "no data folder": ({"data_dir": "/no/such"}, "--data_dir: /no/such is no folder"),
+    "no data folder": ({"data_dir": "/no/such"}, "--data_dir: /no/such is not a folder"),
     "no model folder": ({"bert_model": "./no/such"}, "--bert_model: there is no folder ./no/such"),
     "no hub name either": ({"bert_model": "no_such_model"}, "no_such_model is no local folder, and the hub did not"),
     "a model that is a file": ({"bert_model": __file__}, "is a file; expected the folder of a BERT"),
@@ -58,9 +58,9 @@ TEACHER = {
     "accumulation": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps: 0 is below 1"),
     "accumulation above the batch": ({"gradient_accumulation_steps": 9}, "leaves no pair per step"),
     "warm-up": ({"warmup_proportion": 1.5}, "--warmup_proportion: 1.5 is outside [0, 1]"),
-    "epochs": ({"num_train_epochs": 2.5}, "2.5 is no whole number of epochs"),
+    "epochs": ({"num_train_epochs": 2.5}, "2.5 is not a whole number of epochs"),
     "rate": ({"learning_rate": 0}, "--learning_rate: 0 is not above 0"),
-    "rate that is no number": ({"learning_rate": "fast"}, "'fast' is no number"),
+    "rate that is no number": ({"learning_rate": "fast"}, "'fast' is not a number"),
     "nothing to do": ({"do_train": False, "do_eval": False}, "give --do_train, --do_eval or both"),
     "unwritable output": ({"output_dir": UNWRITABLE}, "--output_dir: cannot write in"),
     "unwritable log": ({"file_log": True, "log_dir": UNWRITABLE}, "--log_dir: cannot write in"),
@@ -77,13 +77,13 @@ STUDENT = {
     "head": ({"siamese_head_type": "cosine"}, "invalid choice: 'cosine' (choose from 'concat', 'dot')"),
     "layers": ({"pooler_num_top_hidden_layers": 3}, "3 is above the model's 2 layers: give 2 or less"),
     "no layers": ({"pooler_num_top_hidden_layers": 0}, "0 is below 1"),
-    "additional layer": ({"additional_embedding_layer_size": -2}, "'-2' is no size: give 1 or more, or -1"),
+    "additional layer": ({"additional_embedding_layer_size": -2}, "-2 is not a size: give 1 or more, or -1"),
     "seed": ({"random_seed": 2**63}, "is above 9223372036854775807"),
     "one cache for two sets": ({"train_features_path": "x", "dev_features_path": "x"}, "x serves two sets"),
     "length": ({"max_seq_length": 1000}, "1000 is above the model's 64 positions"),
     "accumulation": ({"gradient_accumulation_steps": 0}, "0 is below 1"),
     "coefficient": ({"distillation_coeff": -0.1}, "--distillation_coeff: -0.1 is outside [0, 1]"),
-    "coefficient NaN": ({"distillation_coeff": "nan"}, "'nan' is no number"),
+    "coefficient NaN": ({"distillation_coeff": "nan"}, "'nan' is not a number"),
     "warm-up": ({"warmup_proportion": 2}, "--warmup_proportion: 2 is outside [0, 1]"),
     "threshold 0": ({"tune_positive_thresholds": [0.5, 0]}, "0 is outside (0, 1)"),
     "threshold 1": ({"tune_positive_thresholds": 1}, "1 is outside (0, 1)"),
@@ -125,8 +125,8 @@ BAD_DATA = {
     "empty": (b"", "no rows of data in it"),
     "only a header": (b"header\n", "no rows of data in it"),
     "too few columns": (b"header\n1\t2\n", "train.tsv, line 2: at least 5 columns expected, found 2"),
-    "label": (b"header\n2\t\t\ta\tb\n", "train.tsv, line 2: label '2' is none of mrpc's: 0, 1"),
-    "no UTF-8": (b"header\n1\t\t\t\xe9\tb\n", "train.tsv, line 2: byte 0xe9 is no valid UTF-8"),
+    "label": (b"header\n2\t\t\ta\tb\n", "train.tsv, line 2: label '2' is not one of mrpc's: 0, 1"),
+    "no UTF-8": (b"header\n1\t\t\t\xe9\tb\n", "train.tsv, line 2: byte 0xe9 is not valid UTF-8"),
 }
 
 
@@ -145,7 +145,7 @@ def test_a_score_that_is_no_number(refused_student, data, copied):
     text = (folder / "dev.tsv").read_text().splitlines()
     text[3] = text[3].rsplit("\t", 1)[0] + "\thigh"
     (folder / "dev.tsv").write_text("\n".join(text))
-    assert "dev.tsv, line 4: score 'high' is no number" in refused_student("sts-b", data_dir=folder)
+    assert "dev.tsv, line 4: score 'high' is not a number" in refused_student("sts-b", data_dir=folder)
 
 
 def test_training_into_a_folder_that_is_not_empty(refused_teacher, tmp_path):
@@ -230,7 +230,7 @@ def test_logits_creator(creator_flags, refused, tmp_path, data):
         ({"task_name": "mnli", "data_dir": data("mnli")}, "gives 2 logits, and mnli needs 3: contradiction, ent"),
         ({"bert_checkpoint_dir": "bert-base-uncased"}, "--bert_checkpoint_dir: there is no folder bert-base-uncased"),
         ({"bert_checkpoint_dir": tmp_path / "no"}, "--bert_checkpoint_dir: there is no folder"),
-        ({"train_features_path": __file__}, "no feature cache of this project, so it is not overwritten"),
+        ({"train_features_path": __file__}, "is not a feature cache of this project, so it is not overwritten"),
         ({"output_dir": UNWRITABLE}, "--output_dir: cannot write in"),
         ({"max_seq_length": 99}, "99 is above the model's 64 positions"),
         ({"batch_size": 0}, "--batch_size: 0 is below 1"),

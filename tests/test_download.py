@@ -900,7 +900,7 @@ def test_rows_that_differ_are_warned_of(server, get, glue, caplog):
     files["WNLI/dev.tsv"] = files["WNLI/dev.tsv"][:-2] + b"\xff\n"
     server.files["/glue/data/WNLI.zip"] = zip_of(files)
     code, table = get("--no_verify")
-    dev = "dev.tsv, line 72: byte 0xff is no valid UTF-8; save the file as UTF-8"
+    dev = "dev.tsv, line 72: byte 0xff is not valid UTF-8; save the text as UTF-8"
     train = "train.tsv has 9 rows, expected 635"
     assert (code, table["WNLI"]) == (0, ["done", f"{train}; {dev}"])  # the short row does not count
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

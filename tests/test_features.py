@@ -160,7 +160,7 @@ def test_a_spoiled_cache_is_remade(place, tokenizer, tmp_path, caplog):
 
 def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="no feature cache of this project"):
+    with pytest.raises(InputError, match="is not a feature cache of this project"):
         make(tokenizer, tmp_path / "notes.txt", chosen=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     make(tokenizer, tmp_path / "joint", "joint", chosen=True)

@@ -19,7 +19,7 @@ import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
 from dse.storage.checkpoint import Checkpoint
-from dse.system import parallel
+from dse.system import libc, parallel
 from dse.system.errors import InputError, RunError
 
 SCRIPTS = {"finetune_bert": finetune_bert, "run_distillation_logits_creator": run_distillation_logits_creator,
@@ -187,3 +187,18 @@ def test_several_gpus_are_pointed_out(monkeypatch, caplog):
         else:
             with pytest.raises(InputError, match="process 3 of this machine has no GPU: there are 3"):
                 select_device(False, 0)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_glibc_and_linux_do_has_public_fallbacks(private, tmp_path, monkeypatch):
+    """With the private calls and without: memory is measured, and folders change places or say that they cannot."""
+    monkeypatch.setattr(libc, "PRIVATE", private)
+    libc.keep_freed_memory()
+    libc.forget_peak_memory()
+    assert libc.peak_memory() > 1
+    assert np.isnan(libc.anonymous_memory()) == (not private)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert libc.exchange(tmp_path / "one", tmp_path / "other") == private
+    assert (tmp_path / "one" / "other").exists() == private

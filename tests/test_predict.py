@@ -380,7 +380,7 @@ def test_other_refusals(refusal, tmp_path):
     assert "no model folder: no config.json in it" in line
     assert "no folder of a student" in refusal("mrpc", model="./nowhere")
     assert "test.tsv: cannot read the data of mrpc (No such file or directory)" in refusal("mrpc", data_dir=empty)
-    assert "nowhere is no folder" in refusal("mrpc", data_dir="nowhere")
+    assert "nowhere is not a folder" in refusal("mrpc", data_dir="nowhere")
     assert "1.5 is outside (0, 1)" in refusal("mrpc", threshold=1.5)
     assert "--threshold: sts-b (regression) has none" in refusal("sts-b", threshold=0.3)
     assert "--threshold: mnli (multiclass) has none" in refusal("mnli", threshold=0.3)

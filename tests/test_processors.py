@@ -134,7 +134,7 @@ def test_own_task_whose_dev_file_is_its_test_file_too(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"kind": "ranking"}, "kind 'ranking' is none of"),
+        ({"kind": "ranking"}, "kind 'ranking' is not one of"),
         ({"labels": ["yes"]}, "needs two labels"),
         ({"kind": "regression"}, "needs no labels"),
         ({"txt_b": 1}, "unknown key 'txt_b'"),
@@ -144,8 +144,8 @@ def test_own_task_whose_dev_file_is_its_test_file_too(tmp_path):
         ({"text_b": "answer", "header": False}, "need a header line"),
         ({"metrics": ["bleu"]}, "knows acc, f1, acc_and_f1, mcc"),
         ({"metrics": [["acc"]]}, "'metrics' must be a list of strings"),
-        ({"name": "mrpc"}, "no name of the table"),
-        ({"name": "a/b"}, "no name of the table"),
+        ({"name": "mrpc"}, "and not one of the table"),
+        ({"name": "a/b"}, "and not one of the table"),
     ],
 )
 def test_own_task_refused(tmp_path, line, message):
@@ -158,8 +158,8 @@ def test_own_task_refused(tmp_path, line, message):
     [
         ("header\n0\t1\t2\ta\n", "line 2: at least 5 columns expected, found 4"),
         ("header\n0\t1\t2\ta\tb\n\n0\t1\t2\ta\tb\n", "line 3: at least 5 columns expected, found 1"),
-        ("header\n7\t1\t2\ta\tb\n", "line 2: label '7' is none of mrpc's: 0, 1"),
-        (b"header\n0\t1\t2\ta\tb\r0\t1\t2\t\xff\tb\n", "line 3: byte 0xff is no valid UTF-8"),
+        ("header\n7\t1\t2\ta\tb\n", "line 2: label '7' is not one of mrpc's: 0, 1"),
+        (b"header\n0\t1\t2\ta\tb\r0\t1\t2\t\xff\tb\n", "line 3: byte 0xff is not valid UTF-8"),
         ("header\n", "no rows of data"),
         ("", "no rows of data"),
     ],
@@ -174,7 +174,7 @@ def test_bad_files_are_refused_with_their_line(tmp_path, text, message):
 @pytest.mark.parametrize("score", ["high", "nan", "inf", ""])
 def test_a_score_that_is_no_number(tmp_path, score):
     write(tmp_path / "train.tsv", "header\n" + "\t".join(["x"] * 9 + [score]))
-    with pytest.raises(InputError, match=f"line 2: score {score!r} is no number"):
+    with pytest.raises(InputError, match=f"line 2: score {score!r} is not a number"):
         read_examples(get_task("sts-b"), tmp_path, "train")
 
 

@@ -28,7 +28,7 @@ from dse.storage import states
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.logits import save_logits
 from dse.storage.states import States
-from dse.system import files, signals
+from dse.system import files, libc, signals
 from dse.system.errors import InputError, RunError
 from dse.training import trainer
 from dse.training.kinds import Kind
@@ -441,6 +441,18 @@ def test_a_tensor_of_another_program_is_compared_with_its_archives_sums(tmp_path
         files.load_tensors(tmp_path / "x.pt", "spoiled")
 
 
+def test_a_tensor_that_the_archives_directory_calls_a_folder_is_refused(tmp_path):
+    """One bit that no sum of the archive covers; torch would load whatever its new memory holds."""
+    torch.save(torch.arange(40.0), tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(b"/data/0"))
+    content[entry + 38] ^= 0x10  # the lowest byte of its external attributes
+    (tmp_path / "x.pt").write_bytes(content)
+    assert torch.load(tmp_path / "x.pt", weights_only=True).shape == (40,)
+    with pytest.raises(InputError, match="spoiled"):
+        files.load_tensors(tmp_path / "x.pt", "spoiled")
+
+
 @pytest.fixture
 def creator(data, teacher_flags, tmp_path):
     """Flags of run_distillation_logits_creator.py over a teacher made for the test; several steps for 24 pairs."""
@@ -729,8 +741,8 @@ def test_parts_that_killed_processes_left_are_removed(tmp_path):
 
 def test_a_folder_changes_places_with_its_successor(tmp_path, monkeypatch):
     """In one step where the system can, in two where it cannot; a successor that cannot come leaves the old one."""
-    for exchange in (files._exchange, lambda *_: False):
-        monkeypatch.setattr(files, "_exchange", exchange)
+    for private in (True, False):
+        monkeypatch.setattr(libc, "PRIVATE", private)
         for content in ("one", "two"):
             with files.replace_folder(tmp_path / "folder") as beside:
                 (beside / "file").write_text(content)
@@ -740,7 +752,7 @@ def test_a_folder_changes_places_with_its_successor(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("old")
     (tmp_path / "beside").mkdir()
-    assert files._exchange.__name__ == "<lambda>"
+    assert not libc.exchange(tmp_path / "folder", tmp_path / "beside")
     with pytest.raises(FileNotFoundError):
         files._rename_over(tmp_path / "nothing", tmp_path / "folder")
     assert (tmp_path / "folder" / "file").read_text() == "old"

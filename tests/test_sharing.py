@@ -259,13 +259,13 @@ def test_strange_lines(saved, tmp_path, monkeypatch, refused, caplog):
     for texts in ("--queries", "--candidates"):
         other = "--candidates" if texts == "--queries" else "--queries"
         argv = ["score", "--model", saved, texts, tmp_path / "bad.txt", other, tmp_path / "q.txt"]
-        assert "bad.txt, line 2: byte 0xe9 is no valid UTF-8" in refused(entry.main, argv)
+        assert "bad.txt, line 2: byte 0xe9 is not valid UTF-8" in refused(entry.main, argv)
     index = ["index", "--model", saved, "--candidates", tmp_path / "bad.txt", "--output", tmp_path / "index"]
     assert "line 2" in refused(entry.main, index)
     assert not (tmp_path / "index").exists()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9")))
     argv = ["score", "--model", saved, "--queries", "-", "--candidates", tmp_path / "q.txt"]
-    assert "--queries: standard input, line 2: byte 0xe9 is no valid UTF-8" in refused(entry.main, argv)
+    assert "--queries: standard input, line 2: byte 0xe9 is not valid UTF-8" in refused(entry.main, argv)
 
 
 def test_a_pipe_with_a_name(saved, tmp_path, refused):
@@ -278,7 +278,7 @@ def test_a_pipe_with_a_name(saved, tmp_path, refused):
         writer.start()
         argv = ["score", "--model", saved, "--queries", tmp_path / "q.txt", "--candidates", fifo]
         if b"\xe9" in content:
-            assert f"{fifo}, line 2: byte 0xe9 is no valid UTF-8" in refused(entry.main, argv)
+            assert f"{fifo}, line 2: byte 0xe9 is not valid UTF-8" in refused(entry.main, argv)
         else:
             run_score(*argv[1:], "--output", tmp_path / "out.jsonl")
             rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -320,8 +320,8 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     def line(argv: list, **changes: object) -> str:
         return refused(entry.main, [*argv, *as_flags(changes)])  # of a flag given twice the last one counts
 
-    assert "there is no file" in line(score, queries=tmp_path / "none.txt")
-    assert "is a folder" in line(score, queries=tmp_path)
+    assert "none.txt: cannot read the texts" in line(score, queries=tmp_path / "none.txt")
+    assert "(Is a directory)" in line(score, queries=tmp_path)
     assert "no index of candidates" in line(score, candidates=tmp_path)
     assert "another model" in line(score, candidates=tmp_path / "foreign")
     assert "can be read once" in line(score, queries="-", candidates="-")

@@ -400,7 +400,7 @@ def test_bad_data_of_any_task_is_refused_before_a_model_is_loaded(glue, tmp_path
     )
     assert "no folder of a student" in line("--max_rows", str(negative + 1))
     sst.write_text("\n".join([header, *rows, "the ship\tgood"]))
-    assert "train.tsv, line 26: label 'good' is none of sst-2's: 0, 1" in line()
+    assert "train.tsv, line 26: label 'good' is not one of sst-2's: 0, 1" in line()
 
 
 def test_three_labels_of_too_few_rows_each_are_refused():

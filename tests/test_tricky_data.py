@@ -95,7 +95,7 @@ FILES = [
     ("a blank line in the middle", NAMED, HEADER + "how\tso\tyes\n\nwho\tme\tno\n", "line 3: 3 cells expected"),
     ("nothing but blank lines", NAMED, "\n\n", "no rows of data in it"),
     ("a header and blank lines", NAMED, HEADER + "\n\n", "no rows of data in it"),
-    ("rows are counted past blank lines", ALONE, "how\tyes\n\t\n", "line 2: label '' is none"),
+    ("rows are counted past blank lines", ALONE, "how\tyes\n\t\n", "line 2: label '' is not one of"),
     ("GLUE: a blank last line", "wnli", WNLI + "0\ta\tb\t1\n\n", [("a", "b", 1)]),
     ("a byte-order mark", NAMED, "\ufeff" + HEADER + "how\tso\tyes\nwho\tme\tno\n", TWO),
 ]  # fmt: skip
@@ -200,7 +200,7 @@ JSON = [
     ("no number", '{"labels": [NaN, 1]}', "'labels' must be a list of strings or whole numbers"),
     ("a decimal as a column", '{"text_b": 1.0}', "'text_b' must be int or str or null, found 1.0"),
     ("metrics that are numbers", '{"metrics": [1]}', "'metrics' must be a list of strings, found [1]"),
-    ("deep", '{"labels": ' + DEEP, "is no valid JSON (maximum recursion depth exceeded"),
+    ("deep", '{"labels": ' + DEEP, "is not valid JSON (maximum recursion depth exceeded"),
     ("NUL in a file's name", r'{"test": "a\u0000b.tsv"}',
      r"'test' has a character that no file can have: 'a\x00b.tsv'"),
     ("half a character in a file's name", r'{"dev": "a\ud800b.tsv"}', "'dev' has a character that no file can have"),
@@ -220,10 +220,10 @@ def test_deep_json_anywhere(tmp_path):
     """In what `read_json` reads, a cache's header, and the note beside a download."""
     deep = tmp_path / "deep.json"
     deep.write_text(DEEP)
-    with pytest.raises(InputError, match=r"deep\.json: what it is is no valid JSON"):
+    with pytest.raises(InputError, match=r"deep\.json: what it is is not valid JSON"):
         read_json(deep, "what it is")
     save_file({"ids": np.zeros(1, np.int32)}, tmp_path / "cache", metadata={"dse_features": DEEP})
-    with pytest.raises(InputError, match="cache: no feature cache of this project"):
+    with pytest.raises(InputError, match="cache: is not a feature cache of this project"):
         check_cache_path(tmp_path / "cache", "joint")
     (tmp_path / "deep.part").write_bytes(b"x")
     assert download._Transfer("http://host/deep", tmp_path / "deep.part", most=9, size=9).progress() == (0, "")

@@ -1,1 +1,22 @@
 """The commands of `python -m dse`, a module each: a docstring whose first line is the help, and main(argv)."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+from dse.system.device import describe_device, select_device
+
+if TYPE_CHECKING:
+    from dse.models import DSESiameseClassifier
+
+logger = logging.getLogger("dse")
+
+
+def load_student(args: argparse.Namespace) -> "DSESiameseClassifier":
+    """The student of --model, on the device that the flags choose."""
+    from dse.models import DSESiameseClassifier
+
+    device = select_device(args.disable_gpu, args.gpu_id)
+    model = DSESiameseClassifier.from_pretrained(args.model)
+    logger.info("student of %s from %s on %s", model.task.name, args.model, describe_device(device))
+    return model.to(device)

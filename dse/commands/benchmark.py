@@ -27,8 +27,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
-    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
-    add("--data_dir", required=True, help="folder of the task's files")
+    cli.add_task_flags(parser)
     add("--output", default="", help="JSON file for the results")
     add(
         "--batch_size",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
+from dse.commands import load_student
 from dse.system.errors import InputError
 from dse.system.files import check_writable
 from dse.system.text_files import check_texts, texts_of
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from dse.storage.index_files import check_index_place
 
     check_index_place(Path(args.output), "--output")
-    model = cli.load_student(args)
+    model = load_student(args)
 
     # 2. Embed and store.
     texts = texts_of(args.candidates, "--candidates")

@@ -33,8 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
-    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
-    add("--data_dir", required=True, help="folder of the task's files")
+    cli.add_task_flags(parser)
     add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
     add(
         "--threshold",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dse import cli
+from dse.commands import load_student
 from dse.data.tasks import ranked_label
 from dse.system.errors import InputError
 from dse.system.files import atomic_write, check_output_file, json_text
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     cli.set_up_logging()
     from dse.index import CandidateIndex
 
-    model = cli.load_student(args)
+    model = load_student(args)
     label = ranked_label(model.task, args.rank_label)
     logger.info("ranked by %s", "score" if label is None else f"the probability of {label!r}")
 

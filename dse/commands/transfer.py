@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dse import cli
+from dse.commands import load_student
 from dse.data.processors import labelled_test, read_examples
 from dse.data.tasks import TASKS
 from dse.networks.pretrained import find_bert
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         data[task] = train, {"dev": read_examples(task, folder, "dev"), **({} if test is None else {"test": test})}
     if not data and similar is None:
         raise InputError(f"--data_dir: {data_dir} has no task's train and dev files; download_glue_data.py gets them")
-    student = cli.load_student(args)
+    student = load_student(args)
     encoder = transfer.encoder_embedder(bert_of(args, student), student, args.batch_size)
 
     # 2. Each task, with each kind of embeddings.

@@ -1,8 +1,8 @@
 """Caches of arrays that know what they were made from.
 
-A cache is a safetensors file. Its header says what it was made from (for features: data by hash, task, tokenizer
-by content, casing, length, form) and the hash of its content; it counts only while all of that is the same. Its arrays
-are mapped from the disk, not loaded.
+A cache is a safetensors file. Its header says what it was made from (for features: data by hash, task, tokenizer by
+content, casing, length, form) and holds the hash of its content; it counts only while all of that is the same. Its
+arrays are mapped from the disk, not loaded.
 """
 
 import hashlib
@@ -19,18 +19,17 @@ from dse.system.errors import InputError, RunError
 from dse.system.files import atomic_write, check_writable
 
 logger = logging.getLogger(__name__)
-
 _HEADER = "dse_features"
-_KINDS = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, form: str) -> str:
-    """A cache's name beside the data, where the user named no path; separate ones never share a joint one's file."""
+    """The name of a cache beside the data, for which the user gave no path; the two forms have different names."""
     return f"{split}_{bert_name}_{max_seq_length}_{task_name}{'_separate' if form == 'separate' else ''}"
 
 
 def check_cache_path(path: str | Path, form: str) -> None:
-    """Raise InputError when a path that the user named holds anything but a cache of that form, or is unwritable."""
+    """Raise InputError when a path that the user gave holds anything but a cache of that form, or is unwritable."""
     path = Path(path)
     check_writable(path.parent, f"the feature cache {path}", path.name)
     if not path.exists():
@@ -40,74 +39,71 @@ def check_cache_path(path: str | Path, form: str) -> None:
     header = _read_header(path)
     if header is None:
         raise InputError(
-            f"{path}: no feature cache of this project, so it is not overwritten; remove it or name another path"
+            f"{path}: is not a feature cache of this project, so it is not overwritten; remove it or name another path"
         )
     if header.get("form") != form:
         raise InputError(
-            f"{path}: holds {header.get('form')} features, and this stage needs {form} ones; name a path of its own"
+            f"{path}: holds {header.get('form')} features, and this stage needs {form} ones; give it another path"
         )
 
 
 def _read_header(path: Path) -> dict[str, Any] | None:
-    """What a cache says it was made from; None for a file that is no whole cache."""
+    """What a cache says it was made from; None for a file that is not a whole cache."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {})[_HEADER])
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+            return dict(json.loads((file.metadata() or {})[_HEADER]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
         return None
 
 
 def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache that was made from the same; None, with a log line, where it was not or is spoiled."""
+    """The arrays of a cache that was made from the same; None, with a log line, for another or a spoiled one."""
     header = _read_header(path)
     if header is None:
         logger.warning("feature cache %s is spoiled or of another program; remade", path)
         return None
-    content = header.pop("content", None)
-    changed = [key for key in made_from if header.get(key) != made_from[key]]
-    if changed:
+    if changed := [key for key in made_from if header.get(key) != made_from[key]]:
         logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
         return None
     try:
         arrays = _mapped(path)
-    except (KeyError, ValueError):  # a type or a size that we do not write
+    except (KeyError, ValueError):  # a dtype or a size that this project does not write
         arrays = {}
-    if _content_hash(arrays) != content:
+    if _content_hash(arrays) != header.get("content"):
         logger.warning("feature cache %s is spoiled (its content does not match its hash); remade", path)
         return None
     return arrays
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, whose header was found whole, read from the disk as they are used.
+    """The arrays of a safetensors file whose header is sound, read from the disk as they are used.
 
-    The file begins with the header's length (8 bytes, little-endian) and the header, JSON with types and places.
+    The file begins with the header's length (8 bytes, little-endian) and the header, JSON with dtypes and offsets.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
     arrays = {}
     for name, entry in entries.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            kind, shape = _KINDS[entry["dtype"]], tuple(entry["shape"])
-            empty = begin == end  # which cannot be mapped
-            arrays[name] = np.empty(shape, kind) if empty else np.memmap(path, kind, "r", 8 + length + begin, shape)
+        begin, end = entry["data_offsets"]
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        empty = begin == end  # which cannot be mapped
+        arrays[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", 8 + length + begin, shape)
     return arrays
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, Any], chosen: bool) -> None:
-    """Write a cache whole. Where that cannot be: RunError for a path that the user chose, else a warning."""
+    """Write a cache whole. Where that fails: RunError for a path that the user gave, else a warning."""
     header = {**made_from, "content": _content_hash(arrays)}
     try:
         with atomic_write(path) as beside:
             save_file(arrays, beside, metadata={_HEADER: json.dumps(header)})
+        logger.info("%s features stored in %s", made_from["form"], path)
     except RunError as error:
         if chosen:
             raise
         logger.warning("no feature cache: %s", error)
-    else:
-        logger.info("%s features stored in %s", made_from["form"], path)
 
 
 def _content_hash(arrays: dict[str, np.ndarray]) -> str:

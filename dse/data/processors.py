@@ -1,5 +1,6 @@
-"""The one reader of the tasks' TSV files. It knows neither torch nor tokenizers: bad data is refused before either."""
+"""The one reader of the tasks' TSV files. It uses neither torch nor tokenizers, so that bad data is refused early."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dse.system.files import sha256_file
 from dse.system.text_files import read_lines
 
 logger = logging.getLogger(__name__)
+_Columns = tuple[int | str | None, ...]  # numbers or names of the columns of text a, text b and the label
 _HEADER_HINT = 'put the names of the columns there (in a task of your own, or give "header": false)'
 
 
@@ -32,13 +34,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.first)
 
-    def extend(self, other: "Examples") -> None:
-        """Append the rows of another split with the same columns."""
-        self.first += other.first
-        self.second = None if self.second is None else self.second + other.second
-        self.labels = None if self.labels is None else self.labels + other.labels
-        self.files += other.files
-
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     """Read a split in file order.
@@ -48,32 +43,29 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
         data_dir: the folder of the task's files; for allnli the parent of SNLI and MNLI.
         split: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
-    A blank line at the end is not a row. The rows of an own task have as many cells as its header (without a header:
-    as the first row); those of GLUE's files need not, which is warned of.
+    A blank line at the end is not a row. The rows of a user's own task must have as many cells as its header (without a
+    header: as the first row); those of GLUE's files need not, but a warning tells of it.
 
-    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (an own task's:
-    with more, too), a label that is none of the task's, a score that is no number, bytes that are no UTF-8, and a
-    header that is a row of data.
+    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (in a user's own
+    task: with too many, too), a label that is not one of the task's, a score that is not a number, bytes that are not
+    UTF-8, and a header that is a row of data.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise InputError(f"--data_dir: {data_dir} is no folder; expected the folder of {task.name}'s files")
-    if task.parts:
-        return _read_parts(task, data_dir, split)
+        raise InputError(f"--data_dir: {data_dir} is not a folder; expected the folder of {task.name}'s files")
     name = dict(task.also_validate).get(split) or getattr(task, split)
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
+    if task.parts:
+        return _read_parts(task, data_dir, split)
+    columns: _Columns = (task.text_a, task.text_b, task.label)
+    header, own = task.header, task.name not in TASKS
     if split == "test":
-        text_a, text_b = (
-            own if test is None else test
-            for test, own in ((task.test_text_a, task.text_a), (task.test_text_b, task.text_b))
-        )
-        columns = text_a, text_b, task.test_label
-        header = task.header or task.name in TASKS  # GLUE's test sets have one, CoLA's too
-    else:
-        columns, header = (task.text_a, task.text_b, task.label), task.header
+        text_a = task.text_a if task.test_text_a is None else task.test_text_a
+        columns = text_a, task.text_b if task.test_text_b is None else task.test_text_b, task.test_label
+        header = header or not own  # GLUE's test sets have one, CoLA's too
     rows = _read_tsv(data_dir / name, task, columns, header)
-    if header and task.name not in TASKS and split != "train":
+    if header and own and split != "train":
         _compare_headers(task, data_dir / task.train, data_dir / name, columns)
     return rows
 
@@ -90,19 +82,17 @@ def labelled_test(task: Task, data_dir: Path) -> Examples | None:
 
 def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
     """allnli: the corpora one after the other."""
-    if split not in ("train", "dev"):
-        raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
     whole = Examples(second=[], labels=[])
     for part in (TASKS[name] for name in task.parts):
         rows = read_examples(part, data_dir / part.folder, split)
-        for entry in rows.files:
-            entry["file"] = f"{part.folder}/{entry['file']}"
-        whole.extend(rows)
+        whole.first += rows.first
+        whole.second += rows.second
+        whole.labels += rows.labels
+        whole.files += [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
     return whole
 
 
-def _read_tsv(path: Path, task: Task, columns: tuple[int | str | None, ...], header: bool) -> Examples:
-    """The rows of a file, of which `columns` holds the places or names of text a, text b and the label."""
+def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Examples:
     own = task.name not in TASKS
     lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
     first = next(lines, None)
@@ -113,37 +103,39 @@ def _read_tsv(path: Path, task: Task, columns: tuple[int | str | None, ...], hea
     if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
         _check_header_label(task, path, names, place_label)
     used = [place for place in places if place is not None]
-    numbered = own and not any(isinstance(column, str) for column in columns)  # by a name, a header is sure to be one
-    # in GLUE's files, a last column must be one of its own
+    # in GLUE's files, a last column must not be one of those before it
     needed = len(names) if own else max(used) + (2 if -1 in used else 1)
     rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
+    expected = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
     skipped, uneven, text = 0, 0, ""
     for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
         cells = line.split("\t")
-        if len(cells) != len(names) or len(cells) < needed:
-            if len(cells) < needed and task.skip_short_rows:
-                skipped += 1
-                continue
-            if own or len(cells) < needed:
-                raise _wrong_count(path, number, line, needed, exact=own)
-            uneven += 1
+        if len(cells) < needed and task.skip_short_rows:
+            skipped += 1
+            continue
+        if len(cells) < needed or (own and len(cells) > needed):
+            raise _wrong_count(path, number, line, needed, exact=own)
+        uneven += len(cells) != len(names)
         if cells[place_a] != text:  # NLI repeats its premises: one string serves all
             text = cells[place_a]
         rows.first.append(text)
         if place_b is not None:
             rows.second.append(cells[place_b])
         if place_label is not None:
-            rows.labels.append(_parse_label(task, cells[place_label], path, number))
-    if not len(rows) and not skipped:
-        raise InputError(f"{path}: no rows of data in it; expected one pair per line")
+            if (label := _label(task, cells[place_label])) is None:
+                what = "label" if task.labels else "score"
+                raise InputError(f"{path}, line {number}: {what} {cells[place_label]!r} is not {expected}")
+            rows.labels.append(label)
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
     if not len(rows):
-        raise InputError(f"{path}: no row has the {needed} columns that {task.name} needs")
+        found = f"no row has the {needed} columns that {task.name} needs" if skipped else "no rows of data in it"
+        raise InputError(f"{path}: {found}; expected one pair per line")
     if uneven:
         logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
                        "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
-    _check_texts(path, rows, [names[place] for place in places[:2] if place is not None] if header and numbered else [])
+    checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
+    _check_texts(path, rows, [names[place] for place in places[:2] if checked and place is not None])
     rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
     return rows
 
@@ -155,9 +147,7 @@ def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
         if line:
             yield from repeat("", blank)
             yield line
-            blank = 0
-        else:
-            blank += 1
+        blank = 0 if line else blank + 1
 
 
 def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -> InputError:
@@ -168,9 +158,9 @@ def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -
 
 
 def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
-    """Refuse a header that is a row of data by its label; of GLUE's files, warn of it."""
+    """Refuse a header whose label cell is a label, so that it is a row of data; for GLUE's files, warn of it."""
     name = names[place] if place < len(names) else ""
-    if name in task.labels or (task.kind == REGRESSION and math.isfinite(_number(name))):
+    if _label(task, name) is not None:
         what = "a number" if task.kind == REGRESSION else f"a label of {task.name}"
         why = f"{path}, line 1: a header is expected, but its label cell {name!r} is {what}; {_HEADER_HINT}"
         if task.name not in TASKS:
@@ -179,27 +169,25 @@ def _check_header_label(task: Task, path: Path, names: list[str], place: int) ->
 
 
 def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
-    """Warn of quoting; raise InputError where `names`, the texts' cells of a header, are texts of rows too."""
+    """Warn of quoting; raise InputError where `names`, the cells of a header above the texts, are texts of rows too."""
     columns = [rows.first] if rows.second is None else [rows.first, rows.second]
     for name, texts in zip(names, columns, strict=False):
         if name and name in texts:
             raise InputError(
                 f"{path}, line 1: a header is expected, but its cell {name!r} is a text of a row too; {_HEADER_HINT}"
             )
-    texts = chain.from_iterable(columns)
-    quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts)
+    quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in chain.from_iterable(columns))
     if quoted > 0.9 * len(columns) * len(rows):
         logger.warning("%s: nearly all texts begin and end with a quotation mark, which counts as part of the text; "
                        "if the file was written with CSV quoting, write it again without", path)  # fmt: skip
 
 
-def _compare_headers(task: Task, train: Path, other: Path, columns: tuple[int | str | None, ...]) -> None:
+def _compare_headers(task: Task, train: Path, other: Path, columns: _Columns) -> None:
     """Warn where the columns that are read have other names in `other` than in the train file."""
     try:
         ours, theirs = (next(read_lines(path, "the header"), "").split("\t") for path in (other, train))
-    except InputError:  # no train file, say
+    except InputError:  # where there is no train file
         return
-
     both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
     numbers = [pair for pair in both if all(isinstance(column, int) for column in pair)]  # names are found, or refused
     if any(ours[own : own + 1 or None] != theirs[trained : trained + 1 or None] for own, trained in numbers):
@@ -207,8 +195,11 @@ def _compare_headers(task: Task, train: Path, other: Path, columns: tuple[int | 
                        "the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
 
 
-def _find_columns(path: Path, names: list[str], columns: tuple[int | str | None, ...], own: bool) -> list[int | None]:
-    """Numbers of the columns; names are looked up in the header. Those of an own task are checked, and -1 replaced."""
+def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) -> list[int | None]:
+    """The numbers of the columns, whose names are looked up in the header.
+
+    Those of a user's own task are checked, and count from the left: -1 is replaced.
+    """
     places: list[int | None] = []
     for column in columns:
         if isinstance(column, str):
@@ -216,31 +207,21 @@ def _find_columns(path: Path, names: list[str], columns: tuple[int | str | None,
                 often = f"{names.count(column)} columns" if column in names else "no column"
                 raise InputError(f"{path}, line 1: {often} {column!r} in the header, which has {', '.join(names)}")
             column = names.index(column)
-        elif own and column is not None:
+        if own and column is not None:
             if column >= len(names):
                 raise InputError(f"{path}, line 1: column {column} (from 0) is needed, but only {len(names)} are there")
-            column = column % len(names)  # -1 is the last
-        if own and column is not None and column in places:
-            raise InputError(f"{path}, line 1: column {column} (from 0) serves twice; text_a, text_b and label differ")
+            column %= len(names)
+            if column in places:
+                raise InputError(f"{path}, line 1: column {column} (from 0) serves twice; each needs its own")
         places.append(column)
     return places
 
 
-def _parse_label(task: Task, text: str, path: Path, number: int) -> int | float:
+def _label(task: Task, text: str) -> int | float | None:
+    """A label's place or, in a regression, the score; None for a text that is neither."""
     if task.kind != REGRESSION:
-        if text not in task.labels:
-            raise InputError(
-                f"{path}, line {number}: label {text!r} is none of {task.name}'s: {', '.join(task.labels)}"
-            )
-        return task.labels.index(text)
-    score = _number(text)
-    if not math.isfinite(score):
-        raise InputError(f"{path}, line {number}: score {text!r} is no number")
-    return score
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+        return task.labels.index(text) if text in task.labels else None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(score := float(text)):
+            return score
+    return None

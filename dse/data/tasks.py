@@ -1,18 +1,19 @@
 """The task table.
 
-A task is a line of the table: its files, the columns of the two texts and of the label, its labels in
-the order of the logits, its kind and its metrics. Columns are numbers from 0, -1 being the last, or
-names of the header. A user's own task is the same line in a JSON file (see the README).
+A task is a line of the table: its files, the columns of the two texts and of the label, its labels in the order of the
+logits, its kind and its metrics. A column is a number from 0, -1 being the last, or a name in the header. A user's own
+task is the same line in a JSON file (see the README).
 
     >>> task = get_task("MRPC")
     >>> task.kind, task.labels, task.text_a, task.text_b, task.label
     ('binary', ('0', '1'), 3, 4, 0)
 
-This module knows neither torch nor tokenizers, so that bad data is refused before either is loaded.
+This module uses neither torch nor tokenizers, so that bad data is refused before either is loaded.
 """
 
+import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ from dse.system.errors import InputError
 from dse.system.files import read_json
 
 BINARY, MULTICLASS, REGRESSION = KINDS = ("binary", "multiclass", "regression")
-NLI_LABELS = ("contradiction", "entailment", "neutral")
 ENTAILMENT = "entailment"
-DEFAULT_METRICS = {
+DEFAULT_METRICS = {  # of fine-tuning
     BINARY: ("acc", "f1", "acc_and_f1"),
     MULTICLASS: ("acc",),
     REGRESSION: ("pearson", "spearmanr", "corr"),
 }
+SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # the student's, by which checkpoints are ranked
+DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
 
 
 @dataclass(frozen=True)
 class Task:
-    """One line of the task table; the fields are also the keys of a user's JSON file."""
+    """One line of the task table; most fields are also the keys of a user's JSON file (`_JSON_TYPES`)."""
 
     name: str
     kind: str
@@ -53,6 +55,10 @@ class Task:
     parts: tuple[str, ...] = ()  # made of these tasks, each in its folder below data_dir
     rank_label: str | None = None  # whose probability ranks candidates; None: the usual one (`ranked_label`)
 
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            object.__setattr__(self, "metrics", DEFAULT_METRICS.get(self.kind, ()))
+
     @property
     def num_logits(self) -> int:
         """Width of the teacher's logits."""
@@ -64,34 +70,27 @@ class Task:
         return len(self.labels) if self.kind == MULTICLASS else 1
 
 
-def _nli(name: str, folder: str, text_a: int, text_b: int, **others: Any) -> Task:
-    return Task(name, MULTICLASS, NLI_LABELS, folder=folder, text_a=text_a, text_b=text_b, metrics=("acc",), **others)
-
-
-_MATCHED = {"dev": "dev_matched.tsv", "test": "test_matched.tsv"}
-_MISMATCHED = {"dev": "dev_mismatched.tsv", "test": "test_mismatched.tsv"}
-_ENTAILED = ("entailment", "not_entailment")
-_GLUE: dict[str, Any] = {"test": "test.tsv"}
-_F1, _ACC = ("acc", "f1", "acc_and_f1"), ("acc",)
+_BITS, _ENTAILED, _NLI = ("0", "1"), (ENTAILMENT, "not_entailment"), ("contradiction", ENTAILMENT, "neutral")
+_MATCHED, _MISMATCHED = ({"dev": f"dev_{name}.tsv", "test": f"test_{name}.tsv"} for name in ("matched", "mismatched"))
+_ACC = {"metrics": ("acc",)}
 
 TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("mrpc", BINARY, ("0", "1"), folder="MRPC", text_a=3, text_b=4, label=0, metrics=_F1, **_GLUE),
-        Task("qqp", BINARY, ("0", "1"), folder="QQP", text_a=3, text_b=4, label=5, metrics=_F1,
-             test_text_a=1, test_text_b=2, skip_short_rows=True, **_GLUE),
-        Task("qnli", BINARY, _ENTAILED, folder="QNLI", text_a=1, text_b=2, metrics=_ACC, **_GLUE),
-        Task("rte", BINARY, _ENTAILED, folder="RTE", text_a=1, text_b=2, metrics=_ACC, **_GLUE),
-        Task("wnli", BINARY, ("0", "1"), folder="WNLI", text_a=1, text_b=2, metrics=_ACC, **_GLUE),
-        Task("sts-b", REGRESSION, folder="STS-B", text_a=7, text_b=8, metrics=DEFAULT_METRICS[REGRESSION], **_GLUE),
-        _nli("mnli", "MNLI", 8, 9, also_validate=(("mm", _MISMATCHED["dev"]),), **_MATCHED),
-        _nli("mnli-mm", "MNLI", 8, 9, **_MISMATCHED),
-        _nli("snli", "SNLI", 7, 8, test_label=-1, also_validate=(("test", "test.tsv"),), **_GLUE),
-        _nli("allnli", "", 0, 0, parts=("snli", "mnli")),
-        _nli("diagnostic", "diagnostic", 1, 2, train=None, dev=None, test="diagnostic.tsv"),
-        Task("cola", BINARY, ("0", "1"), folder="CoLA", text_a=3, label=1, header=False, test_text_a=1,
-             metrics=("mcc",), **_GLUE),
-        Task("sst-2", BINARY, ("0", "1"), folder="SST-2", text_a=0, label=1, test_text_a=1, metrics=_ACC, **_GLUE),
+    name: Task(name, {0: REGRESSION, 2: BINARY, 3: MULTICLASS}[len(labels)], labels, folder=folder, text_a=text_a,
+               text_b=text_b, label=label, **{"test": "test.tsv", **others})
+    for name, folder, labels, text_a, text_b, label, others in (
+        ("mrpc", "MRPC", _BITS, 3, 4, 0, {}),
+        ("qqp", "QQP", _BITS, 3, 4, 5, {"test_text_a": 1, "test_text_b": 2, "skip_short_rows": True}),
+        ("qnli", "QNLI", _ENTAILED, 1, 2, -1, _ACC),
+        ("rte", "RTE", _ENTAILED, 1, 2, -1, _ACC),
+        ("wnli", "WNLI", _BITS, 1, 2, -1, _ACC),
+        ("sts-b", "STS-B", (), 7, 8, -1, {}),
+        ("mnli", "MNLI", _NLI, 8, 9, -1, {**_MATCHED, "also_validate": (("mm", _MISMATCHED["dev"]),)}),
+        ("mnli-mm", "MNLI", _NLI, 8, 9, -1, _MISMATCHED),
+        ("snli", "SNLI", _NLI, 7, 8, -1, {"test_label": -1, "also_validate": (("test", "test.tsv"),)}),
+        ("allnli", "", _NLI, 0, 0, -1, {"test": None, "parts": ("snli", "mnli")}),
+        ("diagnostic", "diagnostic", _NLI, 1, 2, -1, {"train": None, "dev": None, "test": "diagnostic.tsv"}),
+        ("cola", "CoLA", _BITS, 3, None, 1, {"header": False, "test_text_a": 1, "metrics": ("mcc",)}),
+        ("sst-2", "SST-2", _BITS, 0, None, 1, {"test_text_a": 1, **_ACC}),
     )
 }  # fmt: skip
 
@@ -110,8 +109,8 @@ def get_task(name: str) -> Task:
 def ranked_label(task: Task, asked: str | None = None) -> str | None:
     """The label whose probability ranks candidates; None for a regression, whose score does.
 
-    It is the one that is `asked` for, else the task's own, else `entailment`, else the second one of a binary task.
-    Raises InputError for a label that the task does not have, and where nothing says which one it is.
+    It is the one that is `asked` for, else the task's own, else `entailment`, else the second label of a binary task.
+    Raises InputError for a label that the task does not have, and where nothing says which label it is.
 
     >>> [ranked_label(TASKS[name]) for name in ("mrpc", "rte", "snli", "sts-b")]
     ['1', 'entailment', 'entailment', None]
@@ -136,19 +135,18 @@ def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
     """The task's line as JSON values, for files that must know which task they belong to.
 
     Args:
-        ranks: the rank label too, which decides how a student is used, and nothing that is read or learned.
+        ranks: include the rank label, which decides how a student is used, but nothing that is read or learned.
     """
-    line = asdict(task)
+    line = json.loads(json.dumps(asdict(task)))
     if not ranks or task.rank_label is None:
         del line["rank_label"]
-    line["also_validate"] = [list(pair) for pair in task.also_validate]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in line.items()}
+    return line
 
 
 def task_from_dict(line: dict[str, Any]) -> Task:
     """The task that `task_to_dict` wrote. Raises TypeError for other entries."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
-    return Task(**{**values, "also_validate": tuple(tuple(pair) for pair in values.get("also_validate", ()))})
+    return Task(**{**values, "also_validate": tuple(map(tuple, values.get("also_validate", ())))})
 
 
 def check_sentence_pairs(task: Task) -> None:
@@ -160,13 +158,18 @@ def check_sentence_pairs(task: Task) -> None:
         )
 
 
-_COLUMN = (int, str)
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,), "kind": (str,), "labels": (list,), "train": (str,), "dev": (str,), "test": (str, type(None)),
-    "text_a": _COLUMN, "text_b": (*_COLUMN, type(None)), "label": _COLUMN, "header": (bool,), "metrics": (list,),
-    "test_text_a": (*_COLUMN, type(None)), "test_text_b": (*_COLUMN, type(None)),
-    "test_label": (*_COLUMN, type(None)), "skip_short_rows": (bool,), "rank_label": (str, int, type(None)),
+_COLUMNS = {
+    "text_a": int | str, "text_b": int | str | None, "label": int | str, "test_text_a": int | str | None,
+    "test_text_b": int | str | None, "test_label": int | str | None,
 }  # fmt: skip
+_JSON_TYPES: dict[str, Any] = {
+    "name": str, "kind": str, "labels": list, "train": str, "dev": str, "test": str | None, **_COLUMNS, "header": bool,
+    "metrics": list, "skip_short_rows": bool, "rank_label": int | str | None,
+}  # fmt: skip
+
+
+def _is(value: Any, types: Any) -> bool:  # True and False are not whole numbers
+    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
 
 
 def _task_from_json(path: Path) -> Task:
@@ -174,40 +177,41 @@ def _task_from_json(path: Path) -> Task:
     for key, value in line.items():
         if key not in _JSON_TYPES:
             raise InputError(f"{path}: unknown key {key!r}; known: {', '.join(_JSON_TYPES)}")
-        if not isinstance(value, _JSON_TYPES[key]) or (isinstance(value, bool) and bool not in _JSON_TYPES[key]):
-            expected = " or ".join("null" if t is type(None) else t.__name__ for t in _JSON_TYPES[key])
+        if not _is(value, types := _JSON_TYPES[key]):
+            expected = getattr(types, "__name__", str(types)).replace(" | ", " or ").replace("None", "null")
             raise InputError(f"{path}: {key!r} must be {expected}, found {value!r}")
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             raise InputError(f"{path}: {key!r} has a character that no file can have: {value!r}")
-    missing = [key for key in ("kind", "text_a", "label") if key not in line]
-    if missing:
+    if missing := [key for key in ("kind", "text_a", "label") if key not in line]:
         raise InputError(f"{path}: {', '.join(missing)} missing; a task needs kind, text_a, label and text_b for pairs")
-    for key, types, what in (("labels", (str, int), "strings or whole numbers"), ("metrics", (str,), "strings")):
-        if not all(isinstance(entry, types) and not isinstance(entry, bool) for entry in line.get(key, ())):
+    for key, types, what in (("labels", int | str, "strings or whole numbers"), ("metrics", str, "strings")):
+        if not all(_is(entry, types) for entry in line.get(key, ())):
             raise InputError(f"{path}: {key!r} must be a list of {what}, found {line[key]!r}")
         line[key] = tuple(map(str, line.get(key, ())))
     if line.get("rank_label") is not None:
         line["rank_label"] = str(line["rank_label"])
     task = Task(**line)
     _check_own_task(path, task)
-    return task if task.metrics else replace(task, metrics=DEFAULT_METRICS[task.kind])
+    return task
 
 
 def _check_own_task(path: Path, task: Task) -> None:
-    if task.kind not in KINDS:
-        raise InputError(f"{path}: kind {task.kind!r} is none of {', '.join(KINDS)}")
-    count, least = len(set(task.labels)), {BINARY: 2, MULTICLASS: 2, REGRESSION: 0}[task.kind]
-    if count != len(task.labels) or count < least or (task.kind != MULTICLASS and count > least):
-        wanted = {BINARY: "two labels, the negative first", MULTICLASS: "two or more labels", REGRESSION: "no labels"}
-        raise InputError(f"{path}: a {task.kind} task needs {wanted[task.kind]}, found {list(task.labels)}")
-    if task.rank_label is not None and task.rank_label not in task.labels:
-        raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {list(task.labels)}")
-    known = (*DEFAULT_METRICS[task.kind], "mcc") if task.kind == BINARY else DEFAULT_METRICS[task.kind]
+    """Raise InputError for values of a user's JSON file that do not fit together."""
+    kind, labels = task.kind, list(task.labels)
+    if kind not in KINDS:
+        raise InputError(f"{path}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    least, wanted = {BINARY: (2, "two labels, the negative first"), MULTICLASS: (2, "two or more labels"),
+                     REGRESSION: (0, "no labels")}[kind]  # fmt: skip
+    if len(set(labels)) != len(labels) or len(labels) < least or (kind != MULTICLASS and len(labels) > least):
+        raise InputError(f"{path}: a {kind} task needs {wanted}, found {labels}")
+    if task.rank_label not in (None, *labels):
+        raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {labels}")
+    known = (*DEFAULT_METRICS[kind], "mcc") if kind == BINARY else DEFAULT_METRICS[kind]
     if not set(task.metrics) <= set(known):
-        raise InputError(f"{path}: metrics {list(task.metrics)}: a {task.kind} task knows {', '.join(known)}")
+        raise InputError(f"{path}: metrics {list(task.metrics)}: a {kind} task knows {', '.join(known)}")
     if not re.fullmatch(r"[\w.-]+", task.name) or task.name.lower() in TASKS:
-        raise InputError(f"{path}: name {task.name!r} must be letters, digits, '_', '.', '-' and no name of the table")
-    columns = [getattr(task, key) for key, types in _JSON_TYPES.items() if int in types and key != "rank_label"]
+        raise InputError(f"{path}: name {task.name!r} must be letters, digits, '_', '.', '-', and not one of the table")
+    columns = [getattr(task, key) for key in _COLUMNS]
     if not task.header and any(isinstance(column, str) for column in columns):
         raise InputError(f'{path}: columns by name need a header line; give numbers from 0, or "header": true')
     if any(isinstance(column, int) and column < -1 for column in columns):

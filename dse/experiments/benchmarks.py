@@ -7,12 +7,8 @@ of them. Useful work is that of real tokens in the encoder's layers, whatever is
 """
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import importlib.util
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +29,7 @@ from dse.networks.config import DSEConfig
 from dse.networks.inference import TOKENS_PER_STEP, embed_texts
 from dse.networks.student import new_network
 from dse.networks.teacher import load_teacher
+from dse.system.libc import forget_peak_memory, peak_memory
 from dse.training.epoch_plan import EpochPlan, epoch_order
 from dse.training.kinds import kind_of
 from dse.training.optimization import make_optimizer
@@ -81,23 +78,6 @@ def _seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def forget_peak_memory() -> None:
-    """Give freed memory back, and have Linux count the process's peak from here."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """Peak resident memory of the process since `forget_peak_memory`, MiB; elsewhere than on Linux since its start."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def layer_parameters(encoder: nn.Module) -> int:

@@ -32,21 +32,13 @@ from dse.networks.teacher import load_teacher
 from dse.storage.index_files import BLOCK
 from dse.system.errors import InputError
 from dse.system.files import atomic_write
+from dse.system.libc import anonymous_memory
 
 logger = logging.getLogger(__name__)
 
 MANY_QUERIES = 64
 CROSS_ENCODER_PAIRS = 512
 TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
-
-
-def anonymous_memory() -> float:
-    """Memory of the process that is not a file's, MiB; NaN elsewhere than on Linux."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
-    except (OSError, StopIteration, ValueError):
-        return float("nan")
 
 
 def naive_scores(model: DSESiameseClassifier, query: Tensor, index: CandidateIndex) -> np.ndarray:

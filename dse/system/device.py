@@ -1,12 +1,11 @@
-"""Which device a run uses, its words for the log, the seed."""
+"""The device that a run uses, its description for the log, and the seed."""
 
-import ctypes
 import logging
 import os
 import random
 from typing import TYPE_CHECKING
 
-from dse.system import parallel
+from dse.system import libc, parallel
 from dse.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,26 +14,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensor, and take none directly from the system.
-
-    By default each big tensor's memory is mapped anew, and its pages are cleared as they are touched, which takes
-    longer than most of what is computed on it. Elsewhere than on glibc nothing changes.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 64 << 20)
-
-
 def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
-    """CUDA where there is one, unless told otherwise; the CPU is made ready (`keep_freed_memory`).
+    """CUDA where there is a GPU, unless told otherwise; else the CPU, for which freed memory is kept.
 
     Raises InputError for a GPU that is not there.
     """
@@ -43,7 +24,7 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
     if no_gpu or not torch.cuda.is_available():
         if precision == "fp16":
             raise InputError("--fp16: needs a CUDA device, and this run has none: leave the flag out, or give --bf16")
-        keep_freed_memory()
+        libc.keep_freed_memory()
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if parallel.launched():
@@ -54,7 +35,7 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
         raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {count}, counted from 0")
     if count > 1:
         logger.info(
-            "%d GPUs are there, one is used: number %d; `torchrun --nproc_per_node %d` before a training script or "
+            "%d GPUs are there, this run uses number %d; `torchrun --nproc_per_node %d` before a training script or "
             "run_distillation_logits_creator.py uses all of them", count, gpu_id, count,
         )  # fmt: skip
     return torch.device("cuda", gpu_id)
@@ -70,7 +51,7 @@ def describe_device(device: "torch.device") -> str:
 
 
 def seed_everything(seed: int) -> int:
-    """Seed torch and Python; -1 draws a seed. Returns the seed used."""
+    """Seed torch and Python; -1 draws a seed, the same in all processes. Returns the seed."""
     import torch
 
     if seed == -1:

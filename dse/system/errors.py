@@ -1,14 +1,18 @@
-"""The two errors that a user meets, and how an exception is told in one line."""
+"""The two errors that a user meets, and an exception in one line."""
 
 
 class InputError(Exception):
     """The user's input cannot be used. The message is one line: what is wrong, what was expected, how to mend it."""
 
+    exit_code = 2
+
 
 class RunError(Exception):
     """Work that began well cannot go on. The message is one line: what happened, what is safe, what to do."""
 
+    exit_code = 1
+
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line: its kind and the first line of what it says."""
+    """An exception in one line: its class and the first line of its message."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

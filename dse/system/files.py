@@ -1,15 +1,15 @@
-"""Refusals, hashes, and files that are written whole or not at all.
+"""Refusals of paths, hashes, JSON, and files that are written whole or not at all.
 
-Every file that outlives a process (caches, logits, checkpoints, results) goes through `atomic_write`: the bytes
-go to a hidden neighbour, are flushed, and only then take the name. A folder of ours changes places with its
-successor in one step (`replace_folder`); where files of others may lie in it too, it does so file by file.
+Every file that outlives a process (caches, logits, checkpoints, results) goes through `atomic_write`: the bytes go to
+a hidden neighbour, are flushed, and only then take the name. `replace_folder` puts a folder in the place of an earlier
+one in one step; `write_folder_whole` does so file by file where the folder may hold other files too.
 
-Files of tensors (`save_tensors`) are torch's zip archives, whose comment is the SHA-256 of all that stands before it:
-torch itself compares no checksums, and would give other numbers for a flipped bit.
+Files of tensors (`save_tensors`) are torch's zip archives with a seal: the archive's comment is the SHA-256 of all that
+stands before it. torch itself compares no checksums, and the archive's own CRCs do not suffice: they do not cover its
+directory, where one flipped bit makes torch take a tensor for a folder and load whatever the memory holds.
 """
 
 import contextlib
-import ctypes
 import errno
 import glob
 import hashlib
@@ -26,14 +26,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dse.system import signals
+from dse.system import libc, signals
 from dse.system.errors import InputError, RunError
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 _STALE_SECONDS = 3600
-_PART = re.compile(r"\.(.+)\.(\d+)\.part")  # of a name, and of the process that writes it
+_PART = re.compile(r"\.(.+)\.(\d+)\.part")  # the file's name, and the number of the process that writes it
 _SEAL = re.compile(rb"dse-sha256:([0-9a-f]{64})")
 _SEAL_BYTES = 75
+_IS_FOLDER = 0x10  # of an archive's entry: its external attributes say that it is a folder
 
 
 def sha256_file(path: str | Path) -> str:
@@ -51,31 +51,116 @@ def sha256_json(value: Any) -> str:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
-    Whatever stood at `path` stays untouched until then, and for good when the block raises. Raises RunError where the
+    Until then, and for good when the block raises, whatever stood at `path` stays untouched. Raises RunError where the
     disk refuses (full, read-only, gone).
     """
     path = Path(path)
+    with disk_errors(path), _neighbour(path) as beside:
+        yield beside
+        _flush(beside)
+        beside.replace(path)
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
+    """Yield an empty folder within `folder`; its files move up once the block ends without an error, `last` at last.
+
+    Other files in `folder` stay. Raises RunError where the disk refuses. A signal waits until all files have moved; a
+    death in that moment leaves new files beside old ones.
+    """
+    folder = Path(folder)
+    # 0 seconds: nothing else writes a model's folder meanwhile
+    with disk_errors(folder), _neighbour(folder / "folder", seconds=0.0) as beside:
+        beside.mkdir()
+        yield beside
+        made = sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name))
+        for path in made:
+            _flush(path)
+        with signals.deferred():
+            for path in made:
+                path.replace(folder / path.name)
+        signals.check()
+        _flush(folder)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its place as a whole once the block ends without an error.
+
+    Raises InputError for a mount point, RunError where the disk refuses.
+    """
+    folder = Path(folder).resolve()
+    if os.path.ismount(folder):
+        raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole: name a folder in it")
+    with disk_errors(folder), _neighbour(folder) as beside:
+        beside.mkdir()
+        yield beside
+        for path in beside.iterdir():
+            _flush(path)
+        if not (folder.exists() and libc.exchange(beside, folder)):
+            _rename_over(beside, folder)
+        _flush(folder.parent)
+
+
+def _rename_over(beside: Path, folder: Path) -> None:
+    """Two renames; a death between them leaves the old folder, whole, under its hidden name."""
+    old = beside.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    _remove(old)
+
+
+@contextlib.contextmanager
+def _neighbour(path: Path, seconds: float = _STALE_SECONDS) -> Iterator[Path]:
+    """Yield a hidden name beside `path` that nothing has; what stands there at the end of the block goes.
+
+    The folder is made if need be, and parts of `path` that killed processes left in it go first, if they are older.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(path.parent, glob.escape(path.name))
-        try:
-            yield beside
-            _flush(beside)
-            beside.replace(path)
-            _flush(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_parts(path.parent, glob.escape(path.name), seconds)
+    _remove(beside)
+    try:
+        yield beside
+    finally:
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS) -> None:
+    """Remove the parts that killed processes left in a folder of files of that name, a glob pattern.
+
+    Args:
+        seconds: how old a part must be, since another machine's process may be writing it; 0 where only this process
+            writes there. Parts of another process that runs on this machine stay in any case.
+    """
+    for part in folder.glob(f".{name}.*.part"):
+        match = _PART.fullmatch(part.name)
+        with contextlib.suppress(OSError):
+            # In a container a process that is started again often has the number of the one before.
+            runs = match and Path(f"/proc/{match[2]}").exists() and not (seconds == 0 and match[2] == str(os.getpid()))
+            if match and not runs and time.time() - part.stat().st_mtime >= seconds:
+                _remove(part)
 
 
 def _flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk; a file with the rights that new files have."""
+    """Have a file's bytes, or a folder's names, on the disk; a file gets the permissions of a new file."""
     is_file = path.is_file()
     if is_file:
         os.umask(mask := os.umask(0o077))
-        path.chmod(0o666 & ~mask)  # safetensors' are for the owner alone
+        path.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone
     with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):  # not every system flushes folders
-        handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)  # nor what is open for reading
+        handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)  # nor a file that is open for reading
         try:
             os.fsync(handle)
         finally:
@@ -84,47 +169,22 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise RunError for a write to `path` that the disk refuses, in whatever words the writer says so."""
+    """Raise RunError for a write to `path` that the disk refuses, whichever library reports it."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError):
-            why = error.strerror or _words(error)
-        elif type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
-            why = _words(error)
-        else:
+        of_library = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+        if not (isinstance(error, OSError) or of_library):
             raise
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        try:
+            room = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
+        except OSError:
+            room = "its folder is gone"
         raise RunError(
-            f"{path}: cannot be written ({why}; {_room(path)}); what stood there before is untouched. "
+            f"{path}: cannot be written ({why}; {room}); what stood there before is untouched. "
             "Make room or give another place, and run the same command again"
         ) from error
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _room(path: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
-    except OSError:
-        return "its folder is gone"
-
-
-def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS) -> None:
-    """Remove what processes that were killed left of writing files of that name, a glob pattern, in a folder.
-
-    Args:
-        seconds: how old it must be, for it may be another machine's process that is writing; 0 where only this one
-            may. Those of another process that runs here stay in any case.
-    """
-    for part in folder.glob(f".{name}.*.part"):
-        match = _PART.fullmatch(part.name)
-        with contextlib.suppress(OSError):
-            # In a container a process that is started again often has the number of the one before.
-            runs = match and Path(f"/proc/{match[2]}").exists() and not (seconds == 0 and match[2] == str(os.getpid()))
-            if match and not runs and time.time() - part.stat().st_mtime >= seconds:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -134,7 +194,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON of a value; NaN and infinities, which JSON lacks, become null. Options are json.dumps's."""
+    """JSON of a value; NaN and infinities, which JSON lacks, become null. The options are those of json.dumps."""
     return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
@@ -144,12 +204,25 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """The same for JSON: NaN and infinities become None."""
+    """A JSON value in which None stands for NaN and infinities."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """A file's JSON object; `what` names the file's role in the InputError for anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read {what} ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {what} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {what} must be a JSON object, found a {type(value).__name__}")
+    return value
 
 
 def check_file(path: str | Path, flag: str, hint: str) -> None:
@@ -159,9 +232,10 @@ def check_file(path: str | Path, flag: str, hint: str) -> None:
 
 
 def check_name(path: str | Path, flag: str) -> None:
-    """Raise InputError unless a file can have that path, and its hidden neighbour, to which it is written first.
+    """Raise InputError unless a file can have that path, and so can the hidden neighbour that is written first.
 
-    A name must be UTF-8, since it is told in files that are, and not too long, which is tried.
+    The path must be UTF-8, since files that are UTF-8 name it, and not too long. The system is asked about each name
+    on its own: limits differ between the file systems on the way, and a folder that is missing hides those below it.
     """
     path = Path(path).absolute()
     try:
@@ -182,18 +256,16 @@ def check_name(path: str | Path, flag: str) -> None:
 
 def _nearest(path: Path) -> Path:
     """The path, or its nearest parent that exists."""
-    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110 (Path's raises for long names)
-        path = path.parent
-    return path
+    return next(place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110 (long names raise)
 
 
 def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
-    """Raise InputError unless files can be made in `folder` (or, where it does not exist yet, in its nearest parent).
+    """Raise InputError unless files can be made in `folder` or, where it does not exist yet, in its nearest parent.
 
-    Tried rather than asked: permission bits say nothing about read-only mounts or root.
+    A file is made to find out: permission bits say nothing about read-only mounts or root.
 
     Args:
-        name: the longest that a file there will have.
+        name: the longest name that a file there will have.
     """
     check_name(Path(folder) / name, flag)
     try:
@@ -206,24 +278,10 @@ def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
 
 
 def check_output_file(path: str | Path, flag: str) -> None:
-    """Raise InputError unless a file can be written at `path`, which is not a folder."""
-    if os.path.isdir(path):  # noqa: PTH112 (Path's raises for long names)
-        raise InputError(f"{flag}: {path} is a folder; name a file")
+    """Raise InputError unless a file can be written at `path`, which must not be a folder."""
     check_writable(Path(path).parent, flag, Path(path).name)
-
-
-def save_tensors(path: str | Path, value: Any) -> None:
-    """torch.save to a file, whole, with its SHA-256 at its end."""
-    import torch
-
-    with atomic_write(path) as beside, open(beside, "wb+") as file:
-        torch.save(value, file)  # given a name, it would write that into the file
-        file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
-        file.write(_SEAL_BYTES.to_bytes(2, "little"))
-        file.seek(0)
-        seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
-        file.seek(0, os.SEEK_END)
-        file.write(seal)
+    if Path(path).is_dir():
+        raise InputError(f"{flag}: {path} is a folder; name a file")
 
 
 def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -> None:
@@ -246,11 +304,25 @@ def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -
         )
 
 
-def load_tensors(path: str | Path, refusal: str) -> Any:
-    """What torch.save wrote, on the CPU, no objects unpickled, after comparing its checksums.
+def save_tensors(path: str | Path, value: Any) -> None:
+    """Write what torch.save makes of a value to a file, whole, with its seal at the end."""
+    import torch
 
-    Raises InputError(refusal) for anything else, spoiled bytes included. A file of another program has no SHA-256; if
-    it is an archive, its CRCs are compared, which see a flipped bit of a tensor too.
+    with atomic_write(path) as beside, open(beside, "wb+") as file:
+        torch.save(value, file)  # torch writes a file's name, if it is given one, into the file
+        file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
+        file.write(_SEAL_BYTES.to_bytes(2, "little"))
+        file.seek(0)
+        seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
+        file.seek(0, os.SEEK_END)
+        file.write(seal)
+
+
+def load_tensors(path: str | Path, refusal: str) -> Any:
+    """What torch.save wrote, on the CPU, without unpickling objects, after comparing its checksums.
+
+    Raises InputError(refusal) for anything else, spoiled bytes included. A file of another program has no seal; if it
+    is an archive, its CRCs are compared.
     """
     import torch
 
@@ -263,119 +335,29 @@ def load_tensors(path: str | Path, refusal: str) -> Any:
 
 
 def _is_sound(path: Path) -> bool:
-    size = path.stat().st_size
+    """Do a file's checksums fit? True, too, for a file that has none: torch's format before 1.6, or not torch's."""
+    left = path.stat().st_size - _SEAL_BYTES
     with open(path, "rb") as file:
-        file.seek(max(0, size - _SEAL_BYTES))
-        seal = _SEAL.fullmatch(file.read())
-        if seal is None:
-            if not zipfile.is_zipfile(path):
-                return True  # torch's format of before 1.6, or nothing that torch reads
-            with zipfile.ZipFile(path) as archive:
-                return archive.testzip() is None
-        digest, left = hashlib.sha256(), size - _SEAL_BYTES
-        file.seek(0)
-        while left and (some := file.read(min(left, 1 << 20))):
-            digest.update(some)
-            left -= len(some)
-    return digest.hexdigest().encode() == seal.group(1)
-
-
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object, with a byte-order mark or without; `what` names the file's role in the error message."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read {what} ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {what} is no valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: {what} must be a JSON object, found a {type(value).__name__}")
-    return value
-
-
-@contextlib.contextmanager
-def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
-    """Yield an empty folder within `folder`; its files move up once the block ends without an error, `last` at last.
-
-    Other files in `folder` stay. Raises RunError where the disk refuses. A signal waits until all have moved; a death
-    in that moment leaves new files beside old ones.
-    """
-    folder = Path(folder)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(folder, "folder", 0.0)  # nothing else writes a model's folder meanwhile
-        beside = folder / f".folder.{os.getpid()}.part"
-        beside.mkdir()
-        try:
-            yield beside
-            made = sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name))
-            for path in made:
-                _flush(path)
-            with signals.deferred():
-                for path in made:
-                    path.replace(folder / path.name)
-            signals.check()
-            _flush(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def replace_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place as a whole once the block ends without an error.
-
-    Raises RunError where the disk refuses.
-    """
-    folder = Path(folder).resolve()
-    if os.path.ismount(folder):
-        raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole: name a folder in it")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(folder.parent, glob.escape(folder.name))
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        try:
-            yield beside
-            for path in beside.iterdir():
-                _flush(path)
-            if not (folder.exists() and _exchange(beside, folder)):
-                _rename_over(beside, folder)
-            _flush(folder.parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Have two folders change places, which Linux does in one step; False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
-
-
-def _rename_over(beside: Path, folder: Path) -> None:
-    """Two renames; a death between them leaves the old folder, whole, under its hidden name."""
-    old = beside.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        beside.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        file.seek(max(0, left))
+        if seal := _SEAL.fullmatch(file.read()):
+            file.seek(0)
+            digest = hashlib.sha256()
+            while some := file.read(min(1 << 20, left - file.tell())):
+                digest.update(some)
+            return digest.hexdigest().encode() == seal[1]
+    if not zipfile.is_zipfile(path):
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None and not any(entry.external_attr & _IS_FOLDER for entry in archive.infolist())
 
 
 def utc_stamp() -> str:
-    """Now, as it stands in file names."""
+    """The current time as it stands in file names."""
     return datetime.now(UTC).strftime("%Y_%m_%d-%H_%M_%S")
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Are two values of a flag the same? Paths may be spelled with or without a slash at the end."""
+    """Are two values of a flag the same? Paths may or may not end with a slash."""
     if isinstance(one, str) and isinstance(other, str) and one and other:
         return os.path.normpath(one) == os.path.normpath(other)
     return one == other

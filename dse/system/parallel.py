@@ -1,10 +1,10 @@
-"""Several processes that train, or infer, one model together, as torchrun starts them; alone, nothing here acts.
+"""Several processes that train one model, or infer with it, together, as torchrun starts them.
 
     torchrun --nproc_per_node 2 dse_train_runner.py …
 
-Every process has the whole data and model. Of each batch it takes every N-th row, of an inference every N-th batch; the
-gradients are averaged by DistributedDataParallel, the outputs put together by a sum in which each has zeros for what
-others did. Files are written by the first process alone.
+Every process has all of the data and the model. It takes every N-th row of each training batch, and every N-th batch of
+an inference. DistributedDataParallel averages the gradients. The outputs are summed, each process having zeros where
+others computed. Only the first process writes files. In a process that runs alone, these functions change nothing.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Its number on its machine: its GPU."""
+    """This process's number on its machine, which is the number of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
@@ -54,22 +54,21 @@ def is_first() -> bool:
 
 
 def join(device: "torch.device") -> None:
-    """Meet the other processes, if there are any; `process_group` parts from them."""
+    """Meet the other processes, if there are any; `process_group` leaves them."""
     global _device
     if not launched():
         return
     import torch
-    from torch import distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     _device = device
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Part from the other processes at the end, if they were joined within.
+    """Leave the other processes at the end of the block, if this one joined them within it.
 
     Raises RunError where one of them is lost; torchrun then ends all.
     """
@@ -77,10 +76,10 @@ def process_group() -> Iterator[None]:
     try:
         yield
         if _device is not None:
-            from torch import distributed
+            import torch
 
-            distributed.barrier()
-            distributed.destroy_process_group()
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except RuntimeError as error:
         if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
             raise
@@ -92,9 +91,17 @@ def process_group() -> Iterator[None]:
         _device = None
 
 
+def wait_for_all() -> None:
+    """Return when all processes have called this."""
+    if size() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Let the first process do the block, then the others, which find what it left: a cache, say."""
+    """Let the first process run the block before the others, so that they find what it left, such as a cache."""
     if not is_first():
         wait_for_all()
     yield
@@ -102,12 +109,9 @@ def first_goes_first() -> Iterator[None]:
         wait_for_all()
 
 
-def wait_for_all() -> None:
-    """Go on when all processes have come here."""
-    if size() > 1:
-        from torch import distributed
-
-        distributed.barrier()
+def rows_of_rank(rows: np.ndarray) -> np.ndarray:
+    """This process's part of a batch's rows."""
+    return rows[rank() :: size()] if size() > 1 else rows
 
 
 def agree(numbers: list[int], what: str) -> None:
@@ -119,13 +123,8 @@ def agree(numbers: list[int], what: str) -> None:
         )
 
 
-def rows_of_rank(rows: np.ndarray) -> np.ndarray:
-    """This process's part of a batch's rows."""
-    return rows[rank() :: size()] if size() > 1 else rows
-
-
 def summed(values: np.ndarray) -> np.ndarray:
-    """The sum of all processes' arrays, which are of one shape, in each of them."""
+    """The sum of all processes' arrays, which have one shape and dtype, in every process."""
     return _reduced(values, "SUM")
 
 
@@ -143,29 +142,28 @@ def _reduced(values: np.ndarray, how: str) -> np.ndarray:
     if size() == 1:
         return values
     import torch
-    from torch import distributed
 
     tensor = torch.from_numpy(values).to(_device, copy=True)
-    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how))
+    torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
     return tensor.cpu().numpy()
 
 
 def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
-    """Every process's tensor, in order; they are on the CPU, of one shape and type."""
+    """Every process's tensor, by rank; all are on the CPU and have one shape and dtype."""
     if size() == 1:
         return [tensor]
     import torch
-    from torch import distributed
 
     tensors = [torch.empty_like(tensor, device=_device) for _ in range(size())]
-    distributed.all_gather(tensors, tensor.to(_device))
+    torch.distributed.all_gather(tensors, tensor.to(_device))
     return [each.cpu() for each in tensors]
 
 
 def synchronized(model: "nn.Module") -> Any:
-    """The model, such that gradients are averaged over the processes.
+    """The model, with gradients averaged over the processes.
 
-    Alone it is the model itself; else a DistributedDataParallel, whose `no_sync` leaves gradients as they are.
+    In a process that runs alone it is the model itself; else a DistributedDataParallel, within whose `no_sync`
+    gradients are not averaged. Raises InputError where no parameter is trained.
     """
     if size() == 1:
         return model

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM, which end a run in order; a console that is gone, which does not end it (`safe_console`).
+"""Ctrl-C and SIGTERM, which end a run in order, and a console that is gone, which does not end it (`safe_console`).
 
-While `caught` is on, either raises Stopped where the program stands, at once; within `deferred`, as an update of the
-weights or the writing of a state is, it waits until the program asks with `check`. A second Ctrl-C waits for nothing.
+Within `caught`, either signal raises Stopped at once, wherever the program is. Within `deferred`, which surrounds an
+update of the weights or the writing of a state, it waits until the program calls `check`; a second Ctrl-C does not.
 """
 
 import contextlib
@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_LOST = (OSError, ValueError, AttributeError)  # of a stream: cannot be written, is closed, is None
+_LOST = (OSError, ValueError, AttributeError)  # a stream that cannot be written, is closed, or is None
 _DEFAULT_ADVICE = "nothing is half-written; the same command starts again"
+_received: int | None = None  # the signal that came
+_holds = 0  # how many `deferred` blocks surround the program
 
 
 class Stopped(KeyboardInterrupt):
@@ -23,7 +25,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, anywhere: bool = False) -> None:
         super().__init__(number)
         self.number = number
-        self.anywhere = anywhere  # did it come where `deferred` should have kept it off?
+        self.anywhere = anywhere  # was it raised within `deferred`, by a second Ctrl-C?
         self.advice = _DEFAULT_ADVICE
 
     def __str__(self) -> str:
@@ -31,13 +33,13 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell gives it: 130 or 143."""
+        """The code that a shell reports: 130 or 143."""
         return 128 + self.number
 
 
 @contextlib.contextmanager
 def advice(text: str) -> Iterator[None]:
-    """What to tell the user of a stop within the block that is not told already."""
+    """Give this advice to the user when the block is stopped, unless a block within it has given its own."""
     try:
         yield
     except Stopped as stop:
@@ -46,13 +48,9 @@ def advice(text: str) -> Iterator[None]:
         raise
 
 
-_received: int | None = None
-_holds = 0
-
-
 @contextlib.contextmanager
 def caught() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM raise Stopped, here and in what is called; only the main thread can."""
+    """Let Ctrl-C and SIGTERM raise Stopped within the block; only the main thread can."""
     global _received, _holds
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -74,14 +72,14 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _received = number
     if impatient or not _holds:
         raise Stopped(number, anywhere=bool(_holds))
-    if sys.__stderr__ is not None:  # else the number may be another file's
+    if sys.__stderr__ is not None:  # else the number 2 may be another file's
         with contextlib.suppress(OSError):  # a console that is gone
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let signals wait until `check`."""
+    """Make signals wait until `check`."""
     global _holds
     _holds += 1
     try:
@@ -96,13 +94,13 @@ def requested() -> int | None:
 
 
 def check() -> None:
-    """Raise Stopped if a signal waits, and nothing holds it."""
+    """Raise Stopped if a signal waits and no `deferred` block surrounds the call."""
     if _received is not None and not _holds:
         raise Stopped(_received)
 
 
 class _Console:
-    """Standard error, whose losses (a full device, a terminal or `| tee` that is gone) end nothing."""
+    """Standard error; a failure to write (a full device, a terminal or `| tee` that is gone) raises nothing."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -122,7 +120,7 @@ class _Console:
 
 @contextlib.contextmanager
 def safe_console() -> Iterator[None]:
-    """Have nothing that is written to standard error within the block raise, nor what is left of it at Python's end."""
+    """Let no write to standard error raise: not within the block, and not when Python ends and flushes the rest."""
     stream = sys.stderr
     try:
         with contextlib.redirect_stderr(_Console(stream)):
@@ -132,7 +130,7 @@ def safe_console() -> Iterator[None]:
 
 
 def flush_or_silence(stream: Any) -> None:
-    """Flush a standard stream; one that cannot be goes nowhere from here on, or Python's end would fail of it."""
+    """Flush a standard stream; one that cannot be flushed becomes /dev/null, or Python would fail of it at its end."""
     try:
         stream.flush()
     except _LOST:
