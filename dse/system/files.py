@@ -4,9 +4,9 @@ Every file that outlives a process (caches, logits, checkpoints, results) goes t
 a hidden neighbour, are flushed, and only then take the name. `replace_folder` puts a folder in the place of an earlier
 one in one step; `write_folder_whole` does so file by file where the folder may hold other files too.
 
-Files of tensors (`save_tensors`) are torch's zip archives with a seal: the archive's comment is the SHA-256 of all that
-stands before it. torch itself compares no checksums, and the archive's own CRCs do not suffice: they do not cover its
-directory, where one flipped bit makes torch take a tensor for a folder and load whatever the memory holds.
+Files of tensors (`save_tensors`) are torch's zip archives, whose CRCs `load_tensors` compares, since torch does not. It
+refuses an archive whose directory calls a tensor a folder, for which torch loads whatever the memory holds. Files of
+earlier versions have a SHA-256 as the archive's comment, which is not read.
 """
 
 import contextlib
@@ -31,8 +31,6 @@ from dse.system.errors import InputError, RunError
 
 _STALE_SECONDS = 3600
 _PART = re.compile(r"\.(.+)\.(\d+)\.part")  # the file's name, and the number of the process that writes it
-_SEAL = re.compile(rb"dse-sha256:([0-9a-f]{64})")
-_SEAL_BYTES = 75
 _IS_FOLDER = 0x10  # of an archive's entry: its external attributes say that it is a folder
 
 
@@ -305,50 +303,28 @@ def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -
 
 
 def save_tensors(path: str | Path, value: Any) -> None:
-    """Write what torch.save makes of a value to a file, whole, with its seal at the end."""
+    """Write what torch.save makes of a value to a file, whole."""
     import torch
 
-    with atomic_write(path) as beside, open(beside, "wb+") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         torch.save(value, file)  # torch writes a file's name, if it is given one, into the file
-        file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
-        file.write(_SEAL_BYTES.to_bytes(2, "little"))
-        file.seek(0)
-        seal = b"dse-sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode()
-        file.seek(0, os.SEEK_END)
-        file.write(seal)
 
 
 def load_tensors(path: str | Path, refusal: str) -> Any:
     """What torch.save wrote, on the CPU, without unpickling objects, after comparing its checksums.
 
-    Raises InputError(refusal) for anything else, spoiled bytes included. A file of another program has no seal; if it
-    is an archive, its CRCs are compared.
+    Raises InputError(refusal) for anything else, spoiled bytes included. torch's format before 1.6 has no checksums.
     """
     import torch
 
     try:
-        if not _is_sound(Path(path)):
-            raise ValueError("spoiled")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() or any(entry.external_attr & _IS_FOLDER for entry in archive.infolist()):
+                    raise ValueError("spoiled")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises many kinds for a spoiled or foreign file
         raise InputError(refusal) from error
-
-
-def _is_sound(path: Path) -> bool:
-    """Do a file's checksums fit? True, too, for a file that has none: torch's format before 1.6, or not torch's."""
-    left = path.stat().st_size - _SEAL_BYTES
-    with open(path, "rb") as file:
-        file.seek(max(0, left))
-        if seal := _SEAL.fullmatch(file.read()):
-            file.seek(0)
-            digest = hashlib.sha256()
-            while some := file.read(min(1 << 20, left - file.tell())):
-                digest.update(some)
-            return digest.hexdigest().encode() == seal[1]
-    if not zipfile.is_zipfile(path):
-        return True
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip() is None and not any(entry.external_attr & _IS_FOLDER for entry in archive.infolist())
 
 
 def utc_stamp() -> str:
