@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dse.data.processors import Examples
 from dse.data.tasks import BINARY, REGRESSION, Task
+from dse.experiments.presets import SENTENCE_BERT
 from dse.system.files import load_tensors, save_tensors
 from dse.training.optimization import NO_DECAY
 from dse.training.trainer import epoch_order
@@ -25,9 +26,8 @@ from dse.training.trainer import epoch_order
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
-EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = 4, 32, 5e-5, 0.1, 0.01
-SETTINGS = {"epochs": EPOCHS, "pairs_per_update": PAIRS_PER_UPDATE, "rate": RATE, "warmup": WARMUP, "decay": DECAY}
+EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = SENTENCE_BERT.values()
+_STATEFUL = ("loss", "optimizer", "schedule")  # attributes of SentenceBert
 
 
 def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> "SentenceTransformer":
@@ -36,9 +36,8 @@ def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     encoder = Transformer(str(bert_folder), max_seq_length=max_seq_length)
-    return SentenceTransformer(
-        modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device=device
-    )
+    pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
+    return SentenceTransformer(modules=[encoder, pooling], device=device)
 
 
 class SentenceBert:
@@ -63,8 +62,7 @@ class SentenceBert:
         elif task.kind == REGRESSION:
             self.loss = losses.CosineSimilarityLoss(self.model)
         else:
-            size = self.model.get_embedding_dimension()
-            self.loss = losses.SoftmaxLoss(self.model, size, len(task.labels))
+            self.loss = losses.SoftmaxLoss(self.model, self.model.get_embedding_dimension(), len(task.labels))
         self.loss.to(device)
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
@@ -88,19 +86,19 @@ class SentenceBert:
 
     def save(self, path: Path, history: list[dict[str, Any]]) -> None:
         """Write the state after an epoch, and the epochs' records."""
-        parts = {name: getattr(self, name).state_dict() for name in ("loss", "optimizer", "schedule")}
+        parts = {name: getattr(self, name).state_dict() for name in _STATEFUL}
         save_tensors(path, {**parts, "rng": torch.get_rng_state(), "history": history})
 
     def load(self, path: Path) -> list[dict[str, Any]]:
         """Go on from what `save` wrote; the epochs' records. Raises InputError for a spoiled file."""
         state = load_tensors(path, f"{path} is spoiled: remove it, and the training of Sentence-BERT begins again")
-        for name in ("loss", "optimizer", "schedule"):
+        for name in _STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         return state["history"]
 
     def train_epoch(self, examples: Examples, epoch: int) -> float:
-        """One pass over all pairs in random order; the mean loss of its updates."""
+        """Train on all pairs once, in random order. Returns the mean loss of the updates."""
         from sentence_transformers import util
 
         self.loss.train()
