@@ -1,1 +1,1 @@
-"""The commands of `python -m dse`, a module each: a docstring whose first line is the help, and main(argv)."""
+"""The commands of `python -m dse`, one module each: the docstring's first line is the help, `main(argv)` runs it."""

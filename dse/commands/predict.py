@@ -1,4 +1,4 @@
-"""Predict a task's test set with a teacher or a student, as GLUE's leaderboard takes it.
+"""Predict a task's test set with a teacher or a student, in the form that GLUE's leaderboard takes.
 
     python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
 
@@ -29,18 +29,15 @@ logger = logging.getLogger("dse.predict")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
     add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     add("--data_dir", required=True, help="folder of the task's files")
     add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
-    add(
-        "--threshold",
-        type=cli.threshold,
-        help="binary: the second label above this probability; not given: the model's own",
-    )
+    above = "binary: the second label above this probability; not given: the model's own"
+    add("--threshold", type=cli.threshold, help=above)
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -56,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
     if args.threshold is not None and task.kind != BINARY:
         raise InputError(f"--threshold: {task.name} ({task.kind}) has none; leave it out")
-    # Every row must be answered: one that is skipped would shift the numbers of those after it.
+    # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     import numpy as np
 
@@ -80,7 +77,4 @@ def run(args: argparse.Namespace) -> None:
     logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in told) or f"{len(rows)} scores")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)

@@ -23,7 +23,7 @@ logger = logging.getLogger("dse.quickstart")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="outputs/quickstart", help="folder of everything that is made")
     return parser.parse_args(argv)
