@@ -3,7 +3,8 @@
     python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
 
 Writes <output_dir>/MRPC.tsv (CoLA, SST-2, MRPC, QQP, STS-B, MNLI-m for mnli, MNLI-mm for mnli-mm, QNLI, RTE, WNLI, AX
-for diagnostic; a task of your own under its name): `index` from 0, and `prediction`, the label's name or a score.
+for diagnostic; a task of your own under its name), with a line per row of the test file, in its order: `index` from 0,
+and `prediction`, the label's name or a score.
 """
 
 import argparse
@@ -13,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from dse import cli
 from dse.data.processors import read_examples
 from dse.data.tasks import BINARY, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
-from dse.system.files import check_output_file
+from dse.system.files import check_output_file, write_text
 
 PROG = "python -m dse predict"
 GLUE_FILES = {
@@ -55,9 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--threshold: {task.name} ({task.kind}) has none; leave it out")
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
-    import numpy as np
-
-    from dse.experiments.predictions import answers, load_scorer, write_answers
+    from dse.experiments.predictions import answers, load_scorer
     from dse.training.metrics import tell_agreement
 
     # 2. Predict.
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
         tell_agreement(task, outputs, np.array(rows.labels), "the model", "the file's labels", threshold)
 
     # 3. Write.
-    write_answers(path, predictions)
+    lines = ["index\tprediction", *(f"{row}\t{prediction}" for row, prediction in enumerate(predictions))]
+    write_text(path, "\n".join(lines) + "\n")
     told = Counter(predictions).most_common() if task.labels else []
     logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in told) or f"{len(rows)} scores")
 

@@ -40,16 +40,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
     add("--bert_model", default=cli.DEFAULT_BERT, help="pre-trained encoder: hub name or folder")
     add("--output_dir", default="results", help="where everything goes, and is found again")
-    add("--tasks", type=comma_list, help="e.g. mrpc,sts-b; not given: the preset's")
+    words = "e.g. mrpc,sts-b; not given: the preset's"
+    add("--tasks", type=lambda text: [word for word in text.split(",") if word], help=words)
     add("--seeds", type=fixed_seed, nargs="+", help="for every task; not given: the preset's")
     cli.add_call_flag(parser)
     parser.set_defaults(command=shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)]))
     return parser.parse_args(argv)
-
-
-def comma_list(text: str) -> list[str]:
-    """A flag's type: words with commas between them."""
-    return [word for word in text.split(",") if word]
 
 
 def fixed_seed(text: str) -> int:

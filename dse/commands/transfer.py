@@ -10,7 +10,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,9 +19,6 @@ from dse.data.tasks import REGRESSION
 from dse.networks.pretrained import find_bert
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, write_json
-
-if TYPE_CHECKING:
-    from dse.models import DSESiameseClassifier
 
 PROG = "python -m dse transfer"
 logger = logging.getLogger("dse.transfer")
@@ -41,9 +38,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def bert_of(args: argparse.Namespace, student: "DSESiameseClassifier") -> Path:
+def find_encoder(args: argparse.Namespace, origin: dict[str, Any] | None) -> Path:
     """The folder of the pre-trained encoder: of --bert_model, or the one that the student's training began with."""
-    commands = (student.origin or {}).get("commands", [])
+    commands = (origin or {}).get("commands", [])
     name = args.bert_model or next((flags["bert_model"] for _, flags in commands[::-1] if "bert_model" in flags), "")
     if not name:
         raise InputError("--bert_model: the student does not tell which encoder it began with; give it")
@@ -65,9 +62,10 @@ def run(args: argparse.Namespace) -> None:
     if not data:
         raise InputError(f"--data_dir: {data_dir} has no task's train and dev files; download_glue_data.py gets them")
     student = cli.load_student(args)
+    bert = find_encoder(args, student.origin)
     embedders = {
         "DSE": transfer.student_embedder(student, args.batch_size),
-        "encoder as downloaded": transfer.encoder_embedder(bert_of(args, student), student, args.batch_size),
+        "encoder as downloaded": transfer.encoder_embedder(bert, student, args.batch_size),
     }
 
     # 2. Each task, with each kind of embeddings.

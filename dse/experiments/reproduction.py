@@ -114,14 +114,13 @@ class Experiment:
         left: list[str] = []
         for stage in self.stages:
             record = self.record(stage)
-            fresh = record is not None and not set(STAGES[stage]) & set(left)
-            if not (fresh and record["inputs"] == self.inputs(stage) and self._is_whole(record)):
+            if record is None or set(STAGES[stage]) & set(left) or record["inputs"] != self.inputs(stage):
+                left.append(stage)
+                continue
+            files = [(self.folder / name, expected) for name, expected in record["files"].items()]
+            if not all(path.is_file() and sha256_file(path) == expected for path, expected in files):
                 left.append(stage)
         return left
-
-    def _is_whole(self, record: dict[str, Any]) -> bool:
-        files = [(self.folder / name, expected) for name, expected in record["files"].items()]
-        return all(path.is_file() and sha256_file(path) == expected for path, expected in files)
 
     def expected_seconds(self, stage: str) -> float:
         """How long a stage takes on the machine of _SECONDS."""

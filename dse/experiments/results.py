@@ -51,9 +51,7 @@ _COMPARISONS = {  # by key: heading, the two models, whether dev chooses their t
 
 def headline(task: Task, tuned: bool = False) -> str:
     """The metric that degradation is measured on: f1 for mrpc and qqp, Pearson for regressions, else accuracy.
-
-    Args:
-        tuned: take the one above the threshold chosen on dev, if there is one.
+    `tuned` takes the one above the threshold chosen on dev, if there is one.
     """
     if task.kind == REGRESSION:
         return "pearson"
@@ -132,8 +130,7 @@ def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]
     runs = []
     for folder in sorted(output_dir.glob("*_seed*")):
         for stage in STAGES:
-            record = read_record(folder / f"{stage}.json")
-            if record is None:
+            if (record := read_record(folder / f"{stage}.json")) is None:
                 continue
             settings = record["settings"]
             flags = preset.flags(stage, get_task(settings["task"]))
@@ -146,7 +143,7 @@ def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]
 def missing_stages(
     output_dir: Path, works: list[Experiment], left: Left, runs: list[dict[str, Any]]
 ) -> dict[str, list[str]]:
-    """What is not done, by the folder of its task and seed: what is `left` of this call, and of others, begun here."""
+    """What is not done, by the folder of its task and seed: what this call has `left`, and what others began here."""
     missing: dict[str, list[str]] = {}
     for work, stage in left:
         missing.setdefault(work.folder.name, []).append(stage)
@@ -154,7 +151,7 @@ def missing_stages(
     ours, shown = {work.folder.name for work in works}, {name for name, _ in done}
     for folder in sorted(output_dir.glob("*_seed*")):
         name = folder.name
-        # One that has records, and none in the tables, is of another preset or encoder.
+        # A folder with records of which none is in the tables belongs to another preset or encoder.
         begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any(folder.glob("*.json")))
         lacks = [stage for stage in STAGES if stage not in OPTIONAL and (name, stage) not in done]
         if begun and lacks and name not in ours:
@@ -165,12 +162,10 @@ def missing_stages(
 def collect(
     output_dir: Path, works: list[Experiment], left: Left, names: dict[str, str], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """All of results.json.
+    """All of results.json, from the records in `output_dir`.
 
     Args:
-        output_dir: of the records; stages that are not done are left out.
-        works: of this call.
-        left: their stages that are not done.
+        works, left: the experiments of this call, and their stages that are not done.
         names: the names of tasks that are shown under another one.
         about: command and preset.
     """
@@ -182,6 +177,7 @@ def collect(
     tasks = {
         names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
     }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return without_nan({
         "average_relative_degradation": average_degradation(tasks, "dev"),
         "average_relative_degradation_test": average_degradation(tasks, "test"),
@@ -189,16 +185,10 @@ def collect(
         **about,
         "complete": not missing,
         "missing": missing,
-        "machine": machine(),
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},  # of the last call
         "tasks": tasks,
         "runs": runs,
     })  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """Where the command ran last."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def can_plot() -> bool:
@@ -321,6 +311,6 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 
 
 def on_dev(metrics: dict[str, float], metric: str) -> float:
-    """A metric of an epoch's record: teachers, students and Sentence-BERT name it differently."""
+    """A metric of an epoch's record, which teachers, students and Sentence-BERT name differently."""
     names = (metric, f"{metric}_0.5", f"tuned_{metric}", {"accuracy": "acc"}.get(metric))
     return next(metrics[name] for name in names if name in metrics)

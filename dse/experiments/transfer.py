@@ -180,11 +180,7 @@ def first_rows(rows: Examples, count: int) -> Examples:
 
 
 def to_markdown(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """A table with a row per task, split and metric and a column per kind of embeddings.
-
-    Args:
-        found: numbers by task, kind, split and metric.
-    """
+    """A table of numbers by task, kind, split and metric: a column per kind of embeddings, a row for all else."""
     kinds = list(next(iter(found.values())))
     rows = [
         (task, f"{split} {metric}", *(f"{of_task[kind][split][metric]:.3f}" for kind in kinds))
