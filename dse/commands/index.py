@@ -27,7 +27,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--candidates", required=True, help="file with a candidate per line; - for standard input")
     add("--output", required=True, help="folder of the index; an earlier index there is replaced")
     add("--append", action="store_true", help="add to the index at --output instead")
-    add("--half", action="store_true", help="store 16 bits: half the space, scores off by about 0.01 %% of the largest")
+    add("--half", action="store_true", help="use 16 bits: half the space, scores off by about 0.01 %% of the largest")
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 

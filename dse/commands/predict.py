@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
     # 3. Write.
     lines = ["index\tprediction", *(f"{row}\t{prediction}" for row, prediction in enumerate(predictions))]
     write_text(path, "\n".join(lines) + "\n")
-    told = Counter(predictions).most_common() if task.labels else []
-    logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in told) or f"{len(rows)} scores")
+    counts = Counter(predictions).most_common() if task.labels else []
+    logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in counts) or f"{len(rows)} scores")
 
 
 main = cli.program(PROG, parse_arguments, run)

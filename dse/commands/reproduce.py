@@ -101,7 +101,7 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
     stages = list(STAGES)
     if not reproduction.has_sentence_transformers():
         stages = [stage for stage in stages if stage not in OPTIONAL]
-        logger.warning("Sentence-BERT is left out: pip install sentence-transformers, and call this again, for its row")
+        logger.warning("Sentence-BERT is left out; for its row, pip install sentence-transformers and run this again")
     works = []
     for task, seed in pairs:
         place = Path(args.output_dir) / f"{task.name}_seed{seed}"
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     from dse.experiments import results, stages
 
     if not results.can_plot():
-        logger.warning("no plots: pip install matplotlib, and call this again, for them")
+        logger.warning("no plots; for them, pip install matplotlib and run this again")
 
     # 2. What is left, stage by stage; the results so far after each.
     def write(left: Left) -> tuple[dict[str, list[str]], bool]:

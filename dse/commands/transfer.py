@@ -43,7 +43,7 @@ def find_encoder(args: argparse.Namespace, origin: dict[str, Any] | None) -> Pat
     commands = (origin or {}).get("commands", [])
     name = args.bert_model or next((flags["bert_model"] for _, flags in commands[::-1] if "bert_model" in flags), "")
     if not name:
-        raise InputError("--bert_model: the student does not tell which encoder it began with; give it")
+        raise InputError("--bert_model: the student does not say which encoder it began with; give it")
     return find_bert(name, "--bert_model")
 
 

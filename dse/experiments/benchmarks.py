@@ -1,7 +1,7 @@
 """Measuring side by side: the same work laid out in several ways, beside the machine's own matrix products.
 
 Variants take turns, round after round, and each one's fastest round counts, so other work on the machine hits all of
-them alike. Useful work is that of real tokens in the encoder's layers, whatever is computed on padding:
+them alike. Useful work is that of real tokens in the encoder's layers, not what is computed on padding:
 
     FLOP = 2 x parameters of the layers x tokens, and in training 3 times that (forward, and two products backward)
 """
@@ -107,7 +107,7 @@ def anonymous_memory() -> float:
 
 
 def useful_gflop(encoder: nn.Module, tokens: int, training: bool) -> float:
-    """The useful work of the encoder's layers on so many tokens, GFLOP."""
+    """The useful work of the encoder's layers on `tokens` tokens, GFLOP."""
     return (6 if training else 2) * sum(parameter.numel() for parameter in encoder.parameters()) * tokens / 1e9
 
 
@@ -197,7 +197,7 @@ def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
 
 
 def first_batches(args: argparse.Namespace, pairs: int) -> list[np.ndarray]:
-    """The batches with which training of that seed begins."""
+    """The batches with which a training with this seed begins."""
     return in_batches(epoch_order(pairs, args.random_seed, 0), args.batch_size)[: args.steps]
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a trained teacher or student, told apart by its folder, on the rows of a task; GLUE's words for them.
+"""Outputs of a trained teacher or student, told apart by its folder, on a task's rows; its answers in GLUE's words.
 
 Outputs have a student's form: in binary tasks one logit of "positive" (for a teacher, the difference of its two), else
 a logit per label, or a score. Teachers are packed on CPU, and students embed each text once.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 Scorer = Callable[[Examples], np.ndarray]  # rows to outputs (n, 1) or (n, labels), float32
 STS_RANGE = 0.0, 5.0
-MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not tell its own
+MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not record its own
 
 
 def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> tuple[Scorer, float]:
@@ -45,8 +45,8 @@ def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 3
     """
     folder = Path(name).expanduser()
     config = folder / "config.json"
-    told = read_json(config, "the model's configuration") if config.is_file() else {}
-    if folder.is_dir() and told.get("format") != STUDENT_FORMAT:
+    entries = read_json(config, "the model's configuration") if config.is_file() else {}
+    if folder.is_dir() and entries.get("format") != STUDENT_FORMAT:
         return teacher_scorer(folder, task, device, batch_size), DEFAULT_THRESHOLD
     model = DSESiameseClassifier.from_pretrained(name).to(device)
     return student_scorer(model, task, batch_size), model.settings.threshold
@@ -74,7 +74,7 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
 
 
 def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: int = 32) -> Scorer:
-    """A teacher's outputs; casing and length are those of its training, if its folder tells them."""
+    """A teacher's outputs; casing and length are those of its training, if its folder records them."""
     folder = find_bert(str(folder), "--model", hub=False)
     run = (read_training(folder) or {"run": {}})["run"]
     casing = run.get("do_lower_case", saved_casing(folder, "--model"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dse.data.tasks import Task
 
 STUDENTS = {"dse": None, "labels_only": 0.0, "logits_only": 1.0}  # by stage: the coefficient; None: the preset's
-# The stages in order, and those whose files each of them reads.
+# The stages in order, and for each the stages whose files it reads.
 STAGES: dict[str, tuple[str, ...]] = {
     "teacher": (), "logits": ("teacher",), **dict.fromkeys(STUDENTS, ("logits",)),
     "sentence_bert": (), "rates": ("teacher", *STUDENTS),

@@ -187,7 +187,7 @@ def student_folder(folder: Path, stage: str) -> Path:
     for run in sorted(folder.glob(f"{stage}/{stage}_*"), reverse=True):
         found = {told_by(path).get("epoch"): path for path in best_folders(run)}
         if epochs := found.keys() - {None}:
-            return found[max(epochs)]  # of `best` and, where it could not be replaced, those beside it
+            return found[max(epochs)]  # `best`, or a folder beside it if `best` could not be replaced
     raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
 
 

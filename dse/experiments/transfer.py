@@ -51,7 +51,7 @@ def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: in
     """The mean over all tokens of the last layer's states, of a BERT as downloaded.
 
     Texts are cut where the student cuts them, or where this BERT has no more positions. The casing is the folder's, or
-    the student's if the folder does not tell.
+    the student's if the folder does not say.
     """
     settings, bert = student._settings(), bert_config(folder, "--bert_model")
     model = new_student(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
