@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Embed the candidates into a new index, or append them to one."""
     # 1. Refuse what cannot work.
     if args.append and args.half:
-        raise InputError("--half: this is decided when an index is made; leave it out with --append")
+        raise InputError("--half: is decided when an index is made; leave it out with --append")
     check_texts(args.candidates, "--candidates")
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
