@@ -12,6 +12,10 @@ from pathlib import Path
 from timeit import repeat
 from typing import Any
 
+import dse_train_runner
+import finetune_bert
+import load_dse_checkpoint_example
+import run_distillation_logits_creator
 from dse import cli
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
@@ -33,10 +37,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_stages(folder: Path) -> Path:
     """Run stages 2 to 5. Returns the student's best checkpoint."""
-    import dse_train_runner
-    import finetune_bert
-    import load_dse_checkpoint_example
-    import run_distillation_logits_creator
     from dse.storage.checkpoint import load_checkpoint
 
     def stage(script: Any, *flags: object) -> None:
