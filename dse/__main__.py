@@ -1,4 +1,4 @@
-"""`python -m dse COMMAND`: runs dse/commands/COMMAND.py; `-h` lists them."""
+"""`python -m dse COMMAND` runs dse/commands/COMMAND.py; `-h` lists them."""
 
 import argparse
 import importlib
@@ -12,14 +12,14 @@ from dse import cli, commands
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the named command with the rest of the arguments."""
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
-    lines = {name: (importlib.import_module(f"dse.commands.{name}").__doc__ or "").split("\n")[0] for name in names}
-    parser = cli.Parser(prog="python -m dse", description="Commands beside the five scripts:\n\n" + "\n".join(
-        f"  {name:<12}{line}" for name, line in lines.items()))  # fmt: skip
+    modules = {name: importlib.import_module(f"dse.commands.{name}") for name in names}
+    lines = [f"  {name:<12}{str(module.__doc__).splitlines()[0]}" for name, module in modules.items()]
+    parser = cli.Parser(prog="python -m dse", description="\n".join(["Commands beside the five scripts:\n", *lines]))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=names, metavar="COMMAND", help="one of these; COMMAND -h tells its flags")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own flags")
     args = parser.parse_args(argv)
-    importlib.import_module(f"dse.commands.{args.command}").main(args.arguments)
+    modules[args.command].main(args.arguments)
 
 
 if __name__ == "__main__":

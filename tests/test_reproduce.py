@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import signal
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import run_distillation_logits_creator
 from dse.commands import reproduce
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
-from dse.experiments import reproduction, results
+from dse.experiments import presets, reproduction, results, stages
 from dse.experiments.baselines import SentenceBert
 from dse.storage import states
 from dse.storage.student_folder import read_config
@@ -28,10 +28,11 @@ from dse.training import trainer
 from dse.training.metrics import best_threshold
 from dse.training.reporting import duration
 
-TINY = reproduction.Preset(
+TINY = presets.Preset(
     {"mrpc": (1, 2), "snli": (1,), "sts-b": (1,)},
     teacher=("--learning_rate", "2e-3", "--num_train_epochs", "8", "--train_batch_size", "8"),
     student=("--lr", "1e-3", "--epochs", "2", "--pooler_num_top_hidden_layers", "2", "--batch_size", "8"),
+    max_seq_length=48,
 )
 
 
@@ -47,8 +48,7 @@ def glue(tmp_path_factory):
 
 
 def use_tiny_preset(monkeypatch):
-    monkeypatch.setitem(reproduction.PRESETS, "small", TINY)
-    monkeypatch.setattr(reproduction, "MAX_SEQ_LENGTH", 48)
+    monkeypatch.setitem(presets.PRESETS, "small", TINY)
     monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: False)
 
 
@@ -267,7 +267,7 @@ def test_a_kill_while_a_spoiled_stage_is_cleared_away(finished, flags, monkeypat
         raise RuntimeError("killed")
 
     with monkeypatch.context() as during:
-        during.setattr(reproduction.shutil, "rmtree", killed)
+        during.setattr(stages.shutil, "rmtree", killed)
         with pytest.raises(RuntimeError, match="killed"):
             reproduce.main(flags)
     reproduce.main(flags)
@@ -307,12 +307,10 @@ class FakeSentenceBert:
 
 
 def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished, flags, tmp_path, monkeypatch, capsys):
-    from dse.experiments import baselines
-
     flags = [*flags, "--tasks", "mrpc", "--seeds", "1"]  # all but Sentence-BERT is there, of before it was installed
     monkeypatch.setattr(reproduction, "has_sentence_transformers", lambda: True)
-    monkeypatch.setattr(reproduction, "version", lambda package: "1")
-    monkeypatch.setattr(baselines, "SentenceBert", FakeSentenceBert)
+    monkeypatch.setattr(stages, "version", lambda package: "1")
+    monkeypatch.setattr(stages, "SentenceBert", FakeSentenceBert)
     monkeypatch.setattr(FakeSentenceBert, "stop_after", 3, raising=False)
     with pytest.raises(SystemExit) as stop:
         reproduce.main(flags)
@@ -382,11 +380,11 @@ def test_another_encoder_is_refused_though_its_weights_are_the_same(finished, fl
     assert "was made with bert" in refused(reproduce.main, [*flags, "--bert_model", other])
 
 
-SLOWER = reproduction.Preset(TINY.seeds, ("--learning_rate", "5e-4", *TINY.teacher[2:]), TINY.student)
+SLOWER = replace(TINY, teacher=("--learning_rate", "5e-4", *TINY.teacher[2:]))
 
 
 def test_other_settings_are_refused_with_both_values(finished, flags, refused, monkeypatch):
-    monkeypatch.setitem(reproduction.PRESETS, "small", SLOWER)
+    monkeypatch.setitem(presets.PRESETS, "small", SLOWER)
     line = refused(reproduce.main, flags)
     assert "2e-3" in line and "5e-4" in line and "--output_dir" in line
 
@@ -409,7 +407,7 @@ def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, re
     last = capsys.readouterr().err.splitlines()[-1]
     goes_on = "the same command goes on with what is left"
     assert last == f"python -m dse reproduce: error: {place} is not done (state: cannot be written): {goes_on}"
-    monkeypatch.setitem(reproduction.PRESETS, "small", SLOWER)
+    monkeypatch.setitem(presets.PRESETS, "small", SLOWER)
     line = refused(reproduce.main, flags)
     assert line.startswith(
         f"python -m dse reproduce: error: --output_dir: {place} cannot be made (finetune_bert.py, of its own flags: "
@@ -425,13 +423,13 @@ def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, re
         (["--tasks", "mrpd"], "--tasks: mrpd given; known: mrpc, qqp"),
         (["--tasks", "cola", "--seeds", "1"], "--tasks: cola has one sentence per row"),
         (["--tasks", "diagnostic", "--seeds", "1"], "--tasks: diagnostic has no training set"),
-        (["--preset", "large"], "has less than the preset large needs, 48 positions and 4 layers"),
+        (["--preset", "large"], "has less than the preset large needs, 128 positions and 4 layers"),
         (["--tasks", "qqp"], "--seeds: the preset small has none for qqp"),
         (["--tasks", "rte", "--seeds", "1"], "RTE is not a folder"),
         (["--call", "snli"], "is not TASK=NAME"),
-        (["--call", "mrpc=SICK"], "stands there twice"),
-        (["--call", "mrpc=STS-B"], "stands there twice"),
-        (["--call", "mrpd=SICK"], "mrpd is no task"),
+        (["--call", "mrpc=SICK"], "is given twice"),
+        (["--call", "mrpc=STS-B"], "is given twice"),
+        (["--call", "mrpd=SICK"], "mrpd is not a task"),
         (["--tasks", ","], "--tasks: none given"),
         (["--tasks", "mrpc,mrpc"], "given twice"),
         (["--seeds", "1", "1"], "given twice"),
@@ -459,7 +457,7 @@ def test_a_missing_data_file_is_refused_before_any_work(glue, flags, refused, ca
 
 
 def test_presets_are_the_settings_of_the_five_commands_and_the_issue():
-    large, small = reproduction.PRESETS["large"], reproduction.PRESETS["small"]
+    large, small = presets.PRESETS["large"], presets.PRESETS["small"]
     assert set(large.seeds) == {"mrpc", "sts-b", "qqp", "qnli", "mnli"}
     assert (large.epochs("teacher"), large.epochs("dse"), large.epochs("logits")) == (3, 8, 1)
     assert small.seeds == {"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)}
@@ -501,8 +499,7 @@ def test_thresholds_come_from_dev():
         "dev": Examples(["a"] * 4, ["b"] * 4, [0, 0, 1, 1]),
         "test": Examples(["a"] * 4, ["b"] * 4, [1, 0, 0, 1]),
     }
-    outputs = {split: np.array([[1.0], [2.0], [3.0], [4.0]], np.float32) for split in sets}
-    found = reproduction.measure(get_task("mrpc"), outputs, sets)
+    found = stages.measure(get_task("mrpc"), lambda rows: np.array([[1.0], [2.0], [3.0], [4.0]], np.float32), sets)
     assert found["dev"] == {"f1": pytest.approx(2 / 3), "tuned_f1": 1.0, "accuracy": 0.5, "tuned_accuracy": 1.0}
     # above 2.5: two taken, one of them rightly, of two positives
     assert found["test"]["tuned_f1"] == pytest.approx(0.5)
@@ -584,7 +581,6 @@ def test_21_the_best_epoch_may_stand_beside_best(student, tmp_path):
     model.origin = {"epoch": 11}
     model.save_pretrained(tmp_path / "dse" / "dse_2" / "best_of_mine")
     (tmp_path / "dse" / "dse_2" / "best.txt").write_text("mine")
-    place = SimpleNamespace(folder=tmp_path)
-    assert reproduction.Experiment.model_folder(place, "dse") == tmp_path / "dse" / "dse_2" / "best_epoch_10"
+    assert stages.student_folder(tmp_path, "dse") == tmp_path / "dse" / "dse_2" / "best_epoch_10"
     with pytest.raises(InputError, match="holds no student"):
-        reproduction.Experiment.model_folder(place, "labels_only")
+        stages.student_folder(tmp_path, "labels_only")

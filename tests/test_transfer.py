@@ -368,12 +368,12 @@ def test_refusals(glue, saved, student, bert, tmp_path, refused):
         return found
 
     (tmp_path / "empty").mkdir()
-    assert "--data_dir: nowhere is no folder" in line(data_dir="nowhere")
+    assert "--data_dir: nowhere is not a folder" in line(data_dir="nowhere")
     assert "empty has no task's train and dev files" in line(data_dir=tmp_path / "empty")
     assert "holds no student of this project" in line(model=bert)
     assert "no student: config.json is missing" in line(model=tmp_path / "empty")
     assert "no folder of a student" in line(model="./nowhere")
-    assert "--bert_model: the student does not tell which encoder it began with; give it" in line(
+    assert "--bert_model: the student does not say which encoder it began with; give it" in line(
         model=tmp_path / "silent"
     )
     assert "--bert_model: there is no folder ./nowhere" in line(bert_model="./nowhere")

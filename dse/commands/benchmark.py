@@ -23,18 +23,14 @@ logger = logging.getLogger("dse.benchmark")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
     cli.add_task_flags(parser)
     add("--output", default="", help="JSON file for the results")
-    add(
-        "--batch_size",
-        type=cli.whole_number(1),
-        default=16,
-        help="pairs per training step, sentences of padded inference",
-    )
+    per = "pairs per training step, sentences of padded inference"
+    add("--batch_size", type=cli.whole_number(1), default=16, help=per)
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=2, help="batches per update")
     add("--steps", type=cli.whole_number(2), default=8, help="batches per measurement, the same for every variant")
     add("--rounds", type=cli.whole_number(1), default=3, help="measurements of each variant, which take turns")
@@ -48,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what was asked for, print it, and write it where --output says."""
+    """Measure what was asked for, print it, and write it to --output."""
     # 1. Refuse what cannot work.
     task = get_task(args.task_name)
     check_sentence_pairs(task)
@@ -63,15 +59,13 @@ def run(args: argparse.Namespace) -> None:
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
 
-    # 2. Measure and tell.
+    # 2. Measure and report.
     import torch
 
     from dse.experiments import benchmarks, benchmarks_scoring
 
-    measures = {
-        "training": benchmarks.training, "inference": benchmarks.inference, "features": benchmarks.features,
-        "scoring": benchmarks_scoring.scoring,
-    }  # fmt: skip
+    measures = {"training": benchmarks.training, "inference": benchmarks.inference, "features": benchmarks.features,
+                "scoring": benchmarks_scoring.scoring}  # fmt: skip
     device = select_device(True, 0)
     seed_everything(args.random_seed)
     logger.info("%s of %s on %s, torch %s", args.what, task.name, describe_device(device), torch.__version__)
@@ -82,7 +76,4 @@ def run(args: argparse.Namespace) -> None:
         logger.info("written to %s", args.output)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)

@@ -1,8 +1,8 @@
-"""Make a student's folder of a checkpoint: loads without flags, from there or from the hub.
+"""Make a student's folder from a checkpoint: it loads without flags, from there or from the hub.
 
     python -m dse export --trainer_checkpoint CHECKPOINT --output FOLDER
 
-dse_train_runner.py --store_checkpoints makes one of the best epoch by itself: `best` beside the checkpoints.
+dse_train_runner.py --store_checkpoints makes one for the best epoch by itself: `best` beside the checkpoints.
 """
 
 import argparse
@@ -18,7 +18,7 @@ logger = logging.getLogger("dse.export")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     parser.add_argument("--trainer_checkpoint", required=True, help="a checkpoint of dse_train_runner.py")
     parser.add_argument("--output", required=True, help="the folder; an earlier student's is replaced")
@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """A checkpoint's student as a folder that loads."""
+    """Write a checkpoint's student as a folder that loads."""
     # 1. Refuse what cannot work.
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
     output = Path(args.output).resolve()
@@ -46,7 +46,4 @@ def run(args: argparse.Namespace) -> None:
     logger.info("student of %s, %s: %s", model.task.name, when, args.output)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)

@@ -2,7 +2,7 @@
 
     python -m dse index --model FOLDER --candidates FILE --output FOLDER
 
-A candidate is a line of a UTF-8 file, an empty line too; rows are numbered from 0 as they come.
+Each line of a UTF-8 file is a candidate, even an empty one; rows are numbered from 0 in file order.
 """
 
 import argparse
@@ -21,18 +21,14 @@ logger = logging.getLogger("dse.index")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
     add("--candidates", required=True, help="file with a candidate per line; - for standard input")
     add("--output", required=True, help="folder of the index; an earlier index there is replaced")
     add("--append", action="store_true", help="add to the index at --output instead")
-    add(
-        "--half",
-        action="store_true",
-        help="store with 16 bits: half the space, scores off by about 0.01 %% of the largest",
-    )
+    add("--half", action="store_true", help="use 16 bits: half the space, scores off by about 0.01 %% of the largest")
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -65,7 +61,4 @@ def run(args: argparse.Namespace) -> None:
         logger.info("%d candidates, embeddings of %d, %s: %s", len(index), index.width, dtype, args.output)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)

@@ -1,9 +1,10 @@
-"""Predict a task's test set with a teacher or a student, as GLUE's leaderboard takes it.
+"""Predict a task's test set with a teacher or a student, in the form that GLUE's leaderboard takes.
 
     python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
 
 Writes <output_dir>/MRPC.tsv (CoLA, SST-2, MRPC, QQP, STS-B, MNLI-m for mnli, MNLI-mm for mnli-mm, QNLI, RTE, WNLI, AX
-for diagnostic; a task of your own under its name): `index` from 0, and `prediction`, the label's name or a score.
+for diagnostic; a task of your own under its name), with a line per row of the test file, in its order: `index` from 0,
+and `prediction`, the label's name or a score.
 """
 
 import argparse
@@ -13,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from dse import cli
 from dse.data.processors import read_examples
 from dse.data.tasks import BINARY, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
-from dse.system.files import check_output_file
+from dse.system.files import check_output_file, write_text
 
 PROG = "python -m dse predict"
 GLUE_FILES = {
@@ -29,17 +32,14 @@ logger = logging.getLogger("dse.predict")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
     cli.add_task_flags(parser)
     add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
-    add(
-        "--threshold",
-        type=cli.threshold,
-        help="binary: the second label above this probability; not given: the model's own",
-    )
+    above = "binary: the second label above this probability; not given: the model's own"
+    add("--threshold", type=cli.threshold, help=above)
     cli.add_inference_flags(parser)
     return parser.parse_args(argv)
 
@@ -55,11 +55,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
     if args.threshold is not None and task.kind != BINARY:
         raise InputError(f"--threshold: {task.name} ({task.kind}) has none; leave it out")
-    # Every row must be answered: one that is skipped would shift the numbers of those after it.
+    # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
-    import numpy as np
-
-    from dse.experiments.predictions import answers, load_scorer, write_answers
+    from dse.experiments.predictions import answers, load_scorer
     from dse.training.metrics import tell_agreement
 
     # 2. Predict.
@@ -74,12 +72,10 @@ def run(args: argparse.Namespace) -> None:
         tell_agreement(task, outputs, np.array(rows.labels), "the model", "the file's labels", threshold)
 
     # 3. Write.
-    write_answers(path, predictions)
-    told = Counter(predictions).most_common() if task.labels else []
-    logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in told) or f"{len(rows)} scores")
+    lines = ["index\tprediction", *(f"{row}\t{prediction}" for row, prediction in enumerate(predictions))]
+    write_text(path, "\n".join(lines) + "\n")
+    counts = Counter(predictions).most_common() if task.labels else []
+    logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in counts) or f"{len(rows)} scores")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)

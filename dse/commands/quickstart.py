@@ -1,18 +1,24 @@
 """Run stages 2 to 5 on made-up data with a tiny BERT, offline, in about a minute.
 
-The scripts run through their own `main`, with the flags that stand in the log. The data is synthetic
-(dse/synthetic.py): the numbers show that the pipeline works, and nothing about real language.
+The scripts run through their own `main`, with the flags that the log shows. The data is synthetic
+(dse/experiments/synthetic.py): the numbers show that the pipeline works, and nothing about real language.
 """
 
 import argparse
 import logging
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 
+import dse_train_runner
+import finetune_bert
+import load_dse_checkpoint_example
+import run_distillation_logits_creator
 from dse import cli
+from dse.data.processors import read_examples
+from dse.data.tasks import get_task
 from dse.experiments.synthetic import write_pairs, write_tiny_bert
 from dse.system.files import check_writable
 
@@ -23,18 +29,14 @@ logger = logging.getLogger("dse.quickstart")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="outputs/quickstart", help="folder of everything that is made")
     return parser.parse_args(argv)
 
 
 def run_stages(folder: Path) -> Path:
-    """Stages 2 to 5; the student's best checkpoint."""
-    import dse_train_runner
-    import finetune_bert
-    import load_dse_checkpoint_example
-    import run_distillation_logits_creator
+    """Run stages 2 to 5. Returns the student's best checkpoint."""
     from dse.storage.checkpoint import Checkpoint
 
     def stage(script: Any, *flags: object) -> None:
@@ -67,12 +69,7 @@ def run_stages(folder: Path) -> Path:
 
 def rate_of(pairs: int, score: Callable[[], object]) -> float:
     """Pairs scored per second, best of a few repeats."""
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        score()
-        seconds.append(time.perf_counter() - started)
-    return pairs / min(seconds)
+    return pairs / min(repeat(score, number=1, repeat=REPEATS))
 
 
 def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | None]]:
@@ -80,8 +77,6 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     import torch
 
     from dse.data.features import joint_features, separate_features
-    from dse.data.processors import read_examples
-    from dse.data.tasks import get_task
     from dse.networks.batches import Batches, pad
     from dse.networks.inference import infer
     from dse.networks.teacher import load_teacher
@@ -114,24 +109,25 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Make data and BERT, run the stages, print the table."""
-    with cli.clear_errors(PROG):
-        args = parse_arguments(argv)
-        folder = Path(args.output_dir)
-        check_writable(folder, "--output_dir")
-        cli.set_up_logging()
-        write_pairs(folder / "data" / "train.tsv", TRAIN_PAIRS, seed=1)
-        write_pairs(folder / "data" / "dev.tsv", DEV_PAIRS, seed=2)
-        write_tiny_bert(folder / "tiny_bert", seed=3)
-        best = run_stages(folder)
-        print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
-        for name, accuracy, f1, rate in compare(folder, best):
-            print(f"{name:<16}{accuracy:>10.3f}{f1:>8.3f}{'-' if rate is None else f'{rate:,.0f}':>24}")
-        print(
-            "\nThe sentences are made up (dse/synthetic.py): this shows that the pipeline works, not how good it is."
-            "\nThe student's rate is for stored embeddings, each made once."
-            f"\n\ndata        {folder / 'data'}\nteacher     {folder / 'teacher'}"
-            f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
-            f"\nstudent     {best}\nlogs        {folder / 'logs'}"
-        )
+    folder = Path(args.output_dir)
+    check_writable(folder, "--output_dir")
+    cli.set_up_logging()
+    write_pairs(folder / "data" / "train.tsv", TRAIN_PAIRS, seed=1)
+    write_pairs(folder / "data" / "dev.tsv", DEV_PAIRS, seed=2)
+    write_tiny_bert(folder / "tiny_bert", seed=3)
+    best = run_stages(folder)
+    print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
+    for name, accuracy, f1, rate in compare(folder, best):
+        print(f"{name:<16}{accuracy:>10.3f}{f1:>8.3f}{'-' if rate is None else f'{rate:,.0f}':>24}")
+    print(
+        "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that the pipeline works, not how good "
+        "it is.\nThe student's rate is for stored embeddings, each made once."
+        f"\n\ndata        {folder / 'data'}\nteacher     {folder / 'teacher'}"
+        f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
+        f"\nstudent     {best}\nlogs        {folder / 'logs'}"
+    )
+
+
+main = cli.program(PROG, parse_arguments, run)

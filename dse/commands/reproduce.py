@@ -2,24 +2,24 @@
 
     python -m dse reproduce --preset small --data_dir glue_data --bert_model M --output_dir results
 
-Runs the scripts for each task and seed and writes results.json, results.md and, once all in them is done and where
-matplotlib is installed, plots to --output_dir. What is done there and sound is skipped, so it can be stopped and called
-again.
+Runs the scripts for each task and seed and writes results.json, results.md and, once all is done and if matplotlib is
+installed, plots to --output_dir. It skips what is done there and sound, so it can be stopped and called again.
 """
 
 import argparse
+import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dse import cli
 from dse.data.tasks import TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction
-from dse.experiments.reproduction import PRESETS, STAGES, Encoder, Experiment, seconds_left
-from dse.experiments.results import can_plot, collect, write_results
+from dse.experiments.presets import OPTIONAL, PRESETS, STAGES
+from dse.experiments.reproduction import Encoder, Experiment, Left
 from dse.networks.config import check_fits_bert
 from dse.networks.pretrained import bert_config, bert_hashes, find_bert
 from dse.system import parallel, signals
@@ -33,22 +33,19 @@ logger = logging.getLogger("dse.reproduce")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags, and `command`: the line that was typed. Exits with code 2 and one line if a flag is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--preset", choices=("small", "large"), default="small", help="small: hours on 2 cores; large: the paper's")
+    add("--preset", choices=PRESETS, default="small", help="small: hours on 2 cores; large: the paper's")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
     add("--bert_model", default=cli.DEFAULT_BERT, help="pre-trained encoder: hub name or folder")
     add("--output_dir", default="results", help="where everything goes, and is found again")
-    add("--tasks", type=comma_list, help="e.g. mrpc,sts-b; not given: the preset's")
+    words = "e.g. mrpc,sts-b; not given: the preset's"
+    add("--tasks", type=lambda text: [word for word in text.split(",") if word], help=words)
     add("--seeds", type=fixed_seed, nargs="+", help="for every task; not given: the preset's")
     cli.add_call_flag(parser)
+    parser.set_defaults(command=shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)]))
     return parser.parse_args(argv)
-
-
-def comma_list(text: str) -> list[str]:
-    """A flag's type: words with commas between them."""
-    return [word for word in text.split(",") if word]
 
 
 def fixed_seed(text: str) -> int:
@@ -60,7 +57,7 @@ def fixed_seed(text: str) -> int:
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
-    """Each task with each of its seeds. Raises InputError for what cannot be meant."""
+    """Each task with each of its seeds. Raises InputError for flags that make no sense."""
     preset = PRESETS[args.preset]
     names = list(preset.seeds) if args.tasks is None else args.tasks
     unknown = [name for name in names if name.lower() not in TASKS]
@@ -81,27 +78,30 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
     strangers = set(called) - set(TASKS)
     shown = {dict(args.call).get(name, name.upper()) for name in TASKS}  # of all, since the folder may hold others
     if strangers or len(set(called)) < len(called) or len(shown) < len(TASKS):
-        raise InputError(f"--call: {', '.join(strangers) or 'a name'} is no task, or stands there twice")
+        raise InputError(f"--call: {', '.join(strangers) or 'a name'} is not a task, or is given twice")
     return found
 
 
-def make_works(args: argparse.Namespace) -> list[Experiment]:
-    """Every task with every seed, refusing what cannot work."""
-    pairs, preset = chosen(args), PRESETS[args.preset]
-    folder = find_bert(args.bert_model, "--bert_model")
-    bert = bert_config(folder, "--bert_model")
+def read_encoder(args: argparse.Namespace) -> Encoder:
+    """The encoder of --bert_model. Raises InputError if it is too small for the preset."""
+    preset, folder = PRESETS[args.preset], find_bert(args.bert_model, "--bert_model")
     try:
-        check_fits_bert(bert, reproduction.MAX_SEQ_LENGTH, preset.top_layers)
+        check_fits_bert(bert_config(folder, "--bert_model"), preset.max_seq_length, preset.top_layers)
     except InputError as error:
-        needs = f"{reproduction.MAX_SEQ_LENGTH} positions and {preset.top_layers} layers"
+        needs = f"{preset.max_seq_length} positions and {preset.top_layers} layers"
         raise InputError(f"--bert_model: {folder} has less than the preset {args.preset} needs, {needs}") from error
     lower_case = saved_casing(folder, "--bert_model") is not False
     tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
-    encoder = Encoder(folder.resolve(), {**bert_hashes(folder), "tokenizer": tokenizer_key(tokenizer)}, lower_case)
+    return Encoder(folder.resolve(), {**bert_hashes(folder), "tokenizer": tokenizer_key(tokenizer)}, lower_case)
+
+
+def make_works(args: argparse.Namespace) -> list[Experiment]:
+    """Every task with every seed. Raises InputError for what cannot work."""
+    pairs, preset, encoder = chosen(args), PRESETS[args.preset], read_encoder(args)
     stages = list(STAGES)
     if not reproduction.has_sentence_transformers():
-        stages.remove("sentence_bert")
-        logger.warning("Sentence-BERT is left out: pip install sentence-transformers, and call this again, for its row")
+        stages = [stage for stage in stages if stage not in OPTIONAL]
+        logger.warning("Sentence-BERT is left out; for its row, pip install sentence-transformers and run this again")
     works = []
     for task, seed in pairs:
         place = Path(args.output_dir) / f"{task.name}_seed{seed}"
@@ -111,52 +111,11 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
     return works
 
 
-def run(args: argparse.Namespace, command: str) -> None:
-    """Do the stages that are left; `command` is the line that was typed, for the tables."""
-    # 1. Refuse what cannot work, and read the data, before any work.
-    if parallel.launched():
-        raise InputError("torchrun: this command runs its stages in one process; run the scripts themselves with it")
-    check_writable(args.output_dir, "--output_dir")
-    cli.set_up_logging()
-    works = make_works(args)
-    if not can_plot():
-        logger.warning("no plots: pip install matplotlib, and call this again, for them")
-
-    # 2. What is left, stage by stage; the results so far after each.
-    def write(left: list[tuple[Experiment, str]]) -> tuple[dict[str, list[str]], bool]:
-        about = {"command": command, "preset": args.preset}
-        results = collect(Path(args.output_dir), works, left, dict(args.call), about)
-        return results["missing"], write_results(results, Path(args.output_dir))
-
-    left = [(work, stage) for work in works for stage in work.left()]
-    for work in works:
-        for stage in set(work.stages) - {stage for other, stage in left if other is work}:
-            work.tidy(stage)  # where a kill came before it
-    for done, (work, stage) in enumerate(left):
-        if stage not in work.left():  # what it was made from was made again, to the same bits
-            continue
-        logger.info(
-            "%d of %d stages left, about %s; now: %s of %s with seed %d",
-            len(left) - done, sum(len(work.stages) for work in works), duration(seconds_left(works, left[done:])),
-            stage, work.task.name, work.seed,
-        )  # fmt: skip
-        do(work, stage)
-        write(left[done + 1 :])
-
-    # 3. The tables.
-    missing, drawn = write([])
-    print(f"\n{(Path(args.output_dir) / 'results.md').read_text(encoding='utf-8')}")
-    for name, stages in missing.items():
-        logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds goes on with it",
-                       Path(args.output_dir) / name, ", ".join(stages))  # fmt: skip
-    logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", args.output_dir)
-
-
-def do(work: Experiment, stage: str) -> None:
-    """Do a stage; what ends it early is told in this command's terms, since a script's advice names its own flags."""
-    place = work.folder / stage
+@contextlib.contextmanager
+def own_advice(place: Path) -> Iterator[None]:
+    """Tell what ends a stage early in this command's terms, since a script's advice names its own flags."""
     try:
-        work.do(stage)
+        yield
     except signals.Stopped as stop:
         stop.advice = f"{place} is not done: {GOES_ON}"
         raise
@@ -167,7 +126,50 @@ def do(work: Experiment, stage: str) -> None:
         raise RunError(f"{place} is not done ({error}): {GOES_ON}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the comparison; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv), shlex.join([*PROG.split(), *(sys.argv[2:] if argv is None else argv)]))
+def run(args: argparse.Namespace) -> None:
+    """Do the stages that are left, and write the tables after each."""
+    # 1. Refuse what cannot work, and read the data, before any work.
+    if parallel.launched():
+        raise InputError("torchrun: this command runs its stages in one process; run the scripts themselves with it")
+    output_dir = Path(args.output_dir)
+    check_writable(output_dir, "--output_dir")
+    cli.set_up_logging()
+    works = make_works(args)
+    from dse.experiments import results, stages
+
+    if not results.can_plot():
+        logger.warning("no plots; for them, pip install matplotlib and run this again")
+
+    # 2. What is left, stage by stage; the results so far after each.
+    def write(left: Left) -> tuple[dict[str, list[str]], bool]:
+        about = {"command": args.command, "preset": args.preset}
+        found = results.collect(output_dir, works, left, dict(args.call), about)
+        return found["missing"], results.write_results(found, output_dir)
+
+    left = [(work, stage) for work in works for stage in work.left()]
+    for work in works:
+        for stage in work.stages:
+            if (work, stage) not in left:
+                stages.tidy(work, stage)  # in case a kill came before it
+    for done, (work, stage) in enumerate(left):
+        if stage not in work.left():  # what it was made from was made again, to the same bits
+            continue
+        logger.info(
+            "%d of %d stages left, about %s; now: %s of %s with seed %d",
+            len(left) - done, sum(len(work.stages) for work in works),
+            duration(reproduction.seconds_left(works, left[done:])), stage, work.task.name, work.seed,
+        )  # fmt: skip
+        with own_advice(work.folder / stage):
+            stages.do(work, stage)
+        write(left[done + 1 :])
+
+    # 3. The tables.
+    missing, drawn = write([])
+    print(f"\n{(output_dir / 'results.md').read_text(encoding='utf-8')}")
+    for name, lacking in missing.items():
+        logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds goes on with it",
+                       output_dir / name, ", ".join(lacking))  # fmt: skip
+    logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", output_dir)
+
+
+main = cli.program(PROG, parse_arguments, run)

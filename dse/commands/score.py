@@ -2,10 +2,10 @@
 
     python -m dse score --model FOLDER --queries FILE --candidates FILE_OR_INDEX --top_k 10 --output FILE
 
-A query or candidate is a line of a UTF-8 file, an empty line too. The output has a row per query and hit, best first:
-query_row and row count lines from 0, rank counts from 1, score is the log-odds of the rank label, whose probability is
-sigmoid(score), or the score of a regression. TSV, in which a tab or line end in a text becomes a space, or JSON lines,
-which keep texts as they are.
+Each line of a UTF-8 file is a query or candidate, even an empty one. The output has a row per query and hit, best
+first: query_row and row count lines from 0, and rank counts from 1. The score is the log-odds of the rank label, whose
+probability is sigmoid(score), or the score of a regression. In TSV, a tab or line end in a text becomes a space; JSON
+lines keep texts as they are.
 """
 
 import argparse
@@ -31,17 +31,15 @@ logger = logging.getLogger("dse.score")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; exits with code 2 and one line for those that cannot be."""
+    """The flags. Exits with code 2 and one line if one is wrong."""
     parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
     add("--queries", required=True, help="file with a query per line; - for standard input")
     add("--candidates", required=True, help="file with a candidate per line (- for standard input), or an index")
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
-    add(
-        "--rank_label",
-        help="label whose probability ranks (not given: the task's own, entailment, or a binary task's second)",
-    )
+    own = "the task's own, entailment, or a binary task's second"
+    add("--rank_label", help=f"label whose probability ranks (not given: {own})")
     add("--output", default="-", help="file; - for standard output")
     add("--format", choices=("tsv", "jsonl"), help="not given: jsonl for such a name, else tsv")
     cli.add_inference_flags(parser)
@@ -76,7 +74,7 @@ def write_hits(file: TextIO, queries: list[str], found: list[list[Any]], as_json
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score queries against candidates, and write the best of each."""
+    """Score queries against candidates, and write each query's best."""
     # 1. Refuse what cannot work.
     if args.queries == args.candidates == "-":
         raise InputError("--candidates: standard input can be read once; give --queries or --candidates as a file")
@@ -110,7 +108,4 @@ def run(args: argparse.Namespace) -> None:
         write_hits(file, queries, found, as_json)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)

@@ -1,7 +1,7 @@
 """The Sentence-BERT way to a fast pair scorer, with sentence-transformers: the row that a student is compared with.
 
-    binary       OnlineContrastiveLoss, a pair's score is the cosine of its two embeddings
-    regression   CosineSimilarityLoss on scores brought to [0, 1], the score is the cosine
+    binary       OnlineContrastiveLoss; a pair's score is the cosine of its two embeddings
+    regression   CosineSimilarityLoss on scores scaled to [0, 1]; the score is the cosine
     multiclass   SoftmaxLoss: a linear layer on [u, v, |u - v|]
 
 Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; the losses are the ones that
@@ -9,7 +9,7 @@ sentence-transformers' own examples use for such data). AdamW with linear warm-u
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,38 +18,28 @@ from tqdm import tqdm
 
 from dse.data.processors import Examples
 from dse.data.tasks import BINARY, REGRESSION, Task
+from dse.experiments.presets import SENTENCE_BERT
 from dse.system.files import load_tensors, save_tensors
 from dse.training.epoch_plan import epoch_order
 from dse.training.optimization import NO_DECAY
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = SENTENCE_BERT.values()
+_STATEFUL = ("loss", "optimizer", "schedule")  # attributes of SentenceBert
 
 
-EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = 4, 32, 5e-5, 0.1, 0.01
-SETTINGS = {"epochs": EPOCHS, "pairs_per_update": PAIRS_PER_UPDATE, "rate": RATE, "warmup": WARMUP, "decay": DECAY}
-
-
-def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> "SentenceTransformer":
-    """The same encoder with mean pooling in sentence-transformers (tried with 6.2), which must be installed."""
+def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> Any:
+    """A SentenceTransformer: the same encoder with mean pooling. Needs sentence-transformers (tried with 6.2)."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     encoder = Transformer(str(bert_folder), max_seq_length=max_seq_length)
-    return SentenceTransformer(
-        modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")], device=device
-    )
+    pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
+    return SentenceTransformer(modules=[encoder, pooling], device=device)
 
 
 class SentenceBert:
-    """An encoder and its loss, trained on a task's pairs.
-
-    Args:
-        bert_folder: the pre-trained encoder.
-        task: of pairs.
-        max_seq_length: token ids per sentence.
-        seed: of the order of the rows, dropout and SoftmaxLoss's layer.
-        device: where it is trained.
+    """An encoder and its loss, trained on a task's pairs; `seed` decides the order of the rows, dropout and the layer
+    of SoftmaxLoss.
     """
 
     def __init__(self, bert_folder: Path, task: Task, max_seq_length: int, seed: int, device: torch.device) -> None:
@@ -63,12 +53,11 @@ class SentenceBert:
         elif task.kind == REGRESSION:
             self.loss = losses.CosineSimilarityLoss(self.model)
         else:
-            size = self.model.get_embedding_dimension()
-            self.loss = losses.SoftmaxLoss(self.model, size, len(task.labels))
+            self.loss = losses.SoftmaxLoss(self.model, self.model.get_embedding_dimension(), len(task.labels))
         self.loss.to(device)
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
-        """Make the optimizer and its schedule, for so many pairs and epochs."""
+        """Make the optimizer and its schedule for this number of pairs and epochs."""
         groups: dict[float, list[nn.Parameter]] = {DECAY: [], 0.0: []}
         for name, parameter in self.loss.named_parameters():
             groups[0.0 if any(part in name for part in NO_DECAY) else DECAY].append(parameter)
@@ -87,20 +76,20 @@ class SentenceBert:
         return self.schedule.get_last_lr()[0]
 
     def save(self, path: Path, history: list[dict[str, Any]]) -> None:
-        """Write the state after an epoch, and the epochs' records."""
-        parts = {name: getattr(self, name).state_dict() for name in ("loss", "optimizer", "schedule")}
+        """Write the state after an epoch, and the records of all epochs."""
+        parts = {name: getattr(self, name).state_dict() for name in _STATEFUL}
         save_tensors(path, {**parts, "rng": torch.get_rng_state(), "history": history})
 
     def load(self, path: Path) -> list[dict[str, Any]]:
-        """Go on from what `save` wrote; the epochs' records. Raises InputError for a spoiled file."""
+        """Restore what `save` wrote, and return the epochs' records. Raises InputError for a spoiled file."""
         state = load_tensors(path, f"{path} is spoiled: remove it, and the training of Sentence-BERT begins again")
-        for name in ("loss", "optimizer", "schedule"):
+        for name in _STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         return state["history"]
 
     def train_epoch(self, examples: Examples, epoch: int) -> float:
-        """One pass over all pairs in random order; the mean loss of its updates."""
+        """Train on all pairs once, in random order. Returns the mean loss of the updates."""
         from sentence_transformers import util
 
         self.loss.train()

@@ -1,13 +1,12 @@
 """Measuring side by side: the same work laid out in several ways, beside the machine's own matrix products.
 
-Variants take turns, round after round, and each one's fastest round counts: what else the machine does then hits all
-of them. Useful work is that of real tokens in the encoder's layers, whatever is computed on padding:
+Variants take turns, round after round, and each one's fastest round counts, so other work on the machine hits all of
+them alike. Useful work is that of real tokens in the encoder's layers, not what is computed on padding:
 
     FLOP = 2 x parameters of the layers x tokens, and in training 3 times that (forward, and two products backward)
 """
 
 import argparse
-import importlib.util
 import logging
 import tempfile
 import time
@@ -24,6 +23,7 @@ from dse.data.features import cached_features, in_batches, joint_features, separ
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
 from dse.experiments.baselines import sentence_transformer
+from dse.experiments.reproduction import has_sentence_transformers
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import TOKENS_PER_STEP, embed_texts
@@ -54,24 +54,23 @@ class Given:
 
 def take_turns(
     variants: dict[str, Callable[[], object]], rounds: int, peak: Callable[[], float] = lambda: 0.0
-) -> tuple[dict[str, dict[str, float]], float]:
-    """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest of `peak`, in turn too.
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest value of `peak`, which
+    takes its turns with them.
 
-    Each variant runs once before, unmeasured. A quick one runs several times a round, up to five, about as long as the
-    slowest, so that each has the same chance of a quiet moment.
+    Each variant first runs once unmeasured. A quick one runs up to five times a round, about as long as the slowest, so
+    that each has the same chance of a quiet moment.
     """
     once = {name: _seconds(run) for name, run in variants.items()}
     repeats = {name: min(5, max(1, round(max(once.values()) / seconds))) for name, seconds in once.items()}
-    results = {name: {"seconds": float("inf"), "peak_memory_mib": 0.0} for name in variants}
-    highest = 0.0
+    fastest, memory, highest = dict.fromkeys(variants, float("inf")), dict.fromkeys(variants, 0.0), 0.0
     for _ in range(rounds):
         highest = max(highest, peak())
         for name, run in variants.items():
             forget_peak_memory()
-            result = results[name]
-            result["seconds"] = min(result["seconds"], *(_seconds(run) for _ in range(repeats[name])))
-            result["peak_memory_mib"] = max(result["peak_memory_mib"], peak_memory())
-    return results, highest
+            fastest[name] = min(fastest[name], *(_seconds(run) for _ in range(repeats[name])))
+            memory[name] = max(memory[name], peak_memory())
+    return fastest, memory, highest
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -80,20 +79,15 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def layer_parameters(encoder: nn.Module) -> int:
-    """Parameters of the encoder's layers: what useful work is counted by."""
-    return sum(parameter.numel() for parameter in encoder.parameters())
-
-
-def useful_gflops(encoder: nn.Module, tokens: int, seconds: float, training: bool) -> float:
-    """Useful GFLOP a second."""
-    return (6 if training else 2) * layer_parameters(encoder) * tokens / seconds / 1e9
+def useful_gflop(encoder: nn.Module, tokens: int, training: bool) -> float:
+    """The useful work of the encoder's layers on `tokens` tokens, GFLOP."""
+    return (6 if training else 2) * sum(parameter.numel() for parameter in encoder.parameters()) * tokens / 1e9
 
 
 def matmul_peak(bert: dict[str, Any], tokens: int, training: bool) -> float:
     """GFLOP a second of a layer's matrix products alone, at `tokens` rows: forward and, in training, backward.
 
-    Each product's best of five, and their rates weighted by the time that they take in a layer.
+    The best of five of each product, weighted by the time that it takes in a layer.
     """
     hidden, inner = bert["hidden_size"], bert["intermediate_size"]
     seconds = flops = 0.0
@@ -121,49 +115,22 @@ def _product_seconds(a: Tensor, b: Tensor) -> float:
     return best
 
 
-def sentence_transformer_steps(
-    model: Any, pairs: list[tuple[list[str], list[str], Tensor]], accumulation_steps: int
-) -> Callable[[], None]:
-    """Training steps on batches of (first texts, second texts, scores): cosine-similarity loss, AdamW.
-
-    The texts are tokenized beforehand, so that its tokenizer's time does not count.
-    """
-    from sentence_transformers import util
-    from sentence_transformers.sentence_transformer import losses
-
-    loss = losses.CosineSimilarityLoss(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
-    batches = [([util.batch_to_device(model.preprocess(side), model.device) for side in sides], labels)
-               for *sides, labels in pairs]  # fmt: skip
-
-    def run() -> None:
-        model.train()
-        for i, (features, labels) in enumerate(batches):
-            (loss([dict(side) for side in features], labels) / accumulation_steps).backward()
-            if (i + 1) % accumulation_steps == 0:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
 def report(
-    title: str,
-    results: dict[str, dict[str, float]],
-    rates: dict[str, float],
-    peak: float,
-    of_theirs: dict[str, float] | None,
+    title: str, seconds: dict[str, float], memory: dict[str, float], peak: float, gflop: dict[str, float]
 ) -> dict[str, Any]:
-    """Print one table of useful rates; what the JSON says of it."""
-    beside = {}
+    """Print one table of useful rates, and return what the JSON says of it.
+
+    Args:
+        seconds, memory, peak: of `take_turns`, by padding, with "theirs" if sentence-transformers is measured too.
+        gflop: useful work, by padding.
+    """
+    rates, beside = {name: work / seconds[name] for name, work in gflop.items()}, {}
     print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
     for name, rate in rates.items():
-        ratio = f"{rates['packed'] / rate:.2f}x"
-        memory = f"{results[name]['peak_memory_mib']:,.0f} MiB"
-        print(f"{PADDINGS[name]:<28}{rate:>16.1f}{rate / peak:>13.0%}{ratio:>9}{memory:>14}")
-    if of_theirs is not None:
-        beside["ratio_to_sentence_transformers"] = of_theirs["seconds"] / results["packed"]["seconds"]
+        ratio, used = f"{rates['packed'] / rate:.2f}x", f"{memory[name]:,.0f} MiB"
+        print(f"{PADDINGS[name]:<28}{rate:>16.1f}{rate / peak:>13.0%}{ratio:>9}{used:>14}")
+    if "theirs" in seconds:
+        beside["ratio_to_sentence_transformers"] = seconds["theirs"] / seconds["packed"]
         print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{beside['ratio_to_sentence_transformers']:>8.2f}x")
     print(f"{'matrix products alone':<28}{peak:>16.1f}")
     return {
@@ -173,7 +140,7 @@ def report(
         "fraction_of_matmul_peak": rates["packed"] / peak,
         "matmul_peak_gflops": peak,
         "useful_gflops": rates,
-        "peak_memory_mib": {name: result["peak_memory_mib"] for name, result in results.items()},
+        "peak_memory_mib": {name: memory[name] for name in gflop},
     }
 
 
@@ -198,17 +165,12 @@ def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
             lambda logits, rows: kind_of(task).teacher_loss(logits, labels[rows]),
         ),
     }  # fmt: skip
-    theirs = None
-    if importlib.util.find_spec("sentence_transformers"):
-        theirs = sentence_transformer_training(args, given, examples)
-    return {
-        role: train_role(args, given, role, *parts, theirs if role == "student" else None)
-        for role, parts in roles.items()
-    }
+    others = {"student": their_training(args, given, examples)} if has_sentence_transformers() else {}
+    return {role: train_role(args, given, role, *parts, others.get(role)) for role, parts in roles.items()}
 
 
 def first_batches(args: argparse.Namespace, pairs: int) -> list[np.ndarray]:
-    """The batches with which training of that seed begins."""
+    """The batches with which a training with this seed begins."""
     return in_batches(epoch_order(pairs, args.random_seed, 0), args.batch_size)[: args.steps]
 
 
@@ -216,7 +178,7 @@ def train_role(
     args: argparse.Namespace, given: Given, role: str, model: Any, bert: Any, features: Any, tokens: Any,
     loss: Any, theirs: Callable[[], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time the Trainer's own batches and updates of a student or a teacher with each padding, and `theirs`."""
+    """Time a student's or teacher's training on the Trainer's own batches with each padding, and `theirs`."""
     plan = EpochPlan(
         Batches(features, "packed", args.max_seq_length), args.batch_size, args.gradient_accumulation_steps,
         args.random_seed,
@@ -227,7 +189,7 @@ def train_role(
     batches = first_batches(args, len(features))
 
     def steps_with(padding: str) -> Any:
-        """Training on all batches once, padded so."""
+        """Training on all batches once, with this padding."""
 
         def run() -> None:
             plan.batches.padding = padding
@@ -244,30 +206,46 @@ def train_role(
     passes = sum(len(plan.passes(group)) for group in in_batches(batches, args.gradient_accumulation_steps))
     per_pass = round(count / passes)
     variants = {padding: steps_with(padding) for padding in PADDINGS} | ({"theirs": theirs} if theirs else {})
-    results, peak = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))
-    of_theirs = results.pop("theirs", None)
-    rates = {name: useful_gflops(bert.encoder, count, result["seconds"], True) for name, result in results.items()}
-    seconds = {padding: result["seconds"] / len(batches) for padding, result in results.items()}
+    turns = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))
+    gflop = dict.fromkeys(PADDINGS, useful_gflop(bert.encoder, count, training=True))
     return {
-        **report(f"{role} training", results, rates, peak, of_theirs),
-        "seconds_per_step": seconds,
+        **report(f"{role} training", *turns, gflop),
+        "seconds_per_step": {padding: turns[0][padding] / len(batches) for padding in PADDINGS},
         "tokens_per_step": count / len(batches),
         "tokens_per_packed_pass": per_pass,
     }
 
 
-def sentence_transformer_training(args: argparse.Namespace, given: Given, examples: Examples) -> Callable[[], None]:
-    """sentence-transformers on the student's batches."""
-    batches = first_batches(args, len(examples.first))
-    labels = torch.as_tensor(examples.labels).float()
-    scores = labels / max(1.0, float(labels.max()))
-    pairs = [([examples.first[i] for i in rows], [examples.second[i] for i in rows], scores[rows]) for rows in batches]
+def their_training(args: argparse.Namespace, given: Given, examples: Examples) -> Callable[[], None]:
+    """sentence-transformers' training on the student's batches: cosine-similarity loss, AdamW.
+
+    The texts are tokenized beforehand, so its tokenizer's time does not count.
+    """
+    from sentence_transformers import util
+    from sentence_transformers.sentence_transformer import losses
+
     model = sentence_transformer(given.folder, args.max_seq_length)
-    return sentence_transformer_steps(model, pairs, args.gradient_accumulation_steps)
+    loss, optimizer = losses.CosineSimilarityLoss(model), torch.optim.AdamW(model.parameters(), lr=1e-9)
+    labels, batches = torch.as_tensor(examples.labels).float(), []
+    for rows in first_batches(args, len(examples)):
+        texts = ([side[i] for i in rows] for side in (examples.first, examples.second))
+        sides = [util.batch_to_device(model.preprocess(side), model.device) for side in texts]
+        batches.append((sides, labels[rows] / max(1.0, float(labels.max()))))
+
+    def run() -> None:
+        model.train()
+        for i, (sides, scores) in enumerate(batches):
+            (loss([dict(side) for side in sides], scores) / args.gradient_accumulation_steps).backward()
+            if (i + 1) % args.gradient_accumulation_steps == 0:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    return run
 
 
 def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
-    """Embeddings of the distinct sentences of the first pairs; padding to max_seq_length is measured on a part."""
+    """Embed the distinct sentences of the first pairs; padding to max_seq_length is measured on a part of them."""
     examples = read_examples(given.task, args.data_dir, "train")
     first, second = (side[: args.pairs] for side in (examples.first, examples.second))
     features = separate_features(given.task, Examples(first, second), given.tokenizer, args.max_seq_length)
@@ -289,18 +267,15 @@ def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
         embed_texts(model, Batches(features, "packed", args.max_seq_length), 10**6, cpu, "encode")
 
     variants = {"max": padded_with("max", part), "batch": padded_with("batch", in_file_order), "packed": packed}
-    if importlib.util.find_spec("sentence_transformers"):
+    if has_sentence_transformers():
         theirs = sentence_transformer(given.folder, args.max_seq_length)
         texts = list(dict.fromkeys([*first, *second]))
         variants["theirs"] = lambda: theirs.encode(texts, batch_size=32, show_progress_bar=False)
-    results, peak = take_turns(
-        variants, args.rounds, lambda: matmul_peak(given.bert, TOKENS_PER_STEP["cpu"], training=False)
-    )
-    of_theirs = results.pop("theirs", None)
+    turns = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, TOKENS_PER_STEP["cpu"], training=False))
     tokens = {"max": sum(int(lengths[texts].sum()) for texts in part), "batch": lengths.sum(), "packed": lengths.sum()}
     encoder = model.encoder.encoder
-    rates = {name: useful_gflops(encoder, int(tokens[name]), results[name]["seconds"], False) for name in results}
-    return report("inference", results, rates, peak, of_theirs)
+    gflop = {padding: useful_gflop(encoder, int(count), training=False) for padding, count in tokens.items()}
+    return report("inference", *turns, gflop)
 
 
 def features(args: argparse.Namespace, given: Given) -> dict[str, Any]:
@@ -318,11 +293,10 @@ def features(args: argparse.Namespace, given: Given) -> dict[str, Any]:
             )
             ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
             rate = texts / (ended - read)
-            print(
-                f"{start + ' start':<28}{read - started:>10.2f}{ended - read:>14.2f}{rate:>16,.0f}{memory:>12,.0f} MiB"
-            )
+            seconds = f"{read - started:>10.2f}{ended - read:>14.2f}"
+            print(f"{start + ' start':<28}{seconds}{rate:>16,.0f}{memory:>12,.0f} MiB")
             numbers |= {f"{start}_start_seconds": ended - started, f"{start}_start_memory_mib": memory}
             numbers.setdefault("texts_per_second", rate)  # of the first start
-            numbers |= {"pairs": len(examples.first), "texts": texts}
+            numbers |= {"pairs": len(examples), "texts": texts}
             del examples, made
     return numbers

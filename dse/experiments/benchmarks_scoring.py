@@ -1,8 +1,8 @@
 """Measuring what the student is for: one query against very many stored candidates.
 
-The same query and candidates, in one run: the cross-encoder, which reads every pair (measured on a part, per pair);
-the head on concatenated blocks of stored embeddings, as in training; and the index. Each takes turns with the others,
-and its fastest turn counts. Embedding the candidates happens once and is told apart.
+One run has the same query and candidates for the cross-encoder, which reads every pair (measured on a part, per pair);
+for the head on concatenated blocks of stored embeddings, as in training; and for the index. They take turns, and the
+fastest turn of each counts. Embedding the candidates happens once and is reported apart.
 """
 
 import argparse
@@ -58,21 +58,24 @@ def repeated(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterat
         yield embeddings[:some], sentences[:some]
 
 
-class _Watch(threading.Thread):
-    """The most anonymous memory above that at the start, MiB, looked at every few milliseconds."""
+def memory_above(run: Callable[[], object]) -> float:
+    """The most anonymous memory that `run` takes above that at its start, MiB, looked at every few milliseconds."""
+    before, done, found = anonymous_memory(), threading.Event(), [0.0]
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.before, self.most, self.done = anonymous_memory(), 0.0, threading.Event()
+    def look() -> None:
+        while not done.wait(0.003):
+            found.append(anonymous_memory() - before)
 
-    def run(self) -> None:
-        """Look until `done` is set."""
-        while not self.done.wait(0.003):
-            self.most = max(self.most, anonymous_memory() - self.before)
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    run()
+    done.set()
+    watch.join()
+    return max(found)
 
 
 def student_of(args: argparse.Namespace, given: Given) -> DSESiameseClassifier:
-    """The student of --model, or an untrained one of the architecture flags, which takes as long."""
+    """The student of --model, or an untrained one with the architecture flags, which takes as long."""
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
         if model.task != given.task:
@@ -96,21 +99,18 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     print(f"\n{'candidates':>10}  {'way':<16}{'seconds':>12}{'pairs a second':>17}{'ours is':>10}{'memory above':>15}")
     with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
         for count in args.candidates:
-            index = CandidateIndex.from_embeddings(
-                model, repeated(embeddings, sentences, count), Path(folder) / str(count)
-            )
+            candidates, place = repeated(embeddings, sentences, count), Path(folder) / str(count)
+            index = CandidateIndex.from_embeddings(model, candidates, place)
             numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
             if index.model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
                 numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
                 halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
-                numbers["max_relative_difference_float16"] = relative_difference(
-                    halved.score(query), index.score(query)
-                )
+                half = relative_difference(halved.score(query), index.score(query))
+                numbers["max_relative_difference_float16"] = half
     numbers |= numbers["candidates"][max(args.candidates)]
     if args.plot:
         plot(numbers, Path(args.plot))
-    half = numbers["max_relative_difference_float16"]
     print(f"vectors stored in 16 bits: largest difference of scores / largest score {half:.1e}")
     print(f"embedding a candidate, once: {each * 1000:.2f} ms, {each * 100_000:,.0f} s per 100,000")
     return numbers
@@ -126,7 +126,7 @@ def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, se
     def read() -> None:
         infer(bert, batches, 10**6, torch.device("cpu"), "teacher")
 
-    seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]["seconds"]
+    seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]
     logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
     return seconds / len(some)
 
@@ -139,38 +139,25 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
 def one_size(
     args: argparse.Namespace, model: DSESiameseClassifier, index: CandidateIndex, query: str, per_pair: float
 ) -> dict[str, Any]:
-    """The rows of one number of candidates."""
-    count = len(index)
-    u = model.encode(query, convert_to="tensor")
-    naive, ours = naive_scores(model, u, index), index.score(query)  # warm, and every block compared with its sum
-    naive = rank_scores(torch.from_numpy(naive), model.task).numpy()
-    difference = relative_difference(ours, naive)
+    """Measure one number of candidates: print its rows, and return its numbers."""
+
+    def naive() -> np.ndarray:
+        return naive_scores(model, model.encode(query, convert_to="tensor"), index)
+
+    count, memory = len(index), {}
+    expected = rank_scores(torch.from_numpy(naive()), model.task).numpy()
+    difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
-    memory: dict[str, float] = {}
 
     def remembered(name: str, run: Callable[[], object]) -> Callable[[], None]:
-        """`run`, which also writes down the most memory that it took."""
+        """`run`, which also records the most memory that it took."""
+        return lambda: memory.update({name: max(memory.get(name, 0.0), memory_above(run))})
 
-        def call() -> None:
-            watch = _Watch()
-            watch.start()
-            run()
-            watch.done.set()
-            watch.join()
-            memory[name] = max(memory.get(name, 0.0), watch.most)
-
-        return call
-
-    variants = {
-        NAIVE: remembered(NAIVE, lambda: naive_scores(model, model.encode(query, convert_to="tensor"), index)),
-        OURS: remembered(OURS, lambda: index.search(query, 10)),
-    }
-    results, _ = take_turns(variants, args.rounds)
-    seconds = {name: result["seconds"] for name, result in results.items()}
-    # Fewer times, as it takes 64 times as long.
-    results, _ = take_turns({"many": remembered("many", lambda: index.search(many, 10))}, min(2, args.rounds))
-    seconds["many"] = results["many"]["seconds"] / len(many)
-    seconds[TEACHER] = per_pair * count
+    variants = {NAIVE: remembered(NAIVE, naive), OURS: remembered(OURS, lambda: index.search(query, 10))}
+    seconds, *_ = take_turns(variants, args.rounds)
+    # In fewer rounds, as it takes 64 times as long.
+    of_many, *_ = take_turns({"many": remembered("many", lambda: index.search(many, 10))}, min(2, args.rounds))
+    seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
     for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
         took = seconds[name]
         above = f"{memory[name]:,.0f} MiB" if name in memory else "-"
@@ -186,15 +173,15 @@ def one_size(
 
 
 def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -> float:
-    """Seconds of faiss's flat inner-product search for one query over those of ours (dot head)."""
+    """The ratio of seconds for one query: faiss's flat inner-product search to ours (dot head)."""
     import faiss
 
     flat = faiss.IndexFlatIP(index.width)
     flat.add(np.ascontiguousarray(index.vectors(0, len(index)), dtype=np.float32))
     u = index.model.encode([query])
-    results, _ = take_turns({"faiss": lambda: flat.search(u, 10), OURS: lambda: index.search(query, 10)}, args.rounds)
-    ratio = results["faiss"]["seconds"] / results[OURS]["seconds"]
-    print(f"{len(index):>10,}  {'faiss, flat':<16}{results['faiss']['seconds']:>12.4f}{'':>17}{ratio:>9.1f}x")
+    seconds, *_ = take_turns({"faiss": lambda: flat.search(u, 10), OURS: lambda: index.search(query, 10)}, args.rounds)
+    ratio = seconds["faiss"] / seconds[OURS]
+    print(f"{len(index):>10,}  {'faiss, flat':<16}{seconds['faiss']:>12.4f}{'':>17}{ratio:>9.1f}x")
     return ratio
 
 

@@ -1,26 +1,25 @@
 """What a reproduction found, from the records of its stages: results.json, results.md and plots.
 
-Degradation is (teacher - student) / teacher; a task's is the mean over seeds, the average that over tasks. Spreads are
-standard deviations over seeds (n - 1), and there is none of a single seed. Differences are taken seed by seed. All
-columns of a row are means over the same seeds: one that lacks a column which others have is left out of the row.
+Degradation is (teacher - student) / teacher; a task's is the mean over its seeds, the average is that over tasks.
+Spreads are standard deviations over seeds (n - 1); a single seed has none. Differences are taken seed by seed. All
+columns of a row are means over the same seeds: a seed that lacks a column which others have is left out of the row.
 """
 
 import importlib.util
-import logging
 import math
 import platform
-from collections.abc import Callable, Sequence
 from operator import sub
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dse.data.tasks import TASKS, Task, get_task
-from dse.experiments.reproduction import OPTIONAL, STAGES, Experiment, headline, read_record
+import torch
+
+from dse.data.tasks import BINARY, REGRESSION, TASKS, Task, get_task
+from dse.experiments.presets import OPTIONAL, STAGES
+from dse.experiments.reproduction import Experiment, Left, read_record
 from dse.system.files import without_nan, write_json, write_text
 from dse.training.reporting import duration, markdown_table
-
-logger = logging.getLogger(__name__)
 
 PAPER = 0.046
 MODELS = {  # of the rows, by stage
@@ -35,40 +34,51 @@ TIMED = tuple(stage for stage in STAGES if stage != "rates")
 _WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, threshold of dev", "pearson": "Pearson",
           "spearman": "Spearman"}  # fmt: skip
 Spread = dict[str, Any]  # mean, sd (None of one), n
+Records = dict[str, dict[str, Any]]  # by stage, of those that are done
 
 
 def degradation(teacher: float, student: float) -> float | None:
-    """(teacher - student) / teacher; None of a teacher at 0."""
+    """(teacher - student) / teacher; None for a teacher at 0."""
     return None if teacher == 0 else (teacher - student) / teacher
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """Mean, standard deviation and number of values; None where there are none."""
-    if not values:
-        return None
-    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values)}
+_COMPARISONS = {  # by key: heading, the two models, whether dev chooses their thresholds, and how they are compared
+    "degradation": ("degradation", "teacher", "dse", False, degradation),
+    "dse_minus_labels_only": ("DSE - labels alone", "dse", "labels_only", True, sub),
+    "dse_minus_sentence_bert": ("DSE - Sentence-BERT", "dse", "sentence_bert", True, sub),
+}
+
+
+def headline(task: Task, tuned: bool = False) -> str:
+    """The metric that degradation is measured on: f1 for mrpc and qqp, Pearson for regressions, else accuracy.
+    `tuned` takes the one above the threshold chosen on dev, if there is one.
+    """
+    if task.kind == REGRESSION:
+        return "pearson"
+    name = "f1" if "f1" in task.metrics else "accuracy"
+    return f"tuned_{name}" if tuned and task.kind == BINARY else name
 
 
 def spreads(columns: dict[Any, list[float | None]]) -> tuple[dict[Any, Spread | None], set[int]]:
-    """Each column's spread over the seeds that all columns with any value have, and the places of the seeds left out.
+    """Each column's spread over the seeds that all non-empty columns have, and the places of the seeds left out.
 
-    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]})[0]["teacher"]["mean"]
-    0.5
+    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]})[0]["teacher"]
+    {'mean': 0.5, 'sd': None, 'n': 1}
     """
     found = [values for values in columns.values() if any(value is not None for value in values)]
     by_seed = list(zip(*found, strict=True))
-    whole = {place for place, values in enumerate(by_seed) if None not in values}
-    out = {place for place, values in enumerate(by_seed) if any(value is not None for value in values)} - whole
-    kept = {column: [values[place] for place in sorted(whole)] for column, values in columns.items()}
-    return {column: spread([each for each in values if each is not None]) for column, values in kept.items()}, out
+    whole = [place for place, values in enumerate(by_seed) if None not in values]
+    begun = {place for place, values in enumerate(by_seed) if any(value is not None for value in values)}
+
+    def spread(values: list[float | None]) -> Spread | None:
+        kept = [values[place] for place in whole if values[place] is not None]
+        return {"mean": mean(kept), "sd": stdev(kept) if len(kept) > 1 else None, "n": len(kept)} if kept else None
+
+    return {column: spread(values) for column, values in columns.items()}, begun - set(whole)
 
 
-def summarize_task(task: Task, by_seed: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The numbers of a task.
-
-    Args:
-        by_seed: the records of the stages that are done.
-    """
+def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
+    """The numbers of a task from the records of each seed."""
     seeds, left_out = list(by_seed.values()), set()
 
     def row(columns: dict[Any, list[float | None]]) -> dict[Any, Spread | None]:
@@ -77,39 +87,33 @@ def summarize_task(task: Task, by_seed: dict[int, dict[str, dict[str, Any]]]) ->
         return found
 
     def values(stage: str, split: str, name: str) -> list[float | None]:
-        return [of_seed.get(stage, {}).get("metrics", {}).get(split, {}).get(name) for of_seed in seeds]
+        return [records.get(stage, {}).get("metrics", {}).get(split, {}).get(name) for records in seeds]
 
-    def paired(one: str, other: str, split: str, name: str, compare: Callable[[float, float], Any]) -> list[Any]:
-        pairs = zip(values(one, split, name), values(other, split, name), strict=True)
+    def compared(key: str, split: str) -> list[float | None]:
+        _, one, other, tuned, compare = _COMPARISONS[key]
+        pairs = zip(*(values(stage, split, headline(task, tuned)) for stage in (one, other)), strict=True)
         return [None if None in pair else compare(*pair) for pair in pairs]
 
-    metrics = [record["metrics"] for of_seed in seeds for record in of_seed.values() if "metrics" in record]
+    metrics = [record["metrics"] for records in seeds for record in records.values() if "metrics" in record]
     names = {split: list(dict.fromkeys(name for each in metrics for name in each.get(split, {}))) for split in SPLITS}
-    plain, tuned = headline(task), headline(task, tuned=True)
-    comparisons = {"degradation": ("teacher", "dse", plain, degradation),
-                   "dse_minus_labels_only": ("dse", "labels_only", tuned, sub),
-                   "dse_minus_sentence_bert": ("dse", "sentence_bert", tuned, sub)}  # fmt: skip
-    compared = row({
-        (key, split): paired(one, other, split, name, compare)
-        for key, (one, other, name, compare) in comparisons.items() for split in SPLITS
-    })  # fmt: skip
-    done = {stage for of_seed in seeds for stage in of_seed if stage in MODELS}
+    comparisons = row({(key, split): compared(key, split) for key in _COMPARISONS for split in SPLITS})
+    done = {stage for records in seeds for stage in records if stage in MODELS}
     return {
         "task": task.name,
-        "metric": plain,
-        "metric_with_threshold_of_dev": tuned,
+        "metric": headline(task),
+        "metric_with_threshold_of_dev": headline(task, tuned=True),
         "table": {
             split: {name: row({stage: values(stage, split, name) for stage in MODELS}) for name in names[split]}
             for split in SPLITS
         },
-        **{key: {split: compared[key, split] for split in SPLITS} for key in comparisons},
+        **{key: {split: comparisons[key, split] for split in SPLITS} for key in _COMPARISONS},
         "minutes": row({
             stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds] for stage in TIMED
         }),
         "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in seeds if "rates" in seed), {}),
         "left_out": {  # seeds, of some rows, with the models that they lack
-            str(seed): [stage for stage in MODELS if stage in done - of_seed.keys()]
-            for place, (seed, of_seed) in enumerate(by_seed.items()) if place in left_out
+            str(seed): [stage for stage in MODELS if stage in done - records.keys()]
+            for place, (seed, records) in enumerate(by_seed.items()) if place in left_out
         },
     }  # fmt: skip
 
@@ -126,8 +130,7 @@ def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]
     runs = []
     for folder in sorted(output_dir.glob("*_seed*")):
         for stage in STAGES:
-            record = read_record(folder / f"{stage}.json")
-            if record is None:
+            if (record := read_record(folder / f"{stage}.json")) is None:
                 continue
             settings = record["settings"]
             flags = preset.flags(stage, get_task(settings["task"]))
@@ -138,9 +141,9 @@ def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]
 
 
 def missing_stages(
-    output_dir: Path, works: list[Experiment], left: list[tuple[Experiment, str]], runs: list[dict[str, Any]]
+    output_dir: Path, works: list[Experiment], left: Left, runs: list[dict[str, Any]]
 ) -> dict[str, list[str]]:
-    """What is not done, by the folder of its task and seed: what is `left` of this call, and of others, begun here."""
+    """What is not done, by the folder of its task and seed: what this call has `left`, and what others began here."""
     missing: dict[str, list[str]] = {}
     for work, stage in left:
         missing.setdefault(work.folder.name, []).append(stage)
@@ -148,7 +151,7 @@ def missing_stages(
     ours, shown = {work.folder.name for work in works}, {name for name, _ in done}
     for folder in sorted(output_dir.glob("*_seed*")):
         name = folder.name
-        # One that has records, and none in the tables, is of another preset or encoder.
+        # A folder with records of which none is in the tables belongs to another preset or encoder.
         begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any(folder.glob("*.json")))
         lacks = [stage for stage in STAGES if stage not in OPTIONAL and (name, stage) not in done]
         if begun and lacks and name not in ours:
@@ -157,29 +160,24 @@ def missing_stages(
 
 
 def collect(
-    output_dir: Path,
-    works: list[Experiment],
-    left: list[tuple[Experiment, str]],
-    names: dict[str, str],
-    about: dict[str, Any],
+    output_dir: Path, works: list[Experiment], left: Left, names: dict[str, str], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """All of results.json.
+    """All of results.json, from the records in `output_dir`.
 
     Args:
-        output_dir: of the records; stages that are not done are left out.
-        works: of this call.
-        left: their stages that are not done.
-        names: what tasks are called, if otherwise.
+        works, left: the experiments of this call, and their stages that are not done.
+        names: the names of tasks that are shown under another one.
         about: command and preset.
     """
     runs = read_runs(output_dir, works)
     missing = missing_stages(output_dir, works, left, runs)
-    by_task: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    by_task: dict[str, dict[int, Records]] = {}
     for run in runs:
         by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
     tasks = {
         names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
     }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return without_nan({
         "average_relative_degradation": average_degradation(tasks, "dev"),
         "average_relative_degradation_test": average_degradation(tasks, "test"),
@@ -187,27 +185,22 @@ def collect(
         **about,
         "complete": not missing,
         "missing": missing,
-        "machine": machine(),
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},  # of the last call
         "tasks": tasks,
         "runs": runs,
     })  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    """Where the command ran last."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
 def can_plot() -> bool:
-    """Is matplotlib, which only plots need, installed?"""
+    """Whether matplotlib, which only plots need, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_results(results: dict[str, Any], folder: Path) -> bool:
-    """results.json, results.md, and the plots where all is done and matplotlib installed; whether they were drawn."""
+    """Write results.json, results.md and, once all is done and if matplotlib is installed, the plots.
+
+    Returns whether the plots were drawn.
+    """
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", to_markdown(results))
     draws = results["complete"] and can_plot()
@@ -240,10 +233,10 @@ def to_markdown(results: dict[str, Any]) -> str:
         for split, metrics in task["table"].items()
         for metric, values in metrics.items()
     ]
+    differences = [key for key in _COMPARISONS if key != "degradation"]
     compared = [
         (name, *(show(task["degradation"][split], percent=True) for split in SPLITS),
-         *(signed(task[key][split]) for key in ("dse_minus_labels_only", "dse_minus_sentence_bert")
-           for split in SPLITS))
+         *(signed(task[key][split]) for key in differences for split in SPLITS))
         for name, task in tasks.items()
     ]  # fmt: skip
     averages = [results["average_relative_degradation"], results["average_relative_degradation_test"]]
@@ -255,13 +248,11 @@ def to_markdown(results: dict[str, Any]) -> str:
         (name, *("-" if task["minutes"][stage] is None else f"{task['minutes'][stage]['mean']:.1f}" for stage in TIMED))
         for name, task in tasks.items()
     ]
+    headings = [f"{heading}, {split}" for heading, *_ in _COMPARISONS.values() for split in SPLITS]
     return "\n\n".join([
         introduction(results),
         markdown_table(("task", "metric", *MODELS.values()), quality),
-        markdown_table(
-            ("task", *(f"degradation, {side}" for side in SPLITS), *(f"DSE - labels alone, {side}" for side in SPLITS),
-             *(f"DSE - Sentence-BERT, {side}" for side in SPLITS)), compared,
-        ),
+        markdown_table(("task", *headings), compared),
         markdown_table(("minutes per run", *(MODELS.get(stage, stage) for stage in TIMED)), minutes),
     ]) + "\n"  # fmt: skip
 
@@ -320,6 +311,6 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 
 
 def on_dev(metrics: dict[str, float], metric: str) -> float:
-    """A metric of an epoch's record: teachers, students and Sentence-BERT name it differently."""
+    """A metric of an epoch's record, which teachers, students and Sentence-BERT name differently."""
     names = (metric, f"{metric}_0.5", f"tuned_{metric}", {"accuracy": "acc"}.get(metric))
     return next(metrics[name] for name in names if name in metrics)

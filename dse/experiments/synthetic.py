@@ -1,8 +1,8 @@
-"""Made-up sentence pairs and a tiny untrained BERT: what quickstart and the tests run on, without any download.
+"""Made-up sentence pairs and a tiny untrained BERT: quickstart and the tests run on them, without any download.
 
-A sentence says who did what to what, where and when; each concept has several words, and a sentence has one of
-four forms. A pair is positive when both sentences say the same with words and form drawn anew, negative
-when two of the five concepts differ. Nothing learned here says anything about real language.
+A sentence says who did what to what, where and when; each concept has several words, and a sentence has one of four
+forms. A pair is positive if both sentences say the same, with words and form drawn anew, and negative if two of the
+five concepts differ. Nothing learned here says anything about real language.
 """
 
 import random
@@ -65,8 +65,8 @@ def vocabulary() -> list[str]:
 def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
     """Write a tiny uncased BERT with that vocabulary, as a folder that `from_pretrained` loads.
 
-    Random, but for two things that pre-training would have given it, since a cross-encoder does not find them in a
-    minute: words of one concept lie close together, and the first layer looks at tokens that resemble its own.
+    It is random but for two things that a cross-encoder does not learn in a minute, and that pre-training would have
+    given it: words of one concept lie close together, and the first layer looks at tokens that resemble its own.
     """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer

@@ -1,8 +1,8 @@
-"""What sentence embeddings are worth beyond the task that made them (the paper's claim of universal embeddings).
+"""Measuring sentence embeddings beyond the task that made them (the paper's claim of universal embeddings).
 
-    cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set, nothing trained
-    probe        logistic regression on frozen embeddings, as SentEval does it: of pairs on [|u - v|, u * v], of single
-                 sentences on u; the penalty is chosen by cross-validation on the training set
+    cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set; nothing is trained
+    probe        logistic regression on frozen embeddings, as SentEval does it: on [|u - v|, u * v] for pairs, on u for
+                 single sentences; cross-validation on the training set chooses the penalty
 
 An embedder is a function from texts to rows: a student, the encoder as downloaded (mean over all tokens of its last
 layer), or a bag of words (counts of the words of the task's training texts, a sparse matrix).
@@ -24,7 +24,7 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler, normalize
 
-from dse.data.processors import Examples
+from dse.data.processors import Examples, labelled_test, read_examples
 from dse.data.tasks import BINARY, REGRESSION, TASKS, Task
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.models import DSESiameseClassifier
@@ -44,15 +44,15 @@ COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 
 def student_embedder(model: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """A student's embeddings, computed in steps of so many sentences of full length."""
+    """A student's embeddings, computed in steps of `batch_size` sentences of full length."""
     return lambda texts: model.encode(texts, batch_size)
 
 
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """The mean over the last layer's states of all tokens, of a BERT as downloaded.
+    """The mean over all tokens of the last layer's states, of a BERT as downloaded.
 
-    Texts are cut where the student cuts, or where this BERT has no more positions. The casing is the folder's, which
-    another encoder than the student's need not share with it; where the folder does not tell, the student's.
+    Texts are cut where the student cuts them, or where this BERT has no more positions. The casing is the folder's, or
+    the student's if the folder does not say.
     """
     bert = bert_config(folder, "--bert_model")
     network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
@@ -64,7 +64,7 @@ def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: in
 
 
 def bag_of_words(training_texts: list[str]) -> Embedder:
-    """Counts of the words of the training texts. Raises InputError where they have none."""
+    """Counts of the words of the training texts. Raises InputError if they have none."""
     counter = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
     try:
         return counter.fit(training_texts).transform
@@ -81,7 +81,7 @@ def cosine_correlations(embed: Embedder, rows: Examples) -> dict[str, float]:
 
 
 def _product(u: Any, v: Any) -> Any:
-    """Element by element; of sparse matrices `*` is the product of matrices."""
+    """The product element by element; for sparse matrices, `*` is the product of matrices."""
     return u.multiply(v) if sparse.issparse(u) else u * v
 
 
@@ -123,8 +123,15 @@ def probe(embed: Embedder, task: Task, train: Examples, sets: dict[str, Examples
     return found
 
 
+def measure(embed: Embedder, task: Task, train: Examples, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
+    """Numbers by split: cosines for a regression, a probe for a classification."""
+    if task.kind == REGRESSION:
+        return {split: cosine_correlations(embed, rows) for split, rows in sets.items()}
+    return probe(embed, task, train, sets)
+
+
 def check_trainable(task: Task, train: Examples) -> None:
-    """Raise InputError for training rows that `probe` cannot fold: they need two labels, one of them FOLDS times."""
+    """Raise InputError if `probe` cannot fold the training rows: they need two labels, one of them FOLDS times."""
     counts = Counter(train.labels)
     if len(counts) < 2 or max(counts.values()) < FOLDS:
         found = ", ".join(f"{count} of {task.labels[label]}" for label, count in sorted(counts.items()))
@@ -135,7 +142,7 @@ def check_trainable(task: Task, train: Examples) -> None:
 
 
 def is_at_hand(task: Task, data_dir: Path) -> bool:
-    """Are a task's training and dev sets there, or a regression's dev set? Warns of a folder that lacks one."""
+    """Whether a task's training and dev sets are there, or a regression's dev set. Warns of a folder that lacks one."""
     folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
     missing = [file for file in files if not (folder / file).is_file()]
     if missing and folder.is_dir():
@@ -152,6 +159,21 @@ def tasks_at_hand(data_dir: Path) -> list[Task]:
     ]  # fmt: skip
 
 
+def read_tasks(data_dir: Path, max_rows: int) -> dict[Task, tuple[Examples, dict[str, Examples]]]:
+    """The tasks at hand, STS-B first: the rows to learn words and labels from, and by split the rows to measure on."""
+    data, sts = {}, TASKS["sts-b"]
+    if is_at_hand(sts, data_dir):
+        similar = read_examples(sts, data_dir / sts.folder, "dev")
+        data[sts] = similar, {"dev": similar}
+    for task in tasks_at_hand(data_dir):
+        folder = data_dir / task.folder
+        train = first_rows(read_examples(task, folder, "train"), max_rows)
+        check_trainable(task, train)
+        test = labelled_test(task, folder)
+        data[task] = train, {"dev": read_examples(task, folder, "dev"), **({} if test is None else {"test": test})}
+    return data
+
+
 def first_rows(rows: Examples, count: int) -> Examples:
     """At most `count` rows, from the start."""
     second = None if rows.second is None else rows.second[:count]
@@ -159,11 +181,7 @@ def first_rows(rows: Examples, count: int) -> Examples:
 
 
 def to_markdown(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """A table with a row per task, split and metric and a column per kind of embeddings.
-
-    Args:
-        found: numbers by task, kind, split and metric.
-    """
+    """A table of numbers by task, kind, split and metric: a column per kind of embeddings, a row for all else."""
     kinds = list(next(iter(found.values())))
     rows = [
         (task, f"{split} {metric}", *(f"{of_task[kind][split][metric]:.3f}" for kind in kinds))

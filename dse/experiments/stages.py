@@ -1,0 +1,219 @@
+"""Doing the stages of a reproduction; reproduction.py knows which are left.
+
+    teacher, logits        finetune_bert.py, run_distillation_logits_creator.py
+    dse                    dse_train_runner.py with the preset's coefficient
+    labels_only            the same with coefficient 0: without teacher
+    logits_only            the same with coefficient 1: without labels
+    sentence_bert          baselines.py, if sentence-transformers is installed
+    rates                  pairs scored per second, of teacher and students side by side
+
+A finished student keeps its best epoch, as a folder that loads, and no checkpoints.
+"""
+
+import logging
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dse_train_runner
+import finetune_bert
+import run_distillation_logits_creator
+from dse import __version__
+from dse.data.processors import Examples
+from dse.data.tasks import BINARY, REGRESSION, Task
+from dse.experiments.baselines import SentenceBert
+from dse.experiments.predictions import Scorer, load_scorer
+from dse.experiments.presets import SENTENCE_BERT, STUDENTS
+from dse.experiments.reproduction import FORMAT, Experiment
+from dse.models import DSESiameseClassifier
+from dse.networks.inference import score_stored
+from dse.networks.pretrained import TRAINING, read_training
+from dse.storage.checkpoint import Checkpoint
+from dse.storage.student_folder import best_folders, read_config, told_by
+from dse.system.device import select_device
+from dse.system.errors import InputError
+from dse.system.files import sha256_file, utc_stamp, write_json, write_text
+from dse.training.kinds import kind_of
+from dse.training.metrics import best_threshold
+from dse.training.reporting import format_record
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]  # of a stage: command, metrics by split, history
+_RATE_REPEATS = 3
+
+
+def do(work: Experiment, stage: str) -> None:
+    """Do a stage, going on where it was stopped, and write its record."""
+    record, place, spent = (work.folder / f"{stage}{end}" for end in (".json", "", ".seconds"))
+    if record.exists():
+        logger.warning("%s is made again: its files, or what it was made from, have changed", place)
+        if place.exists():
+            shutil.rmtree(place)
+        record.unlink()  # last: while it is there, a stop in between begins here again
+    inputs, started = work.inputs(stage), time.monotonic()
+    before = float(spent.read_text()) if spent.is_file() else 0.0
+    try:
+        result, files = _DO[stage](work, stage)
+    except BaseException:
+        write_text(spent, str(before + time.monotonic() - started))
+        raise
+    packages = ["torch", "transformers", *(["sentence-transformers"] if stage == "sentence_bert" else [])]
+    versions = {"python": platform.python_version(), "dse": __version__, **{name: version(name) for name in packages}}
+    about = {
+        "format": FORMAT, "stage": stage, "finished": utc_stamp(), "seconds": before + time.monotonic() - started,
+        **result, "settings": work.settings(stage), "versions": versions, "inputs": inputs,
+        "files": {str(path.relative_to(work.folder)): sha256_file(path) for path in files},
+    }  # fmt: skip
+    write_json(record, about)
+    spent.unlink(missing_ok=True)
+    tidy(work, stage)
+
+
+def tidy(work: Experiment, stage: str) -> None:
+    """Remove the states of a finished stage, which nothing needs any more."""
+    for state in (work.folder / stage).glob("*.pt" if stage == "sentence_bert" else "*/*.pt"):
+        state.unlink()
+
+
+def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
+    """Run a script on an experiment's data. Returns the command line; raises InputError, naming the script, if the
+    script refuses.
+    """
+    common = ["--task_name", work.task.name, "--data_dir", work.data_dir]
+    casing = ["--do_lower_case"] if work.encoder.lower_case else []
+    argv = [str(flag) for flag in (*common, *casing, "--max_seq_length", work.preset.max_seq_length, *flags)]
+    logger.info("python %s %s", script.PROG, shlex.join(argv))
+    try:
+        script.run(script.parse_arguments(argv))
+    except InputError as error:
+        raise InputError(f"{script.PROG}, of its own flags: {error}") from error
+    return [script.PROG, *argv]
+
+
+def _teacher(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+    folder = work.folder / stage
+    command = _call(
+        finetune_bert, work, "--bert_model", work.encoder.folder, "--output_dir", folder, "--do_train", "--do_eval",
+        "--seed", work.seed, *work.preset.flags(stage, work.task), "--resume",
+    )  # fmt: skip
+    training = read_training(folder)
+    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
+    result = {
+        "command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets),
+    }  # fmt: skip
+    return result, [folder / name for name in (*training["sha256"], TRAINING)]
+
+
+def _logits(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+    folder = work.folder / stage
+    command = _call(
+        run_distillation_logits_creator, work, "--train_features_path", folder / "features",
+        "--bert_checkpoint_dir", work.folder / "teacher", "--output_dir", folder,
+    )  # fmt: skip
+    (folder / "features").unlink()
+    return {"command": command}, [folder / f"teacher_logits.{end}" for end in ("pt", "json")]
+
+
+def _student(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+    command = _call(
+        dse_train_runner, work, "--bert_model", work.encoder.folder, "--random_seed", work.seed,
+        "--distillation_logits_path", work.folder / "logits" / "teacher_logits.pt",
+        *work.preset.flags(stage, work.task),
+        "--experiment_name", stage, "--checkpoint_dir", work.folder / stage, "--store_checkpoints", "--resume",
+    )  # fmt: skip
+    folder = student_folder(work.folder, stage)
+    newest = max(folder.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
+    result = {
+        "command": command, "history": Checkpoint.read(newest).trainer["history"],
+        "metrics": measure(work.task, score, work.sets), "best_epoch": read_config(folder)["origin"]["epoch"],
+    }  # fmt: skip
+    return result, sorted(path for path in folder.iterdir() if path.name != "README.md")
+
+
+def _sentence_bert(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+    """Like a student: the epoch with the best f1, accuracy or Pearson on dev counts, the first of equals."""
+    epochs, state = SENTENCE_BERT["epochs"], work.folder / stage / "state.pt"
+    device = select_device(False, 0)
+    baseline = SentenceBert(work.encoder.folder, work.task, work.preset.max_seq_length, work.seed, device)
+    baseline.prepare(len(work.train))
+    history: list[dict[str, Any]] = baseline.load(state) if state.is_file() else []
+    for epoch in range(len(history), epochs):
+        started = time.monotonic()
+        loss = baseline.train_epoch(work.train, epoch)
+        metrics = measure(work.task, baseline.score, work.sets)
+        if work.task.kind == BINARY:  # a cosine above 0 means nothing
+            metrics = {split: {n: v for n, v in found.items() if "tuned_" in n} for split, found in metrics.items()}
+        history.append({"epoch": epoch, "train": {"loss": loss}, "metrics": metrics, "validation": metrics["dev"],
+                        "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
+        baseline.save(state, history)
+        logger.info("Sentence-BERT, epoch %d of 0 to %d: %s", epoch, epochs - 1, format_record(history[-1]))
+    name = {BINARY: "tuned_f1", REGRESSION: "pearson"}.get(work.task.kind, "accuracy")
+    best = max(history, key=lambda record: np.nan_to_num(record["validation"][name], nan=-np.inf))
+    return {"history": history, "best_epoch": best["epoch"], "metrics": best["metrics"]}, []
+
+
+def _rates(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+    """Pairs scored per second on dev: a teacher reads each pair, a student's head takes stored embeddings."""
+    rows, rates, device = work.sets["dev"], {}, select_device(False, 0)
+    variants = {"teacher": load_scorer(str(work.folder / "teacher"), work.task, device)[0]}
+    variants |= {name: _stored_scorer(student_folder(work.folder, name), rows, device) for name in STUDENTS}
+    for _ in range(_RATE_REPEATS):
+        for name, score in variants.items():
+            started = time.perf_counter()
+            score(rows)
+            rate = len(rows) / (time.perf_counter() - started)
+            rates[name] = max(rates.get(name, 0.0), rate)
+    return {"pairs_per_second": rates}, []
+
+
+# How each stage is done: gives what its record says, and the files that it made.
+_DO: dict[str, Callable[[Experiment, str], tuple[Result, list[Path]]]] = {
+    "teacher": _teacher, "logits": _logits, **dict.fromkeys(STUDENTS, _student),
+    "sentence_bert": _sentence_bert, "rates": _rates,
+}  # fmt: skip
+
+
+def student_folder(folder: Path, stage: str) -> Path:
+    """The best epoch of a student, below the folder of its task and seed."""
+    for run in sorted(folder.glob(f"{stage}/{stage}_*"), reverse=True):
+        found = {told_by(path).get("epoch"): path for path in best_folders(run)}
+        if epochs := found.keys() - {None}:
+            return found[max(epochs)]  # `best`, or a folder beside it if `best` could not be replaced
+    raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
+
+
+def _stored_scorer(folder: Path, rows: Examples, device: torch.device) -> Scorer:
+    """A student's head on embeddings of the rows that are stored already."""
+    model = DSESiameseClassifier.from_pretrained(folder).to(device)
+    embeddings, places = model.encode([*rows.first, *rows.second]), np.arange(2 * len(rows))
+    return lambda _: score_stored(model.network, embeddings, places[: len(rows)], places[len(rows) :], device)
+
+
+def measure(task: Task, score: Scorer, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
+    """Metrics of what `score` says of each split's rows.
+
+    Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
+    on dev. Multiclass: accuracy. Regression: pearson, spearman.
+    """
+    labels = {split: np.array(rows.labels) for split, rows in sets.items()}
+    outputs = {split: score(rows) for split, rows in sets.items()}
+    if task.kind != BINARY:
+        return {split: kind_of(task).metrics(outputs[split], labels[split]) for split in sets}
+    found: dict[str, dict[str, float]] = {split: {} for split in sets}
+    for name in ("f1", "accuracy"):
+        chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
+        for split in sets:
+            for prefix, above in (("", 0.0), ("tuned_", chosen)):
+                logits = outputs[split].astype(np.float64) - above
+                found[split][prefix + name] = kind_of(task).metrics(logits, labels[split])[f"{name}_0.5"]
+    return found
