@@ -61,12 +61,10 @@ def forget_peak_memory() -> None:
 
 def peak_memory() -> float:
     """Peak resident memory of the process since `forget_peak_memory`, in MiB; without /proc since its start."""
-    peak = _from_status("VmHWM")
-    if math.isnan(peak):
-        import resource  # Unix only
+    import resource  # Unix only
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return peak
+    peak = _from_status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if math.isnan(peak) else peak
 
 
 def anonymous_memory() -> float:

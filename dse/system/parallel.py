@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-
 _TIMEOUT = datetime.timedelta(minutes=30)  # the first process may tokenize that long while the others wait
 _OF_THE_CONNECTION = ("Connection", "onnection closed", "gloo", "NCCL", "peer", "Socket")
 _device: "torch.device | None" = None  # of this process, once it has joined the others
@@ -36,11 +35,6 @@ def launched() -> bool:
 def rank() -> int:
     """This process's number, from 0."""
     return int(os.environ["RANK"]) if launched() else 0
-
-
-def local_rank() -> int:
-    """This process's number on its machine, which is the number of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def size() -> int:
@@ -116,8 +110,8 @@ def rows_of_rank(rows: np.ndarray) -> np.ndarray:
 
 def agree(numbers: list[int], what: str) -> None:
     """Raise RunError where the processes' numbers differ."""
-    values = np.array(numbers, dtype=np.int64)
-    if not (_reduced(values, "MAX") == -_reduced(-values, "MAX")).all():
+    everyone = _by_rank(numbers, np.int64)
+    if (everyone != everyone[0]).any():
         raise RunError(
             f"the processes differ in {what}, here {numbers}: all of them need the same folders with the same files"
         )
@@ -125,38 +119,35 @@ def agree(numbers: list[int], what: str) -> None:
 
 def summed(values: np.ndarray) -> np.ndarray:
     """The sum of all processes' arrays, which have one shape and dtype, in every process."""
-    return _reduced(values, "SUM")
-
-
-def highest(value: int) -> int:
-    """The highest of all processes' numbers."""
-    return int(_reduced(np.array([value], dtype=np.int64), "MAX")[0])
-
-
-def of_first(value: int) -> int:
-    """The first process's number."""
-    return int(summed(np.array([value if is_first() else 0], dtype=np.int64))[0])
-
-
-def _reduced(values: np.ndarray, how: str) -> np.ndarray:
     if size() == 1:
         return values
     import torch
 
     tensor = torch.from_numpy(values).to(_device, copy=True)
-    torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+    torch.distributed.all_reduce(tensor)
     return tensor.cpu().numpy()
+
+
+def _by_rank(value: Any, dtype: Any) -> np.ndarray:
+    """(processes, *shape): every process's value, which has one shape."""
+    everyone = np.zeros((size(), *np.shape(value)), dtype)
+    everyone[rank() % size()] = value  # a process that has not joined yet is alone
+    return summed(everyone)
+
+
+def highest(value: int) -> int:
+    """The highest of all processes' numbers."""
+    return int(_by_rank(value, np.int64).max())
+
+
+def of_first(value: int) -> int:
+    """The first process's number."""
+    return int(_by_rank(value, np.int64)[0])
 
 
 def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
     """Every process's tensor, by rank; all are on the CPU and have one shape and dtype."""
-    if size() == 1:
-        return [tensor]
-    import torch
-
-    tensors = [torch.empty_like(tensor, device=_device) for _ in range(size())]
-    torch.distributed.all_gather(tensors, tensor.to(_device))
-    return [each.cpu() for each in tensors]
+    return [tensor.new_tensor(values) for values in _by_rank(tensor, tensor.numpy().dtype)]
 
 
 def synchronized(model: "nn.Module") -> Any:
