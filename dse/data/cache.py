@@ -62,7 +62,7 @@ def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] |
         logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
         return None
     try:
-        arrays = load_file(path)
+        arrays = load_file(path, backend="pread")
     except Exception:  # a dtype that numpy lacks raises what the library trips over
         arrays = {}
     if _content_hash(arrays) != header.get("content"):

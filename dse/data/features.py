@@ -152,9 +152,6 @@ def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_le
     return _told(features, examples, tokenizer, max_seq_length)
 
 
-FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures, separate_features)}
-
-
 def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
     """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32.
 
@@ -319,7 +316,8 @@ def cached_features(
             that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
     """
     path = Path(path)
-    features_class, make = FORMS[form]
+    joint = form == "joint"
+    features_class, make = (JointFeatures, joint_features) if joint else (SeparateFeatures, separate_features)
     made_from = {
         "form": form,
         "task": task_to_dict(task),

@@ -36,15 +36,11 @@ class Examples:
 
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
-    """Read a split in file order.
+    """Read a split in file order: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
-    Args:
-        task: a line of the task table.
-        data_dir: the folder of the task's files; for allnli the parent of SNLI and MNLI.
-        split: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
-
-    A blank line at the end is not a row. The rows of a user's own task must have as many cells as its header (without a
-    header: as the first row); those of GLUE's files need not, but a warning tells of it.
+    `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. A blank line at the end is not
+    a row. The rows of a user's own task must have as many cells as its header (without a header: as the first row);
+    those of GLUE's files need not, but a warning tells of it.
 
     Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (in a user's own
     task: with too many, too), a label that is not one of the task's, a score that is not a number, bytes that are not
@@ -56,8 +52,15 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     name = dict(task.also_validate).get(split) or getattr(task, split)
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
-    if task.parts:
-        return _read_parts(task, data_dir, split)
+    if task.parts:  # one after the other
+        whole = Examples(second=[], labels=[])
+        for part in (TASKS[name] for name in task.parts):
+            rows = read_examples(part, data_dir / part.folder, split)
+            whole.first += rows.first
+            whole.second += rows.second
+            whole.labels += rows.labels
+            whole.files += [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
+        return whole
     columns: _Columns = (task.text_a, task.text_b, task.label)
     header, own = task.header, task.name not in TASKS
     if split == "test":
@@ -80,23 +83,10 @@ def labelled_test(task: Task, data_dir: Path) -> Examples | None:
     return None
 
 
-def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
-    """allnli: the corpora one after the other."""
-    whole = Examples(second=[], labels=[])
-    for part in (TASKS[name] for name in task.parts):
-        rows = read_examples(part, data_dir / part.folder, split)
-        whole.first += rows.first
-        whole.second += rows.second
-        whole.labels += rows.labels
-        whole.files += [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
-    return whole
-
-
 def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Examples:
     own = task.name not in TASKS
     lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
-    first = next(lines, None)
-    if first is None:
+    if (first := next(lines, None)) is None:
         raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
     names = first.split("\t")
     place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
