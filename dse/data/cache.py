@@ -4,6 +4,7 @@ A cache is a safetensors file. Its header says what it was made from (for featur
 content, casing, length, form) and holds the hash of its content; it counts only while all of that is the same.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -34,12 +35,10 @@ def check_cache_path(path: str | Path, form: str) -> None:
         return
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected the file of a feature cache, or a name for one")
-    found = _read_header(path)
-    if found is None:
-        raise InputError(
-            f"{path}: is not a feature cache of this project, so it is not overwritten; remove it or name another path"
-        )
-    if (held := found.get("form")) != form:
+    if (header := _read_header(path)) is None:
+        what = "is not a feature cache of this project, so it is not overwritten"
+        raise InputError(f"{path}: {what}; remove it or name another path")
+    if (held := header.get("form")) != form:
         raise InputError(f"{path}: holds {held} features, and this stage needs {form} ones; give it another path")
 
 
@@ -55,20 +54,14 @@ def _read_header(path: Path) -> dict[str, Any] | None:
 def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The arrays of a cache that was made from the same; None, with a log line, for another or a spoiled one."""
     header = _read_header(path)
-    if header is None:
-        logger.warning("feature cache %s is spoiled or of another program; remade", path)
-        return None
-    if changed := [key for key in made_from if header.get(key) != made_from[key]]:
+    if header and (changed := [key for key in made_from if header.get(key) != made_from[key]]):
         logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
         return None
-    try:
-        arrays = load_file(path, backend="pread")
-    except Exception:  # a dtype that numpy lacks raises what the library trips over
-        arrays = {}
-    if _content_hash(arrays) != header.get("content"):
-        logger.warning("feature cache %s is spoiled (its content does not match its hash); remade", path)
-        return None
-    return arrays
+    with contextlib.suppress(Exception):  # a dtype that numpy lacks raises what the library trips over
+        if header and _content_hash(arrays := load_file(path, backend="pread")) == header.get("content"):
+            return arrays
+    logger.warning("feature cache %s is spoiled or of another program; remade", path)
+    return None
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, Any], chosen: bool) -> None:

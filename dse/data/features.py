@@ -13,7 +13,7 @@ import logging
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -46,7 +46,7 @@ class Ragged:
 
     ids: np.ndarray  # int32, (total,)
     offsets: np.ndarray  # int64, (rows + 1,)
-    cut: int | None = None  # how many of the rows were cut at max_seq_length; None: not known
+    cut: int | None = None  # how many of the rows were cut at max_seq_length; None: not known, as of older caches
 
     @property
     def lengths(self) -> np.ndarray:
@@ -57,31 +57,27 @@ class Ragged:
         """What a cache stores."""
         return {"ids": self.ids, "offsets": self.offsets} | ({} if self.cut is None else {"cut": np.array([self.cut])})
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Ragged":
-        """The rows that `arrays` took apart; older caches do not tell how many were cut."""
-        return cls(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
-
 
 class Features:
-    """Token ids and labels of a split's pairs; its two forms are below."""
+    """Token ids of a split's pairs, labels and the id of [PAD], in two forms, whose first attribute has the rows."""
 
-    ROWS: ClassVar[str]  # the attribute with the token ids
-    PARTS: ClassVar[tuple[str, ...]]  # attributes with an entry per pair, which a cache stores beside them
+    ROWS: ClassVar[str]  # what the rows are
+    PARTS: ClassVar[tuple[str, ...]]  # attributes with an entry per pair, which a cache stores beside the rows
 
     def __len__(self) -> int:
         return len(getattr(self, self.PARTS[0]))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
-        return {**getattr(self, self.ROWS).arrays(), **{name: getattr(self, name) for name in self.PARTS}}
+        rows = getattr(self, fields(self)[0].name)
+        return rows.arrays() | {name: getattr(self, name) for name in self.PARTS}
 
 
 @dataclass
 class JointFeatures(Features):
     """Both texts of each pair in one row, for a cross-encoder."""
 
-    ROWS, PARTS = "tokens", ("first_lengths",)
+    ROWS, PARTS = "rows", ("first_lengths",)
     tokens: Ragged
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
     labels: np.ndarray | None  # (n,), int64 or, for regression, float32
@@ -101,7 +97,7 @@ class JointFeatures(Features):
 class SeparateFeatures(Features):
     """Each distinct text once, and which texts make up each pair, for the student."""
 
-    ROWS, PARTS = "texts", ("first", "second")
+    ROWS, PARTS = "distinct texts", ("first", "second")
     texts: Ragged
     first: np.ndarray  # int32, (n,): the row of each pair's first text
     second: np.ndarray  # int32, (n,)
@@ -119,13 +115,6 @@ class SeparateFeatures(Features):
         return self.texts, np.concatenate([self.first[pairs], self.second[pairs]])
 
 
-def label_array(task: Task, examples: Examples) -> np.ndarray | None:
-    """Labels as (n,) int64, or float32 for regression; None where the split has none."""
-    if examples.labels is None:
-        return None
-    return np.array(examples.labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
-
-
 def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
     """Tokenize pairs (or single sentences) together, cut to max_seq_length.
 
@@ -140,16 +129,15 @@ def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_lengt
     keep_a, keep_b = kept_lengths(a, b, is_pair, max_seq_length)
     tokens = _framed(pieces, first, keep_a, second, keep_b, tokenizer)
     tokens.cut = np.count_nonzero(a + b > keep_a + keep_b)
-    lengths, labels = (keep_a + 2).astype(np.int32), label_array(task, examples)
-    return _told(JointFeatures(tokens, lengths, labels, tokenizer.pad_token_id), examples, tokenizer, max_seq_length)
+    parts = [tokens, (keep_a + 2).astype(np.int32)]
+    return _finished(JointFeatures, parts, task, examples, tokenizer, max_seq_length)
 
 
 def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
     """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
     texts, places = _encode([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
-    first, second = places[: len(examples)], places[len(examples) :]
-    features = SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
-    return _told(features, examples, tokenizer, max_seq_length)
+    parts = [texts, places[: len(examples)], places[len(examples) :]]
+    return _finished(SeparateFeatures, parts, task, examples, tokenizer, max_seq_length)
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
@@ -190,20 +178,23 @@ def _framed(
     return tokens
 
 
-def _told(features: Any, examples: Examples, tokenizer: Any, max_seq_length: int) -> Any:
-    """The features; logs what of a split's files was cut and is unknown, and warns above 5 % unknown."""
-    if not examples.files:
-        return features
-    tokens, what = getattr(features, features.ROWS), {"tokens": "rows", "texts": "distinct texts"}[features.ROWS]
-    cut, name = tokens.cut, ", ".join(entry["file"] for entry in examples.files)
-    if cut is None:  # in an older cache; rows of that length may have been, and joint ones lack a [SEP] at times
+def _finished(
+    form: type[Features], parts: list[Any], task: Task, examples: Examples, tokenizer: Any, max_seq_length: int
+) -> Any:
+    """Features with their labels; logs what of a split's files was cut and is unknown, and warns above 5 % unknown."""
+    labels = examples.labels
+    if labels is not None:
+        labels = np.array(labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
+    tokens, cut = parts[0], parts[0].cut
+    if cut is None:  # rows of that length may have been, and joint ones lack a [SEP] at times
         cut = f"at most {np.count_nonzero(tokens.lengths >= max_seq_length - 1)}"
-    share = _unknown_share(tokens, tokenizer)
-    logger.info("%s: %s of %d %s are cut at --max_seq_length %d; %.1f %% of the pieces are [UNK]",
-                name, cut, len(tokens.lengths), what, max_seq_length, 100 * share)  # fmt: skip
-    if share > _MOST_UNKNOWN:
-        logger.warning(_MISFIT, name, 100 * share)
-    return features
+    if examples.files:
+        name, share = ", ".join(entry["file"] for entry in examples.files), _unknown_share(tokens, tokenizer)
+        logger.info("%s: %s of %d %s are cut at --max_seq_length %d; %.1f %% of the pieces are [UNK]",
+                    name, cut, len(tokens.lengths), form.ROWS, max_seq_length, 100 * share)  # fmt: skip
+        if share > _MOST_UNKNOWN:
+            logger.warning(_MISFIT, name, 100 * share)
+    return form(*parts, labels, tokenizer.pad_token_id)
 
 
 def _unknown_share(tokens: Ragged, tokenizer: Any) -> float:
@@ -334,10 +325,9 @@ def cached_features(
         arrays = read_cache(path, made_from) if path.exists() else None
         if arrays is not None:
             logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
-            parts = (arrays[name] for name in features_class.PARTS)
-            labels = label_array(task, examples)
-            features = features_class(Ragged.from_arrays(arrays), *parts, labels, tokenizer.pad_token_id)
-            return _told(features, examples, tokenizer, max_seq_length)
+            rows = Ragged(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
+            parts = [rows, *(arrays[name] for name in features_class.PARTS)]
+            return _finished(features_class, parts, task, examples, tokenizer, max_seq_length)
         features = make(task, examples, tokenizer, max_seq_length)
         if parallel.is_first():
             write_cache(path, features.arrays(), made_from, chosen)

@@ -43,8 +43,7 @@ def sha256_json(value: Any) -> str:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
-    Until then, and for good when the block raises, whatever stood at `path` stays untouched. Raises RunError where the
-    disk refuses (full, read-only, gone).
+    Raises RunError where the disk refuses (full, read-only, gone).
     """
     path = Path(path)
     with disk_errors(path), _neighbour(path) as beside:
@@ -145,8 +144,7 @@ def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS)
 
 def _flush(path: Path) -> None:
     """Have a file's bytes, or a folder's names, on the disk; a file gets the permissions of a new file."""
-    is_file = path.is_file()
-    if is_file:
+    if is_file := path.is_file():
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone
     with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):  # not every system flushes folders
@@ -166,11 +164,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         of_library = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
         if not (isinstance(error, OSError) or of_library):
             raise
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        try:
+        why, room = getattr(error, "strerror", None) or " ".join(str(error).split())[:200], "its folder is gone"
+        with contextlib.suppress(OSError):
             room = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
-        except OSError:
-            room = "its folder is gone"
         raise RunError(
             f"{path}: cannot be written ({why}; {room}); what stood there before is untouched. "
             "Make room or give another place, and run the same command again"
@@ -255,9 +251,8 @@ def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
     try:
         tempfile.TemporaryFile(dir=_nearest(Path(folder).absolute())).close()
     except OSError as error:
-        raise InputError(
-            f"{flag}: cannot write in {folder} ({error.strerror}): name a folder that can be written"
-        ) from error
+        what = f"cannot write in {folder} ({error.strerror})"
+        raise InputError(f"{flag}: {what}: name a folder that can be written") from error
 
 
 def check_output_file(path: str | Path, flag: str) -> None:

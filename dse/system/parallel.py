@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 dse_train_runner.py …
 
 Every process has all of the data and the model. It takes every N-th row of each training batch, and every N-th batch of
-an inference. DistributedDataParallel averages the gradients. The outputs are summed, each process having zeros where
-others computed. Only the first process writes files. In a process that runs alone, these functions change nothing.
+an inference; DistributedDataParallel averages the gradients. Of the outputs, each has zeros where others computed. Only
+the first process writes files. In a process that runs alone, these functions change nothing.
 """
 
 import contextlib
@@ -50,14 +50,13 @@ def is_first() -> bool:
 def join(device: "torch.device") -> None:
     """Meet the other processes, if there are any; `process_group` leaves them."""
     global _device
-    if not launched():
-        return
-    import torch
+    if launched():
+        import torch
 
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    _device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        _device = device
 
 
 @contextlib.contextmanager
@@ -112,9 +111,8 @@ def agree(numbers: list[int], what: str) -> None:
     """Raise RunError where the processes' numbers differ."""
     everyone = _by_rank(numbers, np.int64)
     if (everyone != everyone[0]).any():
-        raise RunError(
-            f"the processes differ in {what}, here {numbers}: all of them need the same folders with the same files"
-        )
+        differ = f"the processes differ in {what}, here {numbers}"
+        raise RunError(f"{differ}: all of them need the same folders with the same files")
 
 
 def summed(values: np.ndarray) -> np.ndarray:
@@ -151,10 +149,9 @@ def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
 
 
 def synchronized(model: "nn.Module") -> Any:
-    """The model, with gradients averaged over the processes.
+    """The model or, with several processes, its DistributedDataParallel, which averages gradients but in `no_sync`.
 
-    In a process that runs alone it is the model itself; else a DistributedDataParallel, within whose `no_sync`
-    gradients are not averaged. Raises InputError where no parameter is trained.
+    Raises InputError where no parameter is trained.
     """
     if size() == 1:
         return model
