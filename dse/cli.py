@@ -82,7 +82,7 @@ def clear_errors(prog: str) -> Iterator[None]:
             signals.flush_or_silence(sys.stdout)
             raise SystemExit(141) from error
         except (MemoryError, OSError, RuntimeError) as error:
-            number = error.errno if isinstance(error, OSError) else None
+            number = getattr(error, "errno", None)
             if number == errno.ENAMETOOLONG:
                 _leave(prog, f"error: {error.filename}: the name is too long; give a shorter one", 2, error)
             if number == errno.ENOSPC and error.filename is None:
@@ -100,9 +100,7 @@ def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
     raise SystemExit(code) from why
 
 
-def program(
-    prog: str, parse: Callable[[Sequence[str] | None], argparse.Namespace], run: Callable[[argparse.Namespace], None]
-) -> Callable[..., None]:
+def program(prog: str, parse: Callable[..., Any], run: Callable[[Any], None]) -> Callable[..., None]:
     """The `main(argv=None)` of a script or command: runs it, and tells its errors in one line (`clear_errors`)."""
 
     def main(argv: Sequence[str] | None = None) -> None:
@@ -217,10 +215,10 @@ add_architecture_flags = _flags(
              "type": whole_number(1), "nargs": "+"},
     freeze_bert=_SWITCH | {"help": "train only the head and the additional layer"},
 )  # fmt: skip
+_LAYOUTS = "packed: none but in attention; batch: to the longest row; max: to max_seq_length"
 add_padding_flag = _flags(  # the results are the same up to rounding
-    padding={"choices": PADDINGS, "help": "packed: none but in attention; batch: to the longest row; "
-             "max: to max_seq_length (not given: packed on CPU, batch on CUDA)"},
-)  # fmt: skip
+    padding={"choices": PADDINGS, "help": f"{_LAYOUTS} (not given: packed on CPU, batch on CUDA)"}
+)
 add_resume_flags = _flags(
     resume=_SWITCH | {"help": "go on from the newest whole state of the same run"},
     save_every={"type": whole_number(1), "help": "updates between two states; not given: one after each epoch"},
@@ -229,10 +227,10 @@ add_precision_flags = _flags(  # `precision_of` reads them
     fp16=_SWITCH | {"help": "mixed precision with float16, CUDA only"},
     bf16=_SWITCH | {"help": "mixed precision with bfloat16"},
 )
+_CALLED = "what a task is called in the results, as snli=SICK where that lies in its folder"
 add_call_flag = _flags(  # `dict(args.call)` has the names by task
-    call={"type": _new_name, "action": "append", "default": [], "metavar": "TASK=NAME",
-          "help": "what a task is called in the results, as snli=SICK where that lies in its folder"},
-)  # fmt: skip
+    call={"type": _new_name, "action": "append", "default": [], "metavar": "TASK=NAME", "help": _CALLED}
+)
 
 
 def precision_of(args: argparse.Namespace) -> str:
@@ -249,13 +247,6 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
-class _LogFile(logging.FileHandler):
-    """Goes on without a line that cannot be written: a full disk is reported where results are written."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
 def set_up_logging(file: Path | None = None) -> None:
     """Log to the console and, if given, to a file, whose folder is made; of several processes only the first does."""
     ours, first = logging.getLogger("dse"), parallel.is_first()
@@ -267,7 +258,8 @@ def set_up_logging(file: Path | None = None) -> None:
     if file is not None and first:
         check_writable(file.parent, "--log_dir", file.name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        ours.addHandler(_LogFile(file, encoding="utf-8"))
+        ours.addHandler(log := logging.FileHandler(file, encoding="utf-8"))
+        log.handleError = lambda _: None  # of a line that a full disk refuses: it is reported where results are written
     for handler in ours.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     if len(ours.handlers) > 1:

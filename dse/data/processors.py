@@ -163,9 +163,8 @@ def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
     columns = [rows.first] if rows.second is None else [rows.first, rows.second]
     for name, texts in zip(names, columns, strict=False):
         if name and name in texts:
-            raise InputError(
-                f"{path}, line 1: a header is expected, but its cell {name!r} is a text of a row too; {_HEADER_HINT}"
-            )
+            found = f"its cell {name!r} is a text of a row too"
+            raise InputError(f"{path}, line 1: a header is expected, but {found}; {_HEADER_HINT}")
     quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in chain.from_iterable(columns))
     if quoted > 0.9 * len(columns) * len(rows):
         logger.warning("%s: nearly all texts begin and end with a quotation mark, which counts as part of the text; "

@@ -147,10 +147,8 @@ def task_from_dict(line: dict[str, Any]) -> Task:
 def check_sentence_pairs(task: Task) -> None:
     """Raise InputError for a task that a Siamese student cannot learn."""
     if task.text_b is None:
-        raise InputError(
-            f"--task_name: {task.name} has one sentence per row, and DSE scores pairs: "
-            "only finetune_bert.py (the teacher) takes it"
-        )
+        why = "has one sentence per row, and DSE scores pairs: only finetune_bert.py (the teacher) takes it"
+        raise InputError(f"--task_name: {task.name} {why}")
 
 
 _COLUMNS = {

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 # Classes whose ids are those of BERT's WordPiece, and such as leave all rules to tokenizer.json.
 _CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 _FROM_FILE = ("PreTrainedTokenizer", "TokenizersBackend")
+_CASING = ("no --do_lower_case (cased)", "--do_lower_case (uncased)")
 # Rules of tokenizer_config.json that the library no longer reads: the values that mean BERT's.
 _SPLITTING = {
     "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece", "do_word_tokenize": True,
@@ -33,23 +34,18 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     tokenizer = tokenizer_in(folder, f"{flag}: ", do_lower_case=do_lower_case)
     normalizer = tokenizer.backend_tokenizer.normalizer
     if getattr(normalizer, "lowercase", None) is not do_lower_case:
-        raise InputError(
-            f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: "
-            f"its normalizer is {normalizer}"
-        )
+        unmet = f"does not honour {_CASING[do_lower_case]}: its normalizer is {normalizer}"
+        raise InputError(f"{flag}: the tokenizer of {folder} {unmet}")
     _check_rules(folder, tokenizer, do_lower_case, flag)
     tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.unk_token]
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    vocab_size = read_json(folder / "config.json", "the model's configuration").get("vocab_size", 30522)
-    if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= vocab_size:
-        raise InputError(
-            f"{flag}: the vocabulary of {folder} does not fit its model: {len(vocabulary)} entries for {vocab_size} "
-            f"embeddings, {', '.join(map(str, tokens))} expected among them"
-        )
+    size = read_json(folder / "config.json", "the model's configuration").get("vocab_size", 30522)
+    if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= size:
+        found = f"{len(vocabulary)} entries for {size} embeddings, {', '.join(map(str, tokens))} expected among them"
+        raise InputError(f"{flag}: the vocabulary of {folder} does not fit its model: {found}")
     if saved is not None and saved != do_lower_case:
-        logger.warning(
-            "%s was saved with %s, and this run uses %s", folder, _casing_flag(saved), _casing_flag(do_lower_case)
-        )
+        was, now = _CASING[bool(saved)], _CASING[do_lower_case]
+        logger.warning("%s was saved with %s, and this run uses %s", folder, was, now)
     return tokenizer
 
 
@@ -68,10 +64,8 @@ def check_tokenizer_class(folder: Path, flag: str) -> None:
         value = config.get(key)
         some = isinstance(expected, list) and isinstance(value, list) and set(map(str, value)) <= set(expected)
         if value not in (None, expected, {}) and not some:
-            raise InputError(
-                f"{flag}: {path}: {key} is {value!r}, and BERT's WordPiece has {expected!r}; "
-                "take a model whose tokenizer is BERT's"
-            )
+            differs = f"{key} is {value!r}, and BERT's WordPiece has {expected!r}"
+            raise InputError(f"{flag}: {path}: {differs}; take a model whose tokenizer is BERT's")
 
 
 def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -> None:
@@ -98,10 +92,6 @@ def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -
                 f"{flag}: the tokenizer of {folder} would not follow its files: {key} is {value!r} there, and "
                 f"{used.get(key)!r} as loaded; make tokenizer_config.json say the same if it can, or take another model"
             )
-
-
-def _casing_flag(do_lower_case: bool) -> str:
-    return "--do_lower_case (uncased)" if do_lower_case else "no --do_lower_case (cased)"
 
 
 def _json_in(path: Path) -> dict[str, Any]:

@@ -34,10 +34,8 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
     elif not 0 <= gpu_id < count:
         raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {count}, counted from 0")
     elif count > 1:
-        logger.info(
-            "%d GPUs are there, this run uses number %d; `torchrun --nproc_per_node %d` before a training script or "
-            "run_distillation_logits_creator.py uses all of them", count, gpu_id, count,
-        )  # fmt: skip
+        all_of_them = f"`torchrun --nproc_per_node {count}` before a script that trains or makes logits uses all"
+        logger.info("%d GPUs are there, this run uses number %d; %s", count, gpu_id, all_of_them)
     return torch.device("cuda", gpu_id)
 
 

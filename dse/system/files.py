@@ -167,10 +167,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         why, room = getattr(error, "strerror", None) or " ".join(str(error).split())[:200], "its folder is gone"
         with contextlib.suppress(OSError):
             room = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
-        raise RunError(
-            f"{path}: cannot be written ({why}; {room}); what stood there before is untouched. "
-            "Make room or give another place, and run the same command again"
-        ) from error
+        mend = "Make room or give another place, and run the same command again"
+        what = f"cannot be written ({why}; {room}); what stood there before is untouched"
+        raise RunError(f"{path}: {what}. {mend}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -273,10 +272,8 @@ def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -
     names -= {name for name in names if (part := _PART.fullmatch(name)) and part[1] in known}  # left by a kill
     others = names - known
     if others or (names and read_json(folder / main, "what the folder holds").get("format") != form):
-        raise InputError(
-            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or "
-            f"one that holds a {form} alone"
-        )
+        found, mend = ", ".join(sorted(others or names)[:3]), f"name a new folder, or one that holds a {form} alone"
+        raise InputError(f"{what}: {folder} holds other files ({found}); {mend}")
 
 
 def save_tensors(path: str | Path, value: Any) -> None:

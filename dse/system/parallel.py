@@ -19,7 +19,6 @@ from dse.system.errors import InputError, RunError, one_line
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # the first process may tokenize that long while the others wait
 _OF_THE_CONNECTION = ("Connection", "onnection closed", "gloo", "NCCL", "peer", "Socket")
@@ -76,10 +75,8 @@ def process_group() -> Iterator[None]:
     except RuntimeError as error:
         if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
             raise
-        raise RunError(
-            f"process {rank()} lost another one ({one_line(error)[:200]}): look for that one's error; "
-            "--resume goes on where there is a state"
-        ) from error
+        mend = "look for that one's error; --resume goes on where there is a state"
+        raise RunError(f"process {rank()} lost another one ({one_line(error)[:200]}): {mend}") from error
     finally:
         _device = None
 
@@ -148,7 +145,7 @@ def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
     return [tensor.new_tensor(values) for values in _by_rank(tensor, tensor.numpy().dtype)]
 
 
-def synchronized(model: "nn.Module") -> Any:
+def synchronized(model: "torch.nn.Module") -> Any:
     """The model or, with several processes, its DistributedDataParallel, which averages gradients but in `no_sync`.
 
     Raises InputError where no parameter is trained.
