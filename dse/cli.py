@@ -88,8 +88,8 @@ def clear_errors(prog: str) -> Iterator[None]:
             if number == errno.ENOSPC and error.filename is None:
                 signals.flush_or_silence(sys.stdout)
                 _leave(prog, f"error: the output cannot be written ({error.strerror}); make room", 1, error)
-            lacks_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
-            if not lacks_memory and not any(words in str(error) for words in _OUT_OF_MEMORY):
+            said = isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+            if not said and number != errno.ENOMEM:
                 raise
             _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_LESS_MEMORY}", 1, error)
 
@@ -189,9 +189,8 @@ _DEVICE: dict[str, Any] = {
     "gpu_id": {"type": whole_number(0), "default": 0, "help": "which GPU"},
 }
 add_device_flags = _flags(**_DEVICE)
-add_inference_flags = _flags(  # of the commands that use a student
-    batch_size={"type": whole_number(1), "default": 32, "help": "sentences of full length per step"}, **_DEVICE
-)
+_SENTENCES = {"type": whole_number(1), "default": 32, "help": "sentences of full length per step"}
+add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE)  # of the commands that use a student
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},

@@ -96,7 +96,6 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
     # in GLUE's files, a last column must not be one of those before it
     needed = len(names) if own else max(used) + (2 if -1 in used else 1)
     rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
-    expected = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
     skipped, uneven, text = 0, 0, ""
     for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
         cells = line.split("\t")
@@ -104,7 +103,9 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
             skipped += 1
             continue
         if len(cells) < needed or (own and len(cells) > needed):
-            raise _wrong_count(path, number, line, needed, exact=own)
+            expected = f"{needed} cells expected, as in line 1" if own else f"at least {needed} columns expected"
+            hint = " (is a tab within a text, or does the header lack a name for row names?)" * (len(cells) > needed)
+            raise InputError(f"{path}, line {number}: {expected}, found {len(cells)}{hint}: {line[:80]!r}")
         uneven += len(cells) != len(names)
         if cells[place_a] != text:  # NLI repeats its premises: one string serves all
             text = cells[place_a]
@@ -112,9 +113,10 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
         if place_b is not None:
             rows.second.append(cells[place_b])
         if place_label is not None:
-            if (label := _label(task, cells[place_label])) is None:
-                what = "label" if task.labels else "score"
-                raise InputError(f"{path}, line {number}: {what} {cells[place_label]!r} is not {expected}")
+            if (label := _label(task, cell := cells[place_label])) is None:
+                wanted = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
+                found = f"{'label' if task.labels else 'score'} {cell!r}"
+                raise InputError(f"{path}, line {number}: {found} is not {wanted}")
             rows.labels.append(label)
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
@@ -126,7 +128,7 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
                        "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
     checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
     _check_texts(path, rows, [names[place] for place in places[:2] if checked and place is not None])
-    rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
+    rows.files.append({"file": path.name, "sha256": sha256_file(path)})
     return rows
 
 
@@ -138,13 +140,6 @@ def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
             yield from repeat("", blank)
             yield line
         blank = 0 if line else blank + 1
-
-
-def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -> InputError:
-    found = line.count("\t") + 1
-    expected = f"{needed} cells expected, as in line 1," if exact else f"at least {needed} columns expected,"
-    hint = " (is a tab within a text, or does the header lack a name for row names?)" if found > needed else ""
-    return InputError(f"{path}, line {number}: {expected} found {found}{hint}: {line[:80]!r}")
 
 
 def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:

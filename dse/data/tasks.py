@@ -199,7 +199,7 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f"{path}: a {kind} task needs {wanted}, found {labels}")
     if task.rank_label not in (None, *labels):
         raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {labels}")
-    known = (*DEFAULT_METRICS[kind], "mcc") if kind == BINARY else DEFAULT_METRICS[kind]
+    known = DEFAULT_METRICS[kind] + ("mcc",) * (kind == BINARY)
     if not set(task.metrics) <= set(known):
         raise InputError(f"{path}: metrics {list(task.metrics)}: a {kind} task knows {', '.join(known)}")
     if not re.fullmatch(r"[\w.-]+", task.name) or task.name.lower() in TASKS:

@@ -88,7 +88,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
         yield beside
         for path in beside.iterdir():
             _flush(path)
-        if not (folder.exists() and libc.exchange(beside, folder)):
+        if not libc.exchange(beside, folder):  # nor can it where there is no folder yet
             _rename_over(beside, folder)
         _flush(folder.parent)
 
