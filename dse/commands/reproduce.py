@@ -9,9 +9,7 @@ installed, plots to --output_dir. It skips what is done there and sound, so it c
 import argparse
 import contextlib
 import logging
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from dse import cli
@@ -27,14 +25,12 @@ from dse.system.errors import InputError, RunError
 from dse.system.files import check_writable
 from dse.training.reporting import duration
 
-PROG = "python -m dse reproduce"
 GOES_ON = "the same command goes on with what is left"
 logger = logging.getLogger("dse.reproduce")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, and `command`: the line that was typed. Exits with code 2 and one line if a flag is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="small: hours on 2 cores; large: the paper's")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
@@ -42,18 +38,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", default="results", help="where everything goes, and is found again")
     words = "e.g. mrpc,sts-b; not given: the preset's"
     add("--tasks", type=lambda text: [word for word in text.split(",") if word], help=words)
-    add("--seeds", type=fixed_seed, nargs="+", help="for every task; not given: the preset's")
+    # not -1, a new seed each time: the same command must go on with it
+    add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
     cli.add_call_flag(parser)
-    parser.set_defaults(command=shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)]))
-    return parser.parse_args(argv)
-
-
-def fixed_seed(text: str) -> int:
-    """A flag's type: a seed that torch takes; not -1, since the same command must go on with it."""
-    number = cli.seed(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
@@ -133,7 +120,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("torchrun: this command runs its stages in one process; run the scripts themselves with it")
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
-    cli.set_up_logging()
     works = make_works(args)
     from dse.experiments import results, stages
 
@@ -170,6 +156,3 @@ def run(args: argparse.Namespace) -> None:
         logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds goes on with it",
                        output_dir / name, ", ".join(lacking))  # fmt: skip
     logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", output_dir)
-
-
-main = cli.program(PROG, parse_arguments, run)

@@ -8,7 +8,6 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 
 import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ from dse.networks.pretrained import find_bert
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, write_json
 
-PROG = "python -m dse transfer"
 logger = logging.getLogger("dse.transfer")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`best` of a run, or `python -m dse export`) or hub name")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
@@ -36,7 +33,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="", help="JSON file for the numbers")
     cli.add_call_flag(parser)
     cli.add_inference_flags(parser)
-    return parser.parse_args(argv)
 
 
 def find_encoder(args: argparse.Namespace, origin: dict[str, Any] | None) -> Path:
@@ -56,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--data_dir: {data_dir} is not a folder; expected one with GLUE's folders, MRPC and so on")
     if args.output:
         check_output_file(args.output, "--output")
-    cli.set_up_logging()
     from dse.experiments import transfer
 
     data = transfer.read_tasks(data_dir, args.max_rows)
@@ -85,6 +80,3 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         about = {"model": args.model, "task": student.task.name, "max_rows": args.max_rows}
         write_json(args.output, {**about, "results": found})
-
-
-main = cli.program(PROG, parse_arguments, run)
