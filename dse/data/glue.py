@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 
 import filelock
 
-from dse.data.download import DownloadError, fetch, forget, keep_aside, shown, unzip
+from dse.data.download import Download, DownloadError, forget, keep_aside, shown, unzip
 from dse.system.errors import InputError
 from dse.system.files import atomic_write, read_json, sha256_file, utc_stamp, write_json
 from dse.system.text_files import read_lines
@@ -185,10 +185,10 @@ def fetch_sources(task: str, area: Path, mirror: Mirror) -> tuple[dict[str, Path
             path = area / source.name
             url = mirror.snli_url if task == "SNLI" else urljoin(mirror.base_url, source.place)
             logger.info("%s: from %s", source.name, shown(url))
+            download = Download(url, path, source.most)  # a mirror may have repacked it without compression
             if mirror.verify and source.size is not None:
-                sha256, place = fetch(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
-            else:  # a mirror may have repacked it without compression
-                sha256, place = fetch(url, path, source.most)
+                download = Download(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
+            sha256, place = download.fetch()
         size = path.stat().st_size
         level = logging.INFO if sha256 == source.sha256 else logging.WARNING
         logger.log(level, "%s: %d bytes, SHA-256 %s, recorded: %s", path, size, sha256, source.sha256 or "none")
