@@ -11,6 +11,7 @@ step of its own: it reads SNLI and MNLI (--data_dir glue_data).
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 from collections.abc import Sequence
@@ -37,15 +38,12 @@ def task_list(text: str) -> list[str]:
 
 def address(text: str) -> str:
     """A flag's type: an http(s) address; the error does not show it, since it may hold a password."""
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in text
-        usable = usable and "@" not in parts.path  # a password with a slash in it
-    except ValueError:  # a port that is not a number, for example
-        usable = False
-    if not usable:
-        raise argparse.ArgumentTypeError(f"not an address such as {BASE_URL}: http:// or https://, a host, a path")
-    return text
+    with contextlib.suppress(ValueError):  # for a port that is not a number, for example
+        parts, refused = urlsplit(text), " " in text
+        refused |= "@" in parts.path  # a password with a slash in it
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not refused:
+            return text
+    raise argparse.ArgumentTypeError(f"not an address such as {BASE_URL}: http:// or https://, a host, a path")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,9 +6,9 @@ Prints a table; `--output FILE` writes JSON.
 """
 
 import argparse
-import logging
 
 from dse import cli
+from dse.commands import logger
 from dse.data.tasks import check_sentence_pairs, get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.networks.config import check_fits_bert
@@ -16,8 +16,6 @@ from dse.networks.pretrained import bert_config, find_bert
 from dse.system.device import describe_device, seed_everything, select_device
 from dse.system.files import check_output_file, write_json
 from dse.training.reporting import check_can_plot
-
-logger = logging.getLogger("dse.benchmark")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

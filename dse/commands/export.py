@@ -6,12 +6,10 @@ dse_train_runner.py --store_checkpoints makes one for the best epoch by itself: 
 """
 
 import argparse
-import logging
 from pathlib import Path
 
+from dse.commands import logger
 from dse.system.files import check_file, check_writable
-
-logger = logging.getLogger("dse.export")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +24,12 @@ def run(args: argparse.Namespace) -> None:
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
+    from dse.models import DSESiameseClassifier
     from dse.storage.student_folder import check_replaceable
 
     check_replaceable(Path(args.output), "--output")
 
     # 2. Checkpoint to folder.
-    from dse.models import DSESiameseClassifier
-
     model = DSESiameseClassifier.from_checkpoint(args.trainer_checkpoint)
     model.save_pretrained(args.output)
     epoch = model.origin["epoch"]

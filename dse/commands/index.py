@@ -6,16 +6,13 @@ Each line of a UTF-8 file is a candidate, even an empty one; rows are numbered f
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 from dse import cli
-from dse.commands import load_student
+from dse.commands import load_student, logger
 from dse.system.errors import InputError
 from dse.system.files import check_writable
 from dse.system.text_files import check_texts, texts_of
-
-logger = logging.getLogger("dse.index")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,6 @@ and `prediction`, the label's name or a score.
 """
 
 import argparse
-import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dse import cli
+from dse.commands import logger
 from dse.data.processors import read_examples
 from dse.data.tasks import BINARY, get_task
 from dse.system.device import describe_device, select_device
@@ -26,7 +26,6 @@ GLUE_FILES = {
     "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "sts-b": "STS-B", "mnli": "MNLI-m",
     "mnli-mm": "MNLI-mm", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI", "diagnostic": "AX",
 }  # fmt: skip
-logger = logging.getLogger("dse.predict")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

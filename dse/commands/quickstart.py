@@ -5,7 +5,6 @@ The scripts run through their own `main`, with the flags that the log shows. The
 """
 
 import argparse
-import logging
 import shlex
 from pathlib import Path
 from timeit import repeat
@@ -17,6 +16,7 @@ import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
+from dse.commands import logger
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import write_pairs, write_tiny_bert
@@ -24,7 +24,6 @@ from dse.system.files import check_writable
 
 TRAIN_PAIRS, DEV_PAIRS = 3000, 600
 REPEATS = 3
-logger = logging.getLogger("dse.quickstart")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

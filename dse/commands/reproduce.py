@@ -8,11 +8,11 @@ installed, plots to --output_dir. It skips what is done there and sound, so it c
 
 import argparse
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from dse import cli
+from dse.commands import logger
 from dse.data.tasks import TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction
@@ -26,7 +26,6 @@ from dse.system.files import check_writable
 from dse.training.reporting import duration
 
 GOES_ON = "the same command goes on with what is left"
-logger = logging.getLogger("dse.reproduce")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,10 +90,9 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
         logger.warning("Sentence-BERT is left out; for its row, pip install sentence-transformers and run this again")
     works = []
     for task, seed in pairs:
-        place = Path(args.output_dir) / f"{task.name}_seed{seed}"
-        works.append(Experiment(preset, task, seed, Path(args.data_dir) / task.folder, encoder, place, stages))
-    for work in works:
-        work.check_settings()
+        data, place = Path(args.data_dir) / task.folder, Path(args.output_dir) / f"{task.name}_seed{seed}"
+        works.append(Experiment(preset, task, seed, data, encoder, place, stages))
+        works[-1].check_settings()
     return works
 
 
@@ -132,18 +130,18 @@ def run(args: argparse.Namespace) -> None:
         found = results.collect(output_dir, works, left, dict(args.call), about)
         return found["missing"], results.write_results(found, output_dir)
 
+    every = [(work, stage) for work in works for stage in work.stages]
     left = [(work, stage) for work in works for stage in work.left()]
-    for work in works:
-        for stage in work.stages:
-            if (work, stage) not in left:
-                stages.tidy(work, stage)  # in case a kill came before it
+    for work, stage in every:
+        if (work, stage) not in left:
+            stages.tidy(work, stage)  # in case a kill came before it
     for done, (work, stage) in enumerate(left):
         if stage not in work.left():  # what it was made from was made again, to the same bits
             continue
         logger.info(
             "%d of %d stages left, about %s; now: %s of %s with seed %d",
-            len(left) - done, sum(len(work.stages) for work in works),
-            duration(reproduction.seconds_left(works, left[done:])), stage, work.task.name, work.seed,
+            len(left) - done, len(every), duration(reproduction.seconds_left(works, left[done:])),
+            stage, work.task.name, work.seed,
         )  # fmt: skip
         with own_advice(work.folder / stage):
             stages.do(work, stage)

@@ -10,7 +10,6 @@ lines keep texts as they are.
 
 import argparse
 import io
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from dse import cli
-from dse.commands import load_student
+from dse.commands import load_student, logger
 from dse.data.tasks import ranked_label
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, json_text, write_text
 from dse.system.text_files import check_texts, texts_of
 
 COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
-logger = logging.getLogger("dse.score")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,20 +7,17 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dse import cli
-from dse.commands import load_student
+from dse.commands import load_student, logger
 from dse.data.tasks import REGRESSION
 from dse.networks.pretrained import find_bert
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, write_json
-
-logger = logging.getLogger("dse.transfer")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +30,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", default="", help="JSON file for the numbers")
     cli.add_call_flag(parser)
     cli.add_inference_flags(parser)
-
-
-def find_encoder(args: argparse.Namespace, origin: dict[str, Any] | None) -> Path:
-    """The folder of the pre-trained encoder: of --bert_model, or the one that the student's training began with."""
-    commands = (origin or {}).get("commands", [])
-    name = args.bert_model or next((flags["bert_model"] for _, flags in commands[::-1] if "bert_model" in flags), "")
-    if not name:
-        raise InputError("--bert_model: the student does not say which encoder it began with; give it")
-    return find_bert(name, "--bert_model")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +46,11 @@ def run(args: argparse.Namespace) -> None:
     if not data:
         raise InputError(f"--data_dir: {data_dir} has no task's train and dev files; download_glue_data.py gets them")
     student = load_student(args)
-    bert = find_encoder(args, student.origin)
+    commands = (student.origin or {}).get("commands", [])
+    began = [flags["bert_model"] for _, flags in commands if "bert_model" in flags]
+    if not (args.bert_model or began):
+        raise InputError("--bert_model: the student does not say which encoder it began with; give it")
+    bert = find_bert(args.bert_model or began[-1], "--bert_model")
     embedders = {
         "DSE": transfer.student_embedder(student, args.batch_size),
         "encoder as downloaded": transfer.encoder_embedder(bert, student, args.batch_size),

@@ -25,8 +25,9 @@ from urllib.parse import urljoin, urlsplit
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import requests
-import urllib3.exceptions
+from requests.exceptions import ContentDecodingError, InvalidURL
 from tqdm import tqdm
+from urllib3.exceptions import DecodeError, HTTPError, LocationValueError
 
 from dse.system.errors import InputError, RunError, one_line
 from dse.system.files import read_json, sha256_file, write_text
@@ -37,10 +38,7 @@ TIME_OUT = (20, 60)  # seconds: to connect, and between two pieces
 PAUSES = (1, 2, 4, 8, 16)  # seconds before the next try; from the first again whenever a try got further
 LONGEST_PAUSE = 60  # seconds, when the server asks for one (Retry-After)
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may pass
-PASSING_ERRORS = (
-    requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
-    urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, urllib3.exceptions.SSLError,
-)  # fmt: skip
+LASTING_ERRORS = ValueError, requests.TooManyRedirects, ContentDecodingError, DecodeError  # the others may pass
 MOST_FILES = 1000  # in an archive
 
 
@@ -245,11 +243,11 @@ def _network_errors() -> Iterator[None]:
     """Turn what requests and urllib3 raise into DownloadError."""
     try:
         yield
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+    except (requests.RequestException, HTTPError) as error:
         why = _innermost(error)
         if "certificate" in why.lower():
             raise DownloadError(f"{why}; REQUESTS_CA_BUNDLE names the certificates to trust") from error
-        raise DownloadError(why, wait=0 if isinstance(error, PASSING_ERRORS) else None) from error
+        raise DownloadError(why, wait=None if isinstance(error, LASTING_ERRORS) else 0) from error
     except (ValueError, TypeError) as error:  # for addresses, passwords and headers that neither library expects
         raise DownloadError(f"an address or an answer that cannot be read ({type(error).__name__})") from error
 
@@ -258,7 +256,7 @@ def _innermost(error: BaseException) -> str:
     """The innermost cause of an error, in one line, without passwords that addresses may carry."""
     while inner := [each for each in (getattr(error, "reason", None), *error.args) if isinstance(each, BaseException)]:
         error = inner[-1]
-    if isinstance(error, requests.exceptions.InvalidURL | urllib3.exceptions.LocationValueError):
+    if isinstance(error, InvalidURL | LocationValueError):
         return "not a valid address"
     return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/\s]*@", "//", one_line(error)))
 
@@ -283,18 +281,11 @@ def _state_of(response: requests.Response) -> str:
 
 
 def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[str] = ()) -> None:
-    """Write an archive's regular files below `folder` to `into`, without that folder's name.
-
-    Args:
-        archive: a zip file, stored or deflated.
-        folder: the one folder of the archive that is wanted; what lies beside it is left out.
-        into: an empty or missing folder.
-        most: bytes that the files may have together.
-        only: names of files right below `folder`, if not all are wanted.
+    """Write the files below `folder` in a zip archive, or `only` those names, to `into`, an empty or missing folder.
 
     Raises DownloadError: before anything is written for absolute paths, `..`, links and other special files anywhere
-    in the archive, and for more bytes than `most`; for damaged contents (CRC) and for two files of one name after some
-    files were written. Raises OSError if the disk has no room.
+    in the archive, and for more than `most` bytes in all; for damaged contents (CRC) and for two files of one name
+    after some files were written. Raises OSError if the disk has no room.
     """
     try:
         with ZipFile(archive) as zipped:
@@ -310,11 +301,11 @@ def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[st
                     os.fsync(file.fileno())
     except (FileExistsError, NotADirectoryError) as error:
         raise DownloadError("archive refused: two of its files have one name") from error
-    except OSError:
-        raise
     except DownloadError as error:
         raise DownloadError(f"archive refused: {error}") from error
     except Exception as error:  # zipfile and zlib raise many kinds for a damaged file
+        if isinstance(error, OSError):
+            raise
         raise DownloadError(f"{archive.name}: not a complete zip archive ({one_line(error)})") from error
 
 
