@@ -2,9 +2,8 @@
 
     python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
 
-Writes <output_dir>/MRPC.tsv (CoLA, SST-2, MRPC, QQP, STS-B, MNLI-m for mnli, MNLI-mm for mnli-mm, QNLI, RTE, WNLI, AX
-for diagnostic; a task of your own under its name), with a line per row of the test file, in its order: `index` from 0,
-and `prediction`, the label's name or a score.
+Writes <output_dir>/MRPC.tsv (see GLUE_FILES; a task of your own under its name), with a line per row of the test file,
+in its order: `index` from 0, and `prediction`, the label's name or a score.
 """
 
 import argparse

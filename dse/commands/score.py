@@ -3,9 +3,8 @@
     python -m dse score --model FOLDER --queries FILE --candidates FILE_OR_INDEX --top_k 10 --output FILE
 
 Each line of a UTF-8 file is a query or candidate, even an empty one. The output has a row per query and hit, best
-first: query_row and row count lines from 0, and rank counts from 1. The score is the log-odds of the rank label, whose
-probability is sigmoid(score), or the score of a regression. In TSV, a tab or line end in a text becomes a space; JSON
-lines keep texts as they are.
+first: query_row and row count lines from 0, and rank counts from 1. The score is the log-odds of the rank label, or the
+score of a regression. In TSV, a tab or line end in a text becomes a space; JSON lines keep texts as they are.
 """
 
 import argparse

@@ -1,11 +1,9 @@
 """Files from the net that can be trusted: fetched with patience, compared with the record, unpacked within bounds.
 
-A file grows as NAME.part. NAME.json beside it says which address, and which state of the file there (its
-ETag or date), the bytes came from, so that a later try or run can ask for the missing bytes alone. Only a complete file
-that agrees with its record takes the name; one that does not is kept as NAME.<hash>.bad.
-
-Proxies and certificates are those of requests (HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc). Addresses are logged and
-stored without user names, passwords and queries.
+A file grows as NAME.part. NAME.json beside it says which address, and which state of the file there (its ETag or date),
+the bytes came from, so that a later try or run can ask for the missing bytes alone. Only a complete file that agrees
+with its record takes the name; one that does not is kept as NAME.<hash>.bad. Proxies and certificates are those of
+requests (HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc).
 """
 
 import contextlib
@@ -60,11 +58,9 @@ def shown(url: str) -> str:
 
 
 def keep_aside(path: Path) -> Path:
-    """Rename a file NAME or NAME.part that must not be used to NAME.<start of its hash>.bad; remove its note."""
-    whole = path.with_name(path.name.removesuffix(".part"))
-    aside = path.replace(_beside(whole, f".{sha256_file(path)[:12]}.bad"))
-    _beside(whole, ".json").unlink(missing_ok=True)
-    return aside
+    """Rename a fetched file that must not be used to NAME.<start of its hash>.bad; remove its note."""
+    _beside(path, ".json").unlink(missing_ok=True)
+    return path.replace(_beside(path, f".{sha256_file(path)[:12]}.bad"))
 
 
 def forget(path: Path) -> None:
@@ -169,10 +165,9 @@ class Download:
         if in_pieces:
             self.part.unlink()
             raise DownloadError("the pieces do not make up the recorded file: starting over", wait=0)
-        raise DownloadError(
-            f"{self.received():,} bytes with SHA-256 {found}, but the record says {self.size:,} bytes with "
-            f"{self.sha256}; kept as {keep_aside(self.part)}; a mirror that repacks its files needs --no_verify"
-        )
+        came, recorded = f"{self.received():,} bytes with SHA-256 {found}", f"{self.size:,} bytes with {self.sha256}"
+        what = f"{came}, but the record says {recorded}; kept as {keep_aside(self.part.replace(self.path))}"
+        raise DownloadError(f"{what}; a mirror that repacks its files needs --no_verify")
 
     def receive(self) -> None:
         """Try once to complete the part."""
@@ -181,7 +176,7 @@ class Download:
             return
         headers = {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
         if have:
-            headers |= {"Range": f"bytes={have}-"} | ({"If-Range": state} if state else {})
+            headers |= {"Range": f"bytes={have}-", "If-Range": state or None}  # requests leaves None out
         options = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
         with requests.get(self.url, headers=headers, **options) as response:
             complete = response.status_code == 416 and response.headers.get("Content-Range", "") == f"bytes */{have}"
@@ -209,10 +204,11 @@ class Download:
     def append(self, response: requests.Response, start: int) -> None:
         """Write an answer's body to the part, after its first `start` bytes. Raises if it is too long or too short."""
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"  # although asked not to
-        length = _number(response, "Content-Length")
-        total = None if length is None or encoded else start + length
+        length, total = _number(response, "Content-Length"), self.size
         if known := re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", "")):
             total = int(known[1])
+        elif length is not None and not encoded:
+            total = start + length
         too_long = DownloadError(f"longer than the {self.most:,} bytes that this file can have: stopped reading")
         if (total or 0) > self.most:
             raise too_long
@@ -230,10 +226,8 @@ class Download:
                 if file.tell() > self.most:
                     file.truncate(0)  # leaves nothing to continue
                     raise too_long
-        if length is None and response.headers.get("Transfer-Encoding") != "chunked":
-            total = self.size if total is None else total  # the end of a connection may come too early
-            if total is None:
-                logger.warning("%s: the server did not say how long it is, so it may be cut off", shown(self.url))
+        if total is None and length is None and response.headers.get("Transfer-Encoding") != "chunked":
+            logger.warning("%s: the server did not say how long it is, so it may be cut off", shown(self.url))
         if self.received() < (total or 0):
             raise DownloadError(f"the answer ended at {self.received():,} of {total:,} bytes", wait=0)
 
