@@ -6,7 +6,6 @@ with its record takes the name; one that does not is kept as NAME.<hash>.bad. Pr
 requests (HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc).
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -15,7 +14,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -100,12 +99,26 @@ class Download:
         """
         if self.path.exists():  # complete, but the run that fetched it ended before it was used
             self.path.replace(self.part)
-        try:
-            found = self.complete()
-        except DownloadError as error:
-            raise DownloadError(f"{shown(self.url)}: {error}") from error
-        self.part.replace(self.path)
-        return found, self.note().get("at", shown(self.url))
+        name, failures = shown(self.url), 0
+        have = furthest = self.progress()[0]
+        while True:
+            try:
+                self.receive()
+                found = self.check(in_pieces=have > 0)
+                self.part.replace(self.path)
+                return found, self.note().get("at", name)
+            except (DownloadError, requests.RequestException, HTTPError, ValueError, TypeError) as cause:
+                error, have = _explained(cause), self.progress()[0]
+                if error.wait is None:
+                    raise DownloadError(f"{name}: {error}") from cause
+                failures = 1 if have > furthest else failures + 1
+                furthest = max(have, furthest)
+                if failures > len(PAUSES):
+                    kept = f", kept {have:,} bytes: run the same command to continue" if have else ""
+                    raise DownloadError(f"{name}: {error}; gave up after {failures} tries{kept}") from cause
+                pause = max(PAUSES[failures - 1], min(error.wait, LONGEST_PAUSE))
+                logger.warning("%s: %s; try %d of %d in %g s", name, error, failures + 1, len(PAUSES) + 1, pause)
+                time.sleep(pause)
 
     @property
     def part(self) -> Path:
@@ -132,30 +145,6 @@ class Download:
         state = str(note.get("state", ""))
         usable = state if self.size is None else have <= self.size
         return (have, state) if usable and note.get("from") == shown(self.url) else (0, "")
-
-    def complete(self) -> str:
-        """Try until the part is the whole file; return its SHA-256."""
-        failures = furthest = 0
-        while True:
-            have = self.progress()[0]
-            furthest = max(have, furthest)
-            try:
-                with _network_errors():
-                    self.receive()
-                furthest = max(self.received(), furthest)
-                return self.check(in_pieces=have > 0)
-            except DownloadError as error:
-                if error.wait is None:
-                    raise
-                have = self.progress()[0]
-                failures = 1 if have > furthest else failures + 1
-                if failures > len(PAUSES):
-                    kept = f", kept {have:,} bytes: run the same command to continue" if have else ""
-                    raise DownloadError(f"{error}; gave up after {failures} tries{kept}") from error
-                pause = max(PAUSES[failures - 1], min(error.wait, LONGEST_PAUSE))
-                what = (shown(self.url), error, failures + 1, len(PAUSES) + 1, pause)
-                logger.warning("%s: %s; try %d of %d in %g s", *what)
-                time.sleep(pause)
 
     def check(self, in_pieces: bool) -> str:
         """The part's SHA-256. Raises for another than the recorded one; the bytes of several answers get more tries."""
@@ -232,18 +221,17 @@ class Download:
             raise DownloadError(f"the answer ended at {self.received():,} of {total:,} bytes", wait=0)
 
 
-@contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
-    """Turn what requests and urllib3 raise into DownloadError."""
-    try:
-        yield
-    except (requests.RequestException, HTTPError) as error:
-        why = _innermost(error)
-        if "certificate" in why.lower():
-            raise DownloadError(f"{why}; REQUESTS_CA_BUNDLE names the certificates to trust") from error
-        raise DownloadError(why, wait=None if isinstance(error, LASTING_ERRORS) else 0) from error
-    except (ValueError, TypeError) as error:  # for addresses, passwords and headers that neither library expects
-        raise DownloadError(f"an address or an answer that cannot be read ({type(error).__name__})") from error
+def _explained(error: Exception) -> DownloadError:
+    """What this module, requests or urllib3 raised, as a DownloadError."""
+    if isinstance(error, DownloadError):
+        return error
+    if not isinstance(error, requests.RequestException | HTTPError):
+        # for addresses, passwords and headers that neither library expects
+        return DownloadError(f"an address or an answer that cannot be read ({type(error).__name__})")
+    why = _innermost(error)
+    if "certificate" in why.lower():
+        return DownloadError(f"{why}; REQUESTS_CA_BUNDLE names the certificates to trust")
+    return DownloadError(why, wait=None if isinstance(error, LASTING_ERRORS) else 0)
 
 
 def _innermost(error: BaseException) -> str:
