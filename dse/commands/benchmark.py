@@ -39,7 +39,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what was asked for, print it, and write it to --output."""
-    # 1. Refuse what cannot work.
     task = get_task(args.task_name)
     check_sentence_pairs(task)
     if args.output:
@@ -51,8 +50,6 @@ def run(args: argparse.Namespace) -> None:
     bert = bert_config(folder, "--bert_model")
     check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
     tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
-
-    # 2. Measure and report.
     import torch
 
     from dse.experiments import benchmarks, benchmarks_scoring

@@ -20,7 +20,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint's student as a folder that loads."""
-    # 1. Refuse what cannot work.
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
@@ -29,7 +28,6 @@ def run(args: argparse.Namespace) -> None:
 
     check_replaceable(Path(args.output), "--output")
 
-    # 2. Checkpoint to folder.
     model = DSESiameseClassifier.from_checkpoint(args.trainer_checkpoint)
     model.save_pretrained(args.output)
     epoch = model.origin["epoch"]

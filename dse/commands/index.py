@@ -28,7 +28,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Embed the candidates into a new index, or append them to one."""
-    # 1. Refuse what cannot work.
     if args.append and args.half:
         raise InputError("--half: is decided when an index is made; leave it out with --append")
     check_texts(args.candidates, "--candidates")
@@ -40,7 +39,6 @@ def run(args: argparse.Namespace) -> None:
     check_index_place(Path(args.output), "--output")
     model = load_student(args)
 
-    # 2. Embed and store.
     texts = texts_of(args.candidates, "--candidates")
     if args.append:
         index = CandidateIndex.open(args.output, model)

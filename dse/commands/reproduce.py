@@ -60,10 +60,10 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
         found += [(task, seed) for seed in args.seeds or preset.seeds[task.name]]
     if len(set(found)) < len(found):
         raise InputError("--tasks, --seeds: one is given twice; the same run twice has no spread")
-    called = [name for name, _ in args.call]
-    strangers = set(called) - set(TASKS)
-    shown = {dict(args.call).get(name, name.upper()) for name in TASKS}  # of all, since the folder may hold others
-    if strangers or len(set(called)) < len(called) or len(shown) < len(TASKS):
+    called = dict(args.call)
+    strangers = called.keys() - TASKS.keys()
+    shown = {called.get(name, name.upper()) for name in TASKS}  # of all, since the folder may hold others
+    if strangers or len(called) < len(args.call) or len(shown) < len(TASKS):
         raise InputError(f"--call: {', '.join(strangers) or 'a name'} is not a task, or is given twice")
     return found
 
