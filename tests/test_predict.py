@@ -13,7 +13,6 @@ from transformers import BertForSequenceClassification
 
 import finetune_bert
 from dse import __main__ as entry
-from dse.commands import predict
 from dse.data.tasks import Task, get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments.predictions import answers
@@ -180,8 +179,8 @@ def run(tmp_path):
 
     def run(model: Path, name: str, data: Path, *flags: object) -> Path:
         folder = tmp_path / "predictions"
-        predict.main([
-            "--model", str(model), "--task_name", name, "--data_dir", str(data), "--output_dir", str(folder),
+        entry.main([
+            "predict", "--model", str(model), "--task_name", name, "--data_dir", str(data), "--output_dir", str(folder),
             *map(str, flags),
         ])  # fmt: skip
         (path,) = folder.iterdir()

@@ -17,7 +17,6 @@ from sklearn.model_selection import GridSearchCV
 from transformers import BertModel, BertTokenizer
 
 from dse import __main__ as entry
-from dse.commands import transfer as command
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import get_task
 from dse.experiments import transfer
@@ -347,8 +346,8 @@ def test_what_has_no_correlation_is_null_in_json(student, bert, tmp_path, capsys
     lines = ["\t".join(["x"] * 7 + [first, second, str(score)]) for first, second, score in rows]
     (sts / "dev.tsv").write_text("\n".join(["\t".join("0123456789"), *lines]) + "\n")
     student().save_pretrained(tmp_path / "student")
-    command.main(["--model", str(tmp_path / "student"), "--data_dir", str(sts.parent), "--bert_model", str(bert),
-                  "--output", str(tmp_path / "t.json")])  # fmt: skip
+    entry.main(["transfer", "--model", str(tmp_path / "student"), "--data_dir", str(sts.parent),
+                "--bert_model", str(bert), "--output", str(tmp_path / "t.json")])  # fmt: skip
     table = table_of(capsys.readouterr().out)
     written = json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail)["results"]
     assert written.keys() == {"STS-B"}
@@ -362,8 +361,8 @@ def test_refusals(glue, saved, student, bert, tmp_path, refused):
 
     def line(**changes: object) -> str:
         flags = {"model": saved, "data_dir": glue, **changes}
-        argv = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-        found = refused(command.main, argv)
+        argv = ["transfer", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+        found = refused(entry.main, argv)
         assert found.startswith("python -m dse transfer: error: ")
         return found
 
@@ -386,7 +385,7 @@ def test_bad_data_of_any_task_is_refused_before_a_model_is_loaded(glue, tmp_path
     """Not after the tasks before it were done, whose numbers would be lost."""
 
     def line(*flags: str) -> str:
-        return refused(command.main, ["--model", "./nowhere", "--data_dir", glue, *flags])
+        return refused(entry.main, ["transfer", "--model", "./nowhere", "--data_dir", glue, *flags])
 
     sst = glue / "SST-2" / "train.tsv"
     header, *rows = sst.read_text().splitlines()
