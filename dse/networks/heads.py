@@ -25,12 +25,10 @@ _Layer = tuple[Tensor, Tensor]  # weight and bias
 class SiameseHead(nn.Module):
     """What heads share: the linear layers `fc_layers`; a subclass makes their input."""
 
-    blocks_per_pair: int | None = None  # of the embedding's size in the first layer's input; None: a single number
-
     def __init__(self, config: DSEConfig) -> None:
         super().__init__()
-        first = 1 if self.blocks_per_pair is None else self.blocks_per_pair * config.embedding_size
-        sizes = (first, *config.fc_dims)
+        none = torch.empty(0, config.embedding_size)
+        sizes = (self.blocks(none, none).shape[1], *config.fc_dims)
         self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
@@ -76,8 +74,6 @@ class ConcatHead(SiameseHead):
 
     has a constant, one matrix for v, and |u - v| as the only thing to make for each pair; v alone is stored.
     """
-
-    blocks_per_pair = 4
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
         """(batch, embedding_size) twice to (batch, 4 * embedding_size)."""

@@ -4,50 +4,29 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertForSequenceClassification
 
 from dse.data.tasks import Task
-from dse.networks.batches import PackedBatch, padded_inputs
-from dse.networks.kernels import is_plain
-from dse.networks.packed_bert import first_states
+from dse.networks.encoder import PooledBert
+from dse.networks.poolers import POOLERS
 from dse.networks.pretrained import bert_config, load_bert
 from dse.system.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-class Teacher(nn.Module):
-    """The parts of a BertForSequenceClassification, under their names in its state dict, on padded or packed inputs."""
+class Teacher(PooledBert):
+    """The parts of a BertForSequenceClassification, under their names in its state dict: row to logits."""
 
     def __init__(self, model: BertForSequenceClassification) -> None:
-        super().__init__()
-        self.bert, self.dropout, self.classifier = model.bert, model.dropout, model.classifier
+        super().__init__(model.bert, POOLERS["cls"], 1, model.dropout, model.classifier)
         self.save_pretrained = model.save_pretrained  # to a folder that transformers loads
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.classifier.weight.device
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        packed: PackedBatch | None = None,
-    ) -> Tensor:
-        """(batch, length) ids, mask and types, int64, or the same pairs packed, to logits (batch, labels), float32."""
-        if packed is None:
-            pooled = self.bert(
-                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-            ).pooler_output
-        elif is_plain(self):
-            pooled = self.bert.pooler(first_states(self.bert, packed).unsqueeze(1))
-        else:
-            parts = [self.bert(**inputs).pooler_output for inputs in padded_inputs(packed)]
-            pooled = torch.cat(parts).index_select(0, packed.order)
-        return self.classifier(self.dropout(pooled))
 
 
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
