@@ -108,12 +108,9 @@ class PackedBatch(_Record):
 
 
 def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
-    """Pack rows of token ids.
+    """Pack the given rows, int, of `tokens`; a row may come several times.
 
-    Args:
-        tokens: all rows.
-        rows: which of them, int; may name one several times.
-        first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
+    first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
     """
     order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
     rows = rows[order]

@@ -92,20 +92,21 @@ def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.devic
     return [part.view(shape) for part, shape in zip(factors.split(sizes), shapes, strict=True)]
 
 
+_Factors = Sequence[Tensor | None]  # by group
+
+
 class _Keep(NamedTuple):
     """Dropout's factors for one layer; None where nothing is dropped."""
 
-    weights: Sequence[Tensor | None]  # by group: (rows * heads, queries, length)
+    weights: _Factors  # (rows * heads, queries, length)
     context: Tensor | None  # (tokens, hidden)
     output: Tensor | None  # (tokens, hidden)
 
 
 def _draw(bert: "BertModel", batch: PackedBatch, like: Tensor, last_alone: bool) -> tuple[Tensor | None, list[_Keep]]:
-    """The factors of one pass through the encoder: for the embeddings, and for each layer.
+    """The factors for the embeddings, which are `like`, (tokens, hidden), and for each layer.
 
-    Args:
-        like: the embeddings, (tokens, hidden).
-        last_alone: is the last layer computed for each row's first token only?
+    With `last_alone` the last layer is computed for each row's first token only.
     """
     config, groups, heads = bert.config, batch.groups, bert.config.num_attention_heads
     alone = [False] * (len(bert.encoder.layer) - 1) + [last_alone]  # by layer
@@ -165,7 +166,7 @@ def _layer(layer: nn.Module, attend: Callable[..., Any], states: Tensor, batch: 
     return _add_and_norm(layer.output, inner, states, keep.output)
 
 
-def _attend(own: nn.Module, states: Tensor, batch: PackedBatch, keep: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def _attend(own: nn.Module, states: Tensor, batch: PackedBatch, keep: _Factors) -> tuple[Tensor, Tensor]:
     """Context and residual, each (tokens, hidden)."""
     projected = by_group(_project(states, own.query, own.key, own.value), batch)
     contexts = [
@@ -176,9 +177,7 @@ def _attend(own: nn.Module, states: Tensor, batch: PackedBatch, keep: Sequence[T
     return torch.cat([*contexts, idle]), states
 
 
-def _attend_alone(
-    own: nn.Module, states: Tensor, batch: PackedBatch, keep: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
+def _attend_alone(own: nn.Module, states: Tensor, batch: PackedBatch, keep: _Factors) -> tuple[Tensor, Tensor]:
     """The same for the first token of each row alone, each (rows, hidden)."""
     first, heads = states.index_select(0, batch.starts), own.num_attention_heads
     queries = linear(first, own.query.weight, own.query.bias).split([group.rows for group in batch.groups])

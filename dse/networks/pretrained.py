@@ -45,19 +45,13 @@ class OpenedBert(NamedTuple):
 
 
 def open_bert(
-    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, cache_dir: str = "",
-    hub: bool = True,
-) -> OpenedBert:  # fmt: skip
-    """Find a BERT and check it before torch is loaded.
+    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, cache_dir: str = ""
+) -> OpenedBert:
+    """Find a BERT, and load its tokenizer, before torch is loaded.
 
-    Args:
-        name, flag, cache_dir, hub: as in `find_bert`.
-        do_lower_case: the casing of its tokenizer.
-        max_seq_length, top_layers: token ids per row, and layers, that it must have.
-
-    Raises InputError, naming the flag, for what cannot be used.
+    Raises InputError, naming the flag, where `find_bert`, `check_fits_bert` or `load_tokenizer` refuse it.
     """
-    folder = find_bert(name, flag, cache_dir, hub)
+    folder = find_bert(name, flag, cache_dir)
     config = bert_config(folder, flag)
     check_fits_bert(config, max_seq_length, top_layers)
     return OpenedBert(folder, config, load_tokenizer(folder, do_lower_case, flag))
@@ -67,12 +61,11 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
     """The local folder of a BERT, with its weights.
 
     Args:
-        name: a folder as `save_pretrained` writes it, or a hub name, which is downloaded to the hub's cache.
+        name: a folder as `save_pretrained` writes it or, with `hub`, a hub name, which is downloaded.
         flag: the flag that gave the name, for error messages.
         cache_dir: where downloads are kept; empty: the hub library's own place.
-        hub: whether hub names are allowed.
 
-    Raises InputError when it is neither, or no BERT, or its weights are missing or spoiled.
+    Raises InputError for what is not a BERT, or lacks weights or has spoiled ones.
     """
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
@@ -80,9 +73,7 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
         if folder.exists():
             raise InputError(f"{flag}: {name} is a file; expected the folder of a BERT, with config.json and weights")
         if looks_local or not hub:
-            raise InputError(
-                f"{flag}: there is no folder {name}; expected a folder with config.json, weights and vocabulary"
-            )
+            raise InputError(f"{flag}: there is no folder {name}; expected one with config.json, weights, vocabulary")
         folder = _download(name, flag, cache_dir)
     _check_folder(folder, flag)
     check_hashes(folder, flag)
@@ -104,17 +95,18 @@ def read_training(folder: Path) -> dict[str, Any] | None:
 
 def files_of_teacher(folder: Path) -> set[str]:
     """The files of the teacher that is in a folder, as its training.json lists them."""
-    return set((read_training(folder) or {"sha256": {}})["sha256"])
+    return set((read_training(folder) or {}).get("sha256", ()))
 
 
 def check_hashes(folder: Path, flag: str) -> None:
     """Raise InputError where a teacher's files are not those that its training.json names."""
-    for name, expected in (read_training(folder) or {"sha256": {}})["sha256"].items():
+    for name, expected in (read_training(folder) or {}).get("sha256", {}).items():
         path = folder / name
-        if not path.is_file() or sha256_file(path) != expected:
+        wrong = "missing" if not path.is_file() else "spoiled" if sha256_file(path) != expected else ""
+        if wrong:
             raise InputError(
-                f"{flag}: {path} is {'spoiled' if path.is_file() else 'missing'}: its SHA-256 in {TRAINING} is "
-                f"{expected}; make the teacher again, or remove {TRAINING} if you changed the file yourself"
+                f"{flag}: {path} is {wrong}: its SHA-256 in {TRAINING} is {expected}; "
+                f"make the teacher again, or remove {TRAINING} if you changed the file yourself"
             )
 
 
@@ -131,7 +123,7 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{flag}: {name} is no local folder, and the hub did not give it ({one_line(error)}): "
+            f"{flag}: {name} is not a local folder, and the hub did not give it ({one_line(error)}): "
             "check the name or the network"
         ) from error
     return folder
@@ -148,13 +140,10 @@ def _check_folder(folder: Path, flag: str) -> None:
         try:
             safe_open(weights[0], framework="numpy")  # reads the header and compares the size
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{flag}: {weights[0]} is truncated or no safetensors file ({error}); fetch it again"
-            ) from error
+            what = "is truncated or not a safetensors file"
+            raise InputError(f"{flag}: {weights[0]} {what} ({error}); fetch it again") from error
     if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{flag}: {folder} has adapters, adapter_config.json, which are not used here: merge them into the weights"
-        )
+        raise InputError(f"{flag}: {folder} has adapters, adapter_config.json: merge them into the weights")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
 
@@ -171,9 +160,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     lost = [name for name in names if "\0" in name or not (folder / name).is_file()]
     if lost or not names:
-        raise InputError(
-            f"{first}: the shards {', '.join(lost[:3]) or 'that it should name'} are missing; fetch them again"
-        )
+        which = ", ".join(lost[:3]) or "that it should name"
+        raise InputError(f"{first}: the shards {which} are missing; fetch them again")
     return [first, *(folder / name for name in names)]
 
 
@@ -183,15 +171,14 @@ def bert_hashes(folder: Path) -> dict[str, str]:
 
 
 def bert_config(folder: Path, flag: str) -> dict[str, Any]:
-    """The config.json of a BERT folder. Raises InputError when it is another model's, or none."""
+    """The config.json of a folder. Raises InputError where there is none, or it is not a plain BERT's."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{flag}: {folder} is no model folder: no config.json in it")
+        raise InputError(f"{flag}: {folder} is not a model folder: no config.json in it")
     config = read_json(folder / "config.json", "the model's configuration")
     # Folders of 2019 have no model_type.
     if config.get("model_type", "bert") != "bert" or "hidden_size" not in config:
-        raise InputError(
-            f"{flag}: {folder} holds a {config.get('model_type', 'model of unknown kind')}; expected a BERT"
-        )
+        kind = config.get("model_type", "model of unknown kind")
+        raise InputError(f"{flag}: {folder} holds a {kind}; expected a BERT")
     _check_config(config, f"{flag}: {folder / 'config.json'}")
     return config
 
@@ -236,29 +223,28 @@ def last_part(name: str) -> str:
 def load_bert(bert_class: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
     """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
 
-    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
+    Warns where the tanh pooler is among them, and of weights that have no place in the BERT, but for the heads that
+    other trainings leave on one.
     """
-    import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
     transformers_logging.disable_progress_bar()
     try:
         model, info = bert_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # a spoiled file raises whatever its reader trips over
         raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
     if encoder:
-        raise InputError(
-            f"{folder}: not a whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
-        )
+        what = f"{len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
+        raise InputError(f"{folder}: not a whole BERT: {what}")
+    if any("pooler." in name for name in new):
+        logger.warning("%s has no tanh pooler, which is used here: training starts from a random one", folder)
     unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
     if unused:
-        logger.warning(
-            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
-            folder, len(unused), unused[0],
-        )  # fmt: skip
+        what = "weights have no place in the BERT that its config.json describes and are not used, e.g."
+        logger.warning("%s: %d %s %s", folder, len(unused), what, unused[0])
     return model, new

@@ -4,7 +4,6 @@ Names in the state dict are the original's: `dse_model.bert.bert.…` is the enc
 additional layer, `siamese_head.fc_layers.<i>.…` the head (heads.py).
 """
 
-import logging
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +19,6 @@ from dse.networks.config import DSEConfig
 from dse.networks.encoder import PooledBert
 from dse.networks.heads import HEADS
 from dse.networks.pretrained import load_bert
-
-logger = logging.getLogger(__name__)
 
 # A forked child has none of the threads that its parent's products were shared with, and would wait for them.
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
@@ -64,16 +61,10 @@ class SiameseNetwork(nn.Module):
         return self.dse_model.bert(*args, **inputs)
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        """Score B pairs; inputs as PooledBert takes them.
+        """The outputs of B pairs, (B, fc_dims[-1]), float32: logits, or scores for regression.
 
-        Args:
-            input_ids: (2 * B, length), int64: the first sentences of all pairs, then the second ones, so that
-                one pass of the encoder serves both.
-            attention_mask: (2 * B, length), int64.
-            packed: the same rows without padding, in place of both.
-
-        Returns:
-            (B, fc_dims[-1]), float32: logits, or scores for regression.
+        Inputs are 2 * B rows as PooledBert takes them: the first sentences of all pairs, then the second ones, so that
+        one pass of the encoder serves both.
         """
         u, v = self.embed(*args, **inputs).chunk(2)
         return self.siamese_head(u, v)
@@ -105,11 +96,5 @@ def empty_network(config: DSEConfig) -> SiameseNetwork:
 
 
 def new_network(folder: Path, config: DSEConfig) -> SiameseNetwork:
-    """A network with the pre-trained encoder of a folder, float32, and an untrained head.
-
-    The encoder has its tanh pooler only where pooler_type `cls` uses it.
-    """
-    bert, new = load_bert(BertModel, folder, add_pooling_layer=config.pooler.is_berts)
-    if new:
-        logger.warning("%s has no tanh pooler: --pooler_type cls starts from a random one", folder)
-    return SiameseNetwork(bert, config)
+    """A network with the pre-trained encoder of a folder, float32, and an untrained head."""
+    return SiameseNetwork(load_bert(BertModel, folder, add_pooling_layer=config.pooler.is_berts)[0], config)

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,45 +31,36 @@ class Teacher(PooledBert):
 
 
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
-    """A cross-encoder, float32: BERT, its tanh pooler, dropout and a linear layer to the task's logits.
+    """A cross-encoder, float32, from the folder of a BERT; the task's labels name its logits.
 
     Args:
-        folder: of a BERT.
-        task: its labels name the logits.
         fine_tuned: True for a folder that finetune_bert.py made for this task, whose classifier is used as it
             is; raises InputError for any other. False for training: the classifier starts from
             N(0, initializer_range), bias 0, even where the folder has one.
     """
-    labels = list(task.labels) or ["score"]
-    types = bert_config(folder, "the teacher").get("type_vocab_size", 2)
-    if types < 2 and task.text_b is not None:
-        raise InputError(f"{folder}: type_vocab_size is {types}, and a teacher of pairs needs 2: take another BERT")
+    config, labels = bert_config(folder, "the teacher"), list(task.labels) or ["score"]
+    if config.get("type_vocab_size", 2) < 2 and task.text_b is not None:
+        raise InputError(f"{folder}: type_vocab_size is 1, and a teacher of pairs needs 2: take another BERT")
     if fine_tuned:
-        _check_teacher_task(folder, task, labels)
+        _check_teacher_task(folder, config, task, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model, new = load_bert(BertForSequenceClassification, folder, num_labels=len(labels), **names)
     model.config.finetuning_task = task.name
-    if fine_tuned:
-        if new:
-            raise InputError(
-                f"{folder}: not a fine-tuned teacher: {', '.join(sorted(new))} missing; finetune_bert.py makes one"
-            )
-        return Teacher(model)
-    if any("pooler." in name for name in new):
-        logger.warning("%s has no tanh pooler: the teacher starts from a random one", folder)
-    nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
-    nn.init.zeros_(model.classifier.bias)
+    if fine_tuned and new:
+        missing = ", ".join(sorted(new))
+        raise InputError(f"{folder}: not a fine-tuned teacher: {missing} missing; finetune_bert.py makes one")
+    if not fine_tuned:
+        nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
     return Teacher(model)
 
 
-def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
+def _check_teacher_task(folder: Path, config: dict[str, Any], task: Task, labels: list[str]) -> None:
     """Raise InputError for labels in another order, whose logits would mean something else."""
-    config = bert_config(folder, "the teacher")
     names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     if names and len(names) != len(labels):
-        raise InputError(
-            f"{folder}: gives {len(names)} logits, and {task.name} needs {len(labels)}: {', '.join(labels)}"
-        )
+        needs = f"{len(labels)}: {', '.join(labels)}"
+        raise InputError(f"{folder}: gives {len(names)} logits, and {task.name} needs {needs}")
     if all(name.startswith("LABEL_") for name in names):  # or none: transformers leaves out LABEL_0 and LABEL_1
         if task.labels:
             logger.warning("%s does not name its labels: whether they are in the order %s is not known", folder, labels)
