@@ -7,7 +7,7 @@ max       padded to max_seq_length
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,15 +72,7 @@ def pad(tokens: Ragged, rows: np.ndarray, pad_id: int, length: int | None = None
 
 
 @dataclass
-class _Record:
-    def to(self, device: torch.device) -> Self:
-        """The same record with its tensors on a device."""
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
-
-
-@dataclass
-class Group(_Record):
+class Group:
     """Rows of similar length, which attention pads to the longest of them."""
 
     rows: int
@@ -92,7 +84,7 @@ class Group(_Record):
 
 
 @dataclass
-class PackedBatch(_Record):
+class PackedBatch:
     """Rows of token ids end to end, longest first, then idle tokens."""
 
     ids: Tensor  # int64, (tokens,)
@@ -102,9 +94,14 @@ class PackedBatch(_Record):
     order: Tensor  # int64, (rows,): x[order] puts per-row results back into the order that was asked for
     groups: list[Group]
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device."""
-        return replace(super().to(device), groups=[group.to(device) for group in self.groups])
+        groups = [replace(group, **_tensors(group, device)) for group in self.groups]
+        return replace(self, groups=groups, **_tensors(self, device))
+
+
+def _tensors(record: Group | PackedBatch, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in vars(record).items() if isinstance(x, Tensor)}
 
 
 def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:

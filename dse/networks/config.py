@@ -18,12 +18,9 @@ PADDINGS = ("packed", "batch", "max")  # how batches are laid out (batches.py)
 
 @dataclass(frozen=True)
 class DSEConfig:
-    """A student's architecture; a checkpoint carries it, so that loading needs no flags.
+    """A student's architecture; a checkpoint carries it, so that loading needs no flags."""
 
-    `bert` is the encoder's configuration, as in its config.json.
-    """
-
-    bert: dict[str, Any]
+    bert: dict[str, Any]  # the encoder's configuration, as in its config.json
     pooler_type: str = "concat_top_mean"
     pooler_num_top_hidden_layers: int = 4
     siamese_head_type: str = "concat"

@@ -1,12 +1,14 @@
 """What student and teacher have in common: a BERT that makes one vector of each row of token ids."""
 
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 from transformers import BertModel
 
 from dse.networks.batches import PackedBatch, by_group, padded, padded_inputs
 from dse.networks.kernels import is_plain
-from dse.networks.packed_bert import first_states, hidden_states
+from dse.networks.packed_bert import layer_states
 from dse.networks.poolers import Pooler
 
 
@@ -38,10 +40,11 @@ class PooledBert(nn.Module):
         return pooled if self.classifier is None else self.classifier(pooled)
 
     def _pool_packed(self, batch: PackedBatch) -> Tensor:
+        layers = deque(layer_states(self.bert, batch, last_alone=self.pooler.is_berts), maxlen=self.top_layers)
         if self.pooler.is_berts:
-            return self.bert.pooler(first_states(self.bert, batch).unsqueeze(1))
+            return self.bert.pooler(layers.pop().index_select(0, batch.order).unsqueeze(1))
         # By layer and group, the states of the group's tokens.
-        parts = [by_group(states, batch) for states in hidden_states(self.bert, batch, self.top_layers)]
+        parts = [by_group(states, batch) for states in layers]
         pooled = [
             self.pooler.pool([padded(states, group) for states in layers], group.mask)
             for group, *layers in zip(batch.groups, *parts, strict=True)

@@ -1,11 +1,7 @@
-"""Heads: from two embeddings u and v to a pair's outputs, in two ways.
+"""Heads: from two embeddings u and v to a pair's outputs, through linear layers with ReLU between them.
 
-    head(u, v)              the blocks of the two, then linear layers with ReLU between them; pair by pair, in training
-    head.factorised()       the same for few queries and many stored candidates
-
-    concat    [u, v, u * v, |u - v|]        dot    u . v
-
-A head is a class here, with both ways, and its name in config.HEAD_TYPES.
+`head(u, v)` scores pair by pair, as in training; `head.factorised()` does so for few queries and many stored
+candidates. A head is a class here, with both ways, and its name in config.HEAD_TYPES.
 """
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,20 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
     return batches
 
 
+@dataclass
 class PartialOutputs:
-    """The outputs of a long inference so far, in a file from which another run goes on.
+    """The outputs of a long inference so far, in a file from which another run goes on."""
 
-    Args:
-        path: of the file; one that is there counts if it is whole and of the same work.
-        work: all that decides the outputs; a value that JSON can hold. How rows are cut into steps is added.
-        every: steps between two writes; None: a minute.
-    """
-
-    def __init__(self, path: Path, work: dict[str, Any], every: int | None = None) -> None:
-        self.path, self.work, self.every = path, work, every
-        self._identity, self._started = "", time.monotonic()
+    path: Path  # a file that is there counts if it is whole and of the same work
+    work: dict[str, Any]  # all that decides the outputs, but for how rows are cut into steps; JSON values
+    every: int | None = None  # steps between two writes; None: a minute
+    _identity: str = ""
+    _started: float = field(default_factory=time.monotonic)
 
     def find(self, steps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the file has of the work that is cut into these steps of rows; None where it has nothing.
+        """Which rows are done, (n,), bool, and the outputs, (n, width), float32, NaN where they are not.
 
-        Returns:
-            Which rows are done, (n,), bool, and the outputs, (n, width), float32, NaN where they are not.
+        None where the file has nothing of the work that is cut into these steps of rows.
         """
         self._identity = sha256_json([self.work, [rows.tolist() for rows in steps]])
         if not self.path.exists():
@@ -78,10 +75,9 @@ class PartialOutputs:
         return done, outputs
 
     def after(self, steps: int, outputs: np.ndarray | None, done: np.ndarray) -> None:
-        """So many steps are done, and of the rows those that `done` (n,) names are this process's.
+        """Write, when it is time, what is done after so many steps: the rows that `done`, (n,), names in any process.
 
-        Writes when it is time; raises Stopped, after writing, when a signal asks for it. All processes call it at each
-        step.
+        All processes call it at each step. Raises Stopped, after writing, when a signal asks for it.
         """
         if steps % parallel.size():  # some processes have a step more than others
             return
@@ -174,9 +170,7 @@ def infer_pairs(
 def score_stored(
     network: SiameseNetwork, embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """The head's outputs (n, fc_dims[-1]), float32, on embeddings (texts, size) of which `first` and `second` (n,) name
-    each pair's rows.
-    """
+    """The head's outputs (n, fc_dims[-1]), float32, of rows `first` and `second` (n,) of (texts, size) embeddings."""
     outputs = []
     with _inference(network):
         for pairs in in_batches(np.arange(len(first)), _PAIRS_PER_STEP):

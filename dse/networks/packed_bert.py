@@ -9,20 +9,17 @@ The weights and modules are those of a plain (`is_plain`) BertModel of transform
 rounding. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BertModel
 
 from dse.networks.batches import Group, PackedBatch, by_group, padded
 from dse.networks.kernels import linear, softmax_backward
-
-if TYPE_CHECKING:
-    from transformers import BertModel
 
 
 class _Attention(torch.autograd.Function):
@@ -62,9 +59,8 @@ class _Attention(torch.autograd.Function):
             of_weights.mul_(keep)
         of_scores = softmax_backward(of_weights, weights).mul_(width**-0.5)
         factors = ((of_scores, k), (of_scores.transpose(1, 2), q), (kept.transpose(1, 2), gradient))
-        of_all = torch.stack([torch.bmm(a, b) for a, b in factors])
-        of_all = of_all.view(3, group.rows, heads, group.length, width).permute(1, 3, 0, 2, 4)
-        of_all = of_all.reshape(group.rows * group.length, 3 * heads * width)
+        of_all = torch.stack([torch.bmm(a, b) for a, b in factors]).view(3, group.rows, heads, group.length, width)
+        of_all = of_all.permute(1, 3, 0, 2, 4).reshape(group.rows * group.length, 3 * heads * width)
         return of_all if group.bias is None else of_all.index_select(0, group.back), None, None, None
 
 
@@ -103,7 +99,7 @@ class _Keep(NamedTuple):
     output: Tensor | None  # (tokens, hidden)
 
 
-def _draw(bert: "BertModel", batch: PackedBatch, like: Tensor, last_alone: bool) -> tuple[Tensor | None, list[_Keep]]:
+def _draw(bert: BertModel, batch: PackedBatch, like: Tensor, last_alone: bool) -> tuple[Tensor | None, list[_Keep]]:
     """The factors for the embeddings, which are `like`, (tokens, hidden), and for each layer.
 
     With `last_alone` the last layer is computed for each row's first token only.
@@ -122,24 +118,11 @@ def _draw(bert: "BertModel", batch: PackedBatch, like: Tensor, last_alone: bool)
     return embeddings, [_Keep(*each) for each in zip(by_layer, outputs[::2], outputs[1::2], strict=True)]
 
 
-def hidden_states(bert: "BertModel", batch: PackedBatch, top: int) -> list[Tensor]:
-    """The last `top` layers' states, lowest first, each (tokens, hidden)."""
-    return list(deque(_by_layer(bert, batch, last_alone=False), maxlen=top))
+def layer_states(bert: BertModel, batch: PackedBatch, last_alone: bool = False) -> Iterator[Tensor]:
+    """The states that each layer gives, (tokens, hidden), the lowest first.
 
-
-def first_states(bert: "BertModel", batch: PackedBatch) -> Tensor:
-    """The last layer's state of `[CLS]` of each row, (rows, hidden), in the order that was asked for.
-
-    The last layer's queries, and all that follows them, are computed for these alone.
-    """
-    (states,) = deque(_by_layer(bert, batch, last_alone=True), maxlen=1)
-    return states.index_select(0, batch.order)
-
-
-def _by_layer(bert: "BertModel", batch: PackedBatch, last_alone: bool) -> Iterator[Tensor]:
-    """The states of each layer, (tokens, hidden); of the last one (rows, hidden) where it is computed for these alone.
-
-    A layer's own are forgotten until the backward pass where gradient checkpointing is on.
+    With `last_alone` the last layer's queries, and all that follows them, are computed for each row's `[CLS]` alone:
+    (rows, hidden). Where gradient checkpointing is on, a layer's own states are forgotten until the backward pass.
     """
     modules = bert.embeddings
     states = modules.word_embeddings(batch.ids)

@@ -60,12 +60,9 @@ def open_bert(
 def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Path:
     """The local folder of a BERT, with its weights.
 
-    Args:
-        name: a folder as `save_pretrained` writes it or, with `hub`, a hub name, which is downloaded.
-        flag: the flag that gave the name, for error messages.
-        cache_dir: where downloads are kept; empty: the hub library's own place.
-
-    Raises InputError for what is not a BERT, or lacks weights or has spoiled ones.
+    The name is that of a folder or, with `hub`, one on the hub, which is downloaded to cache_dir, or to the hub
+    library's own place. Raises InputError, naming the flag, for what is not a BERT, or lacks weights or has spoiled
+    ones.
     """
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
@@ -75,7 +72,22 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
         if looks_local or not hub:
             raise InputError(f"{flag}: there is no folder {name}; expected one with config.json, weights, vocabulary")
         folder = _download(name, flag, cache_dir)
-    _check_folder(folder, flag)
+    bert_config(folder, flag)
+    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not weights:
+        raise InputError(f"{flag}: {folder} has no weights; expected {_WEIGHTS[0]} or {_WEIGHTS[2]} in it")
+    if weights[0].suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            safe_open(weights[0], framework="numpy")  # reads the header and compares the size
+        except (SafetensorError, OSError) as error:
+            what = "is truncated or not a safetensors file"
+            raise InputError(f"{flag}: {weights[0]} {what} ({error}); fetch it again") from error
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{flag}: {folder} has adapters, adapter_config.json: merge them into the weights")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
     check_hashes(folder, flag)
     return folder
 
@@ -100,14 +112,12 @@ def files_of_teacher(folder: Path) -> set[str]:
 
 def check_hashes(folder: Path, flag: str) -> None:
     """Raise InputError where a teacher's files are not those that its training.json names."""
+    advice = f"make the teacher again, or remove {TRAINING} if you changed the file yourself"
     for name, expected in (read_training(folder) or {}).get("sha256", {}).items():
         path = folder / name
         wrong = "missing" if not path.is_file() else "spoiled" if sha256_file(path) != expected else ""
         if wrong:
-            raise InputError(
-                f"{flag}: {path} is {wrong}: its SHA-256 in {TRAINING} is {expected}; "
-                f"make the teacher again, or remove {TRAINING} if you changed the file yourself"
-            )
+            raise InputError(f"{flag}: {path} is {wrong}: its SHA-256 in {TRAINING} is {expected}; {advice}")
 
 
 def _download(name: str, flag: str, cache_dir: str) -> Path:
@@ -122,30 +132,9 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{flag}: {name} is not a local folder, and the hub did not give it ({one_line(error)}): "
-            "check the name or the network"
-        ) from error
+        what = f"is not a local folder, and the hub did not give it ({one_line(error)})"
+        raise InputError(f"{flag}: {name} {what}: check the name or the network") from error
     return folder
-
-
-def _check_folder(folder: Path, flag: str) -> None:
-    bert_config(folder, flag)
-    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    if not weights:
-        raise InputError(f"{flag}: {folder} has no weights; expected {_WEIGHTS[0]} or {_WEIGHTS[2]} in it")
-    if weights[0].suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            safe_open(weights[0], framework="numpy")  # reads the header and compares the size
-        except (SafetensorError, OSError) as error:
-            what = "is truncated or not a safetensors file"
-            raise InputError(f"{flag}: {weights[0]} {what} ({error}); fetch it again") from error
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{flag}: {folder} has adapters, adapter_config.json: merge them into the weights")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -171,7 +160,10 @@ def bert_hashes(folder: Path) -> dict[str, str]:
 
 
 def bert_config(folder: Path, flag: str) -> dict[str, Any]:
-    """The config.json of a folder. Raises InputError where there is none, or it is not a plain BERT's."""
+    """The config.json of a folder.
+
+    Raises InputError where there is none, it is not a plain BERT's, or it has a value that no BERT can have.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag}: {folder} is not a model folder: no config.json in it")
     config = read_json(folder / "config.json", "the model's configuration")
@@ -179,16 +171,10 @@ def bert_config(folder: Path, flag: str) -> dict[str, Any]:
     if config.get("model_type", "bert") != "bert" or "hidden_size" not in config:
         kind = config.get("model_type", "model of unknown kind")
         raise InputError(f"{flag}: {folder} holds a {kind}; expected a BERT")
-    _check_config(config, f"{flag}: {folder / 'config.json'}")
-    return config
-
-
-def _check_config(config: dict[str, Any], where: str) -> None:
-    """Raise InputError for a configuration that is not a plain BERT's, or has a value that no BERT can have."""
 
     def check(key: str, right: bool, expected: str) -> None:
         if not right:
-            raise InputError(f"{where}: {key} is {config[key]!r}; expected {expected}")
+            raise InputError(f"{flag}: {folder / 'config.json'}: {key} is {config[key]!r}; expected {expected}")
 
     numbers = (int, float)  # and not bool, which is a kind of int
     for key, plain in _PLAIN.items():
@@ -213,6 +199,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 
         known = isinstance(activation, str) and activation in ACT2FN
         check("hidden_act", known, f"an activation that transformers knows: {', '.join(ACT2FN)}")
+    return config
 
 
 def last_part(name: str) -> str:

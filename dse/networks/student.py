@@ -28,9 +28,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 class SiameseNetwork(nn.Module):
     """Embeds both sentences of each pair with one encoder and scores the pair with the head.
 
-    Args:
-        bert: the encoder, float32; with its tanh pooler for pooler_type `cls`, without it otherwise.
-        config: the architecture. Its additional layer and head start as torch's Linear does.
+    The encoder is float32, with its tanh pooler only for pooler_type `cls`; all other layers start as torch's do.
     """
 
     def __init__(self, bert: BertModel, config: DSEConfig) -> None:
