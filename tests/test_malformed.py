@@ -171,7 +171,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("benchmark training", None, {"steps": 0}, "--steps: 0 is below 2"),
     # files
     ("finetune", text("bert/config.json", "{"), NEW, "config.json: the model's configuration is not valid"),
-    ("finetune", on("bert/model.safetensors", cut), NEW, "is truncated or no safetensors file"),
+    ("finetune", on("bert/model.safetensors", cut), NEW, "is truncated or not a safetensors file"),
     ("finetune", text("mine.json", "[]"), {"task_name": "mine.json"}, "must be a JSON object, found a list"),
     ("finetune", text("mine.json", '{"kind": "ternary"}'), {"task_name": "mine.json"}, "kind"),
     ("logits", on("teacher/model.safetensors", flipped), {}, "is spoiled: its SHA-256 in training.json is"),

@@ -226,7 +226,7 @@ def test_each_text_is_embedded_once_and_pairs_keep_their_order():
     model, batches = student_of(), Batches(separate())
     expected = infer(model, batches, 3, torch.device("cpu"), "pairs")
     seen = []
-    model.dse_model.register_forward_pre_hook(
+    model.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.extend(inputs["packed"].starts.tolist()), with_kwargs=True
     )
     batches.padding = "packed"
@@ -266,8 +266,8 @@ def test_a_batch_moves_to_a_device_whole():
 
 def test_checkpointing_computes_each_layer_again_in_training(monkeypatch):
     model, calls = student_of(), []
-    bert, compute = model.encoder, packed_bert._feed_forward
-    monkeypatch.setattr(packed_bert, "_feed_forward", lambda *inputs: calls.append(1) or compute(*inputs))
+    bert, compute = model.encoder, packed_bert._attend
+    monkeypatch.setattr(packed_bert, "_attend", lambda *inputs: calls.append(1) or compute(*inputs))
     batches, counts = Batches(separate(), "packed"), []
     for enable, train in ((False, True), (True, True), (True, False)):
         if enable:
@@ -290,7 +290,7 @@ def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
 def test_the_places_of_a_step():
     """By length 12 12 9 7 7 6 5 4 3 3 2; three pairs of 16 + 16 are 96 places, 8 x 12; three texts of 16 are 4 x 12."""
     model, batches, seen = student_of(), Batches(separate(), "packed", 16), []
-    model.dse_model.register_forward_pre_hook(
+    model.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
     infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
@@ -303,7 +303,7 @@ def test_the_places_of_a_step():
 def test_no_step_has_more_places_than_gain_anything():
     """Of 1,000 texts of 16 places a step might hold 600 texts of 12; 4,096 places, whatever the flag, are 341 x 12."""
     model, batches, seen = student_of(), Batches(separate([12] * 600), "packed", 16), []
-    model.dse_model.register_forward_pre_hook(
+    model.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
     embed_texts(model, batches, 1000, torch.device("cpu"), "texts")

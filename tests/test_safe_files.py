@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def run_steps(progress: inference.PartialOutputs | None, computed: list[int], co
         return rows.unsqueeze(1).float() + 1
 
     model = torch.nn.Identity()
-    return inference._by_steps(model, forward, batch, np.array(costs), 8, CPU, "x", False, progress)
+    model.forward = forward
+    batches = SimpleNamespace(features=SimpleNamespace(costs=np.array(costs)), of_pairs=batch, max_seq_length=8)
+    return inference.infer(model, batches, 1, CPU, "x", progress, show=False)
 
 
 def test_19_rows_that_are_done_are_stored_and_no_others(tmp_path):

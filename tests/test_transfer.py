@@ -376,7 +376,7 @@ def test_refusals(glue, saved, student, bert, tmp_path, refused):
         model=tmp_path / "silent"
     )
     assert "--bert_model: there is no folder ./nowhere" in line(bert_model="./nowhere")
-    assert "no model folder: no config.json in it" in line(bert_model=tmp_path / "empty")
+    assert "not a model folder: no config.json in it" in line(bert_model=tmp_path / "empty")
     assert "9 is below 10" in line(max_rows=9)
     assert "is a folder; name a file" in line(output=tmp_path)
 
