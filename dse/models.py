@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin
+from torch.nn import functional
 
 from dse.data.features import SeparateFeatures, tokenize_texts
 from dse.data.tasks import MULTICLASS, REGRESSION, ranked_label
@@ -51,24 +52,15 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return self
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Self:
+    def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:
         """A student in evaluation mode on the CPU, float32, with its tokenizer.
 
         Args:
             name: a folder that save_pretrained wrote, or a hub name.
-            revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
+            of_hub: huggingface_hub's revision, token, cache_dir and local_files_only.
 
         Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
         """
-        of_hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls(**vars(read_student(name, **of_hub)))
 
     @classmethod
@@ -116,18 +108,15 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
-        embeddings = np.empty((0, self.network.config.embedding_size), np.float32)
-        if texts:
-            batches = self._batches(texts, texts)
-            with self._precision(half):
-                distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
-            embeddings = distinct[batches.features.first]
+        batches = self._batches(texts, texts)
+        with self._precision(half):
+            distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
+        embeddings = torch.from_numpy(distinct[batches.features.first])
+        embeddings = embeddings.reshape(len(texts), self.network.config.embedding_size)  # of no texts too
         if normalize:
-            lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-            embeddings = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
-        embeddings = embeddings.astype(np.float16 if half else np.float32, copy=False)
-        if convert_to == "tensor":
-            embeddings = torch.from_numpy(embeddings).to(self.device)
+            embeddings = functional.normalize(embeddings, eps=torch.finfo(torch.float32).tiny)
+        embeddings = embeddings.to(torch.float16 if half else torch.float32)
+        embeddings = embeddings.to(self.device) if convert_to == "tensor" else embeddings.numpy()
         if alone:
             return embeddings[0]
         return list(embeddings) if convert_to == "list" else embeddings

@@ -194,7 +194,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("score", on("index/vectors.bin", flipped), {}, "vectors.bin: spoiled, in rows 0 to 1"),
     ("score", on("index/vectors.bin", cut), {}, "vectors.bin: missing or truncated"),
     ("score", on("index/index.json", flipped), {}, "index"),
-    ("score", without("index/index.json"), {}, "no index of candidates (index.json is missing)"),
+    ("score", without("index/index.json"), {}, "no index of candidates: index.json is missing"),
     ("score", text("texts.txt", b"\xff"), {}, "texts.txt, line 1: byte 0xff is not valid UTF-8"),
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """A student's checkpoint: everything to go on training, and everything to use it without flags.
 
 One file per epoch, or within one (states.py), a dict of tensors, numbers, strings, lists and dicts that
-`weights_only=True` reads: `format`, `version`, and the fields of `Checkpoint` under their names.
+`weights_only=True` reads: the fields of `Checkpoint` under their names.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from dse.data.tasks import DEFAULT_THRESHOLD, Task, task_from_dict, winning_threshold
 from dse.data.tokenizers import tokenizer_from_files
 from dse.networks.config import DSEConfig
-from dse.networks.student import Student, empty_network
+from dse.networks.student import SiameseNetwork, Student, empty_network
 from dse.system.errors import InputError, one_line
 from dse.system.files import check_file, load_tensors
 
@@ -23,7 +23,7 @@ FORMAT, VERSION = "dse checkpoint", 2
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds."""
+    """What a checkpoint holds; the file is the dict of its fields."""
 
     model: dict[str, Any]  # state dict of the SiameseNetwork
     architecture: dict[str, Any]  # DSEConfig's fields; `bert` is the encoder's whole configuration
@@ -34,10 +34,8 @@ class Checkpoint:
     trainer: dict[str, Any]  # optimizer, position, random states, history (Trainer.state_dict)
     stamp: str  # start of the run
     best: dict[str, Any] | None  # file, epoch and threshold of the best epoch so far; None before the first validation
-
-    def entries(self) -> dict[str, Any]:
-        """What is stored."""
-        return {"format": FORMAT, "version": VERSION, **vars(self)}
+    format: str = FORMAT
+    version: int = VERSION
 
     @classmethod
     def read(cls, path: str | Path) -> "Checkpoint":
@@ -65,44 +63,34 @@ class Checkpoint:
                 f"{self.task['name']} {self.task['labels']}"
             )
 
-    def student(self) -> Student:
-        """The student, in evaluation mode on the CPU; no pre-trained weights are needed."""
-        try:
-            network = empty_network(DSEConfig.from_dict(self.architecture))
-            network.load_state_dict(self.model)
-        except (RuntimeError, TypeError, KeyError) as error:
-            why = f"its weights and its architecture differ ({one_line(error)})"
-            raise InputError(f"--trainer_checkpoint: {why}") from error
-        history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
-        return trained_student(
-            network.eval(), tokenizer_from_files(self.tokenizer), task_from_dict(self.task), self.run,
-            self.trainer["seed"], history, self.data, self.stamp,
+    def student(self, network: SiameseNetwork | None = None, tokenizer: Any = None) -> Student:
+        """The student, with what is known of its training, of which the last epoch counts.
+
+        Args:
+            network, tokenizer: those at hand, used as they are. None: made of what the checkpoint holds, in evaluation
+                mode on the CPU; no pre-trained weights are needed.
+        """
+        if network is None:
+            try:
+                network = empty_network(DSEConfig.from_dict(self.architecture)).eval()
+                network.load_state_dict(self.model)
+            except (RuntimeError, TypeError, KeyError) as error:
+                why = f"its weights and its architecture differ ({one_line(error)})"
+                raise InputError(f"--trainer_checkpoint: {why}") from error
+        within = self.trainer["partial"] is not None  # an epoch: the metrics are of other weights
+        record = {"epoch": None} if within else self.trainer["history"][-1]
+        metrics, flags = record.get("validation", {}), {**self.run, "random_seed": self.trainer["seed"]}
+        origin = {
+            "epoch": record["epoch"],
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+            "commands": [*self.data["commands"], ["dse_train_runner.py", flags]],
+            "logits_sha256": self.data["logits"],
+            "stamp": self.stamp,
+        }
+        return Student(
+            network, tokenizer or tokenizer_from_files(self.tokenizer), task_from_dict(self.task),
+            self.run["max_seq_length"], winning_threshold(metrics) or DEFAULT_THRESHOLD, origin,
         )  # fmt: skip
-
-
-def trained_student(
-    network: Any, tokenizer: Any, task: Task, run: dict[str, Any], seed: int, history: list[dict[str, Any]],
-    data: dict[str, Any], stamp: str,
-) -> Student:  # fmt: skip
-    """A student with what is known of its training, of which the last epoch counts.
-
-    Args:
-        network, tokenizer, task: its parts.
-        run: the flags of the run; seed: the one that was used.
-        history: the records of all epochs.
-        data, stamp: a checkpoint's entries.
-    """
-    record = history[-1] if history else {"epoch": None}
-    metrics = record.get("validation", {})
-    origin = {
-        "epoch": record["epoch"],
-        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "commands": [*data["commands"], ["dse_train_runner.py", {**run, "random_seed": seed}]],
-        "logits_sha256": data["logits"],
-        "stamp": stamp,
-    }
-    threshold = winning_threshold(metrics) or DEFAULT_THRESHOLD
-    return Student(network, tokenizer, task, run["max_seq_length"], threshold, origin)
 
 
 def stamp_in(path: Path) -> str | None:

@@ -10,10 +10,8 @@ Hashes of weights and tokenizer are compared at loading, so a spoiled file is fo
 
 import contextlib
 import hashlib
-import json
 import logging
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,22 @@ from dse.data.tokenizers import tokenizer_in, tokenizer_key
 from dse.networks.config import DSEConfig
 from dse.networks.kernels import is_plain
 from dse.networks.student import SiameseNetwork, Student, empty_network
+from dse.storage.checkpoint import Checkpoint
+from dse.storage.folder_format import FolderFormat
 from dse.system.errors import InputError, RunError, one_line
-from dse.system.files import check_ours, json_text, read_json, replace_folder, sha256_file, sha256_json
+from dse.system.files import replace_folder, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "dse student", 2
+FORMAT = "dse student"
 BEST = "best"  # folder of the best epoch's student, in a run's
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
-STUDENT_FILES = [*_FILES[1:], CARD, "added_tokens.json"]  # that may lie beside config.json
+_LOADED = (WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_FORMAT = FolderFormat(
+    "student", FORMAT, 2, CONFIG, (*_LOADED, CARD, "added_tokens.json"),
+    "fetch the folder again, or make one of a checkpoint with `python -m dse export`",
+)  # fmt: skip
+check_replaceable, read_config = _FORMAT.check_place, _FORMAT.read
 
 
 def write_student(student: Student, folder: Path) -> None:
@@ -54,8 +58,6 @@ def write_student(student: Student, folder: Path) -> None:
         save_file(_weights_of(network), beside / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(beside)
         about = {
-            "format": FORMAT,
-            "version": VERSION,
             "dse_version": __version__,
             "architecture": network.config.to_dict(),
             "task": task_to_dict(task, ranks=True),
@@ -68,30 +70,37 @@ def write_student(student: Student, folder: Path) -> None:
             "tokenizer_sha256": tokenizer_key(tokenizer),
             "origin": student.origin,
         }
-        about = json.loads(json_text(about))  # as it will be read
-        about["sha256"] = sha256_json(about)
-        (beside / CONFIG).write_text(json_text(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (beside / CONFIG).write_text(_FORMAT.text(about, indent=2, ensure_ascii=False), encoding="utf-8")
         (beside / CARD).write_text(model_card(about), encoding="utf-8")
 
 
-def read_student(name: str | Path, **of_hub: Any) -> Student:
+def read_student(
+    name: str | Path, revision: str | None = None, token: str | bool | None = None,
+    cache_dir: str | Path | None = None, local_files_only: bool = False,
+) -> Student:  # fmt: skip
     """A student in evaluation mode on the CPU, float32.
 
     Args:
         name: a folder that `write_student` wrote, or a hub name.
-        of_hub: huggingface_hub's revision, token, cache_dir, local_files_only.
+        revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
 
     Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _download(str(name), **of_hub)
-    config, tokenizer = read_config(folder), tokenizer_in(folder)
+        folder = _download(
+            str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+    config, tokenizer, weights = read_config(folder), tokenizer_in(folder), folder / WEIGHTS
     if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
         raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
+    if not weights.is_file():
+        raise InputError(f"{folder}: {WEIGHTS} is missing; {_FORMAT.mend}")
+    if sha256_file(weights) != config["weights_sha256"]:
+        raise InputError(f"{weights}: spoiled or of another student (its SHA-256 differs); {_FORMAT.mend}")
     try:
         network = empty_network(DSEConfig.from_dict(config["architecture"]))
-        network.load_state_dict(_read_weights(folder, config["weights_sha256"]))
+        network.load_state_dict(load_file(weights))
         task = task_from_dict(config["task"])
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
@@ -136,36 +145,11 @@ def _download(name: str, **options: Any) -> Path:
             f"{name}: no folder of a student; expected what save_pretrained or `python -m dse export` made"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, **options))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, *_LOADED], **options))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{name}: no local folder, and the hub did not give it ({one_line(error)}): check the name or the network"
         ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a student's folder. Raises InputError where it is missing, another program's or incomplete."""
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder}: no student: {CONFIG} is missing; `python -m dse export` makes such a folder")
-    config = read_json(folder / CONFIG, "the student's configuration")
-    if config.get("format") != FORMAT:
-        raise InputError(
-            f"{folder}: holds no student of this project; `python -m dse export` makes one of a checkpoint"
-        )
-    if config.get("version") != VERSION:
-        raise InputError(f"{folder}: its format is version {config.get('version')}; this program reads {VERSION}")
-    if config.pop("sha256", None) != sha256_json(config):
-        raise InputError(f"{folder / CONFIG}: spoiled or changed (its hash differs); fetch or export the folder again")
-    return config
-
-
-def _read_weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{folder}: {WEIGHTS} is missing; fetch or export the folder again")
-    if sha256_file(path) != expected:
-        raise InputError(f"{path}: spoiled or of another student (SHA-256 is not {expected}); fetch the folder again")
-    return load_file(path)
 
 
 def told_by(folder: Path) -> dict[str, Any]:
@@ -199,41 +183,35 @@ def save_best(student: Student, run: Path) -> None:
         except (InputError, RunError) as error:
             logger.warning("the best epoch so far, %d, goes elsewhere: %s", origin["epoch"], error)
             continue
-        remove_older_best(run, place, origin["stamp"])
+        _remove_older_best(run, place, origin["stamp"])
         logger.info("best epoch so far, %d: %s", origin["epoch"], place)
         return
 
 
-def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path, read: Callable[[Path], Student]) -> None:
+def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
     """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints.
 
     Args:
         epoch, stamp: of the best epoch, and of the run.
         checkpoint: of that epoch; where it is gone, nothing is written.
-        read: the student of a checkpoint.
     """
     for place in best_folders(run):
         told = told_by(place)
         if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
-            remove_older_best(run, place, stamp)
+            _remove_older_best(run, place, stamp)
             return
     if checkpoint.is_file():
-        save_best(read(checkpoint), run)
+        save_best(Checkpoint.read(checkpoint).student(), run)
 
 
-def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
+def _remove_older_best(run: Path, newest: Path, stamp: str) -> None:
     """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
     for place in best_folders(run):
         if place != newest and told_by(place).get("stamp") == stamp:
             with contextlib.suppress(OSError):
-                for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
+                for name in (*_FORMAT.others, CONFIG):  # without which it is not a student's folder
                     (place / name).unlink(missing_ok=True)
                 place.rmdir()  # unless others' files are in it
-
-
-def check_replaceable(folder: Path, what: str) -> None:
-    """Raise InputError when a folder to be written is a file, or holds something else than a student."""
-    check_ours(folder, what, CONFIG, FORMAT, {CONFIG, *STUDENT_FILES})
 
 
 def model_card(config: dict[str, Any]) -> str:
