@@ -131,7 +131,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("logits", rows("1\t1\t2\ta\n"), {}, "line 2: at least 5 columns expected, found 4"),
     ("logits", without("data/train.tsv"), {}, "cannot read the data of mrpc (No such file or directory)"),
     ("train", rows("2\t1\t2\ta\tb\n", file="dev.tsv"), {}, "dev.tsv, line 2: label '2' is not one of mrpc's"),
-    ("train", rows(GOOD), {}, "the number of rows: 24 there, 1 here"),
+    ("train", rows(GOOD), {}, "(rows: 24 there, 1 here)"),
     ("train", without("data/dev.tsv"), {}, "cannot read the data of mrpc"),
     ("benchmark training", rows("1\t1\n"), {}, "at least 5 columns expected, found 2"),
     # flags

@@ -77,8 +77,8 @@ class Checkpoint:
             except (RuntimeError, TypeError, KeyError) as error:
                 why = f"its weights and its architecture differ ({one_line(error)})"
                 raise InputError(f"--trainer_checkpoint: {why}") from error
-        within = self.trainer["partial"] is not None  # an epoch: the metrics are of other weights
-        record = {"epoch": None} if within else self.trainer["history"][-1]
+        history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
+        record = history[-1] if history else {"epoch": None}
         metrics, flags = record.get("validation", {}), {**self.run, "random_seed": self.trainer["seed"]}
         origin = {
             "epoch": record["epoch"],

@@ -7,7 +7,6 @@ replaces index.json, so a stop in between leaves the index as it was.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import zlib
@@ -160,29 +159,23 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
                 )
             encoded = [text.encode() for text in texts]
             ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
-            for some in _within_blocks(content["count"], len(texts)):
-                if content["count"] % BLOCK == 0:
+            start = 0
+            while start < len(texts):
+                place = content["count"] % BLOCK
+                if place == 0:
                     content["sums"].append([0] * len(_FILES))
-                sums, pieces = content["sums"][-1], (stored[some], ends[some], b"".join(encoded[some]))
+                some, sums = slice(start, min(start + BLOCK - place, len(texts))), content["sums"][-1]
+                pieces = (stored[some], ends[some], b"".join(encoded[some]))
                 for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
                     file.write(piece)
                     sums[i] = zlib.crc32(piece, sums[i])
-                content["count"] += some.stop - some.start
+                content["count"] += some.stop - start
                 content["text_bytes"] += len(pieces[-1])
+                start = some.stop
         for file in files:
             file.flush()
             os.fsync(file.fileno())
     write_text(folder / _INDEX, _FORMAT.text(content))
-
-
-def _within_blocks(count: int, more: int) -> list[slice]:
-    """Rows `count` and on, cut where blocks end.
-
-    >>> _within_blocks(BLOCK - 2, 5)
-    [slice(0, 2, None), slice(2, 5, None)]
-    """
-    cuts = [0, *range(-count % BLOCK or BLOCK, more, BLOCK), more]
-    return [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -71,7 +71,7 @@ def write_student(student: Student, folder: Path) -> None:
             "origin": student.origin,
         }
         (beside / CONFIG).write_text(_FORMAT.text(about, indent=2, ensure_ascii=False), encoding="utf-8")
-        (beside / CARD).write_text(model_card(about), encoding="utf-8")
+        (beside / CARD).write_text(model_card(student), encoding="utf-8")
 
 
 def read_student(
@@ -154,10 +154,9 @@ def _download(name: str, **options: Any) -> Path:
 
 def told_by(folder: Path) -> dict[str, Any]:
     """A student's `origin`, as its folder tells it; {} for another folder, or one that tells nothing."""
-    try:
+    with contextlib.suppress(InputError):
         return read_config(folder).get("origin") or {}
-    except InputError:
-        return {}
+    return {}
 
 
 def best_folders(run: Path) -> list[Path]:
@@ -195,12 +194,11 @@ def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
         epoch, stamp: of the best epoch, and of the run.
         checkpoint: of that epoch; where it is gone, nothing is written.
     """
-    for place in best_folders(run):
-        told = told_by(place)
-        if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
-            _remove_older_best(run, place, stamp)
-            return
-    if checkpoint.is_file():
+    told = {place: told_by(place) for place in best_folders(run)}
+    found = [place for place in told if (told[place].get("epoch"), told[place].get("stamp")) == (epoch, stamp)]
+    if found:
+        _remove_older_best(run, found[0], stamp)
+    elif checkpoint.is_file():
         save_best(Checkpoint.read(checkpoint).student(), run)
 
 
@@ -214,71 +212,64 @@ def _remove_older_best(run: Path, newest: Path, stamp: str) -> None:
                 place.rmdir()  # unless others' files are in it
 
 
-def model_card(config: dict[str, Any]) -> str:
+def model_card(student: Student) -> str:
     """README.md of a student: YAML for the hub, metrics, use, commands."""
-    task, architecture, origin = config["task"], config["architecture"], config["origin"] or {}
-    labels = f", labels in order: {', '.join(config['labels'])}" if config["labels"] else ""
-    metrics = at_threshold(origin.get("metrics") or {})
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    commands = [command_line(script, _without_places(flags)) for script, flags in origin.get("commands", [])]
-    use = "\n".join([
-        "from dse.models import DSESiameseClassifier", "",
-        'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")',
-        'embeddings = model.encode(["A sentence.", "Another one."])',
-        'scores = model.score([("A sentence.", "Another one.")])',
-    ])  # fmt: skip
+    origin = student.origin or {}
     parts = [
         "---\nlibrary_name: dse\npipeline_tag: sentence-similarity\ntags:\n- sentence-similarity\n"
         "- distilled-sentence-embedding\n- knowledge-distillation\n---",
-        f"# A DSE student for {task['name']}",
+        f"# A DSE student for {student.task.name}",
         "It embeds each sentence alone and scores a pair with a small head over the two embeddings (Barkan et al., "
         '"Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020).',
-        f"- task: {task['name']} ({task['kind']}{labels})\n"
-        f"- encoder: BERT, {architecture['bert']['num_hidden_layers']} layers of "
-        f"{architecture['bert']['hidden_size']}, {'uncased' if config['do_lower_case'] else 'cased'}; "
-        f"at most {config['max_seq_length']} tokens per sentence\n"
-        f"- pooler {architecture['pooler_type']} over {architecture['pooler_num_top_hidden_layers']} layers; head "
-        f"{architecture['siamese_head_type']}, layers {architecture['fc_dims']}" + _meaning(config),
-        f"## Use\n\n```python\n{use}\n```",
+        "\n".join(f"- {fact}" for fact in _facts(student)),
+        "## Use\n\n```python\nfrom dse.models import DSESiameseClassifier\n\n"
+        'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")\n'
+        'embeddings = model.encode(["A sentence.", "Another one."])\n'
+        'scores = model.score([("A sentence.", "Another one.")])\n```',
     ]
-    if table:
+    metrics = at_threshold(origin.get("metrics") or {})
+    if metrics:
         title = f"## Metrics on the validation data, epoch {origin.get('epoch')}"
+        table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
         parts.append(f"{title}\n\n| metric | value |\n| --- | --- |\n{table}")
-    if commands:
-        lines = "\n".join(commands)
+    if commands := origin.get("commands"):
+        lines = "\n".join(command_line(script, flags, full_paths=False) for script, flags in commands)
         parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin.get('logits_sha256')}")
     return "\n\n".join(parts) + "\n"
 
 
-def _meaning(config: dict[str, Any]) -> str:
-    """What scores, probabilities and labels mean, a line each."""
-    task, labels = task_from_dict(config["task"]), config["labels"]
+def _facts(student: Student) -> list[str]:
+    """What a student is, and what its scores, probabilities and labels mean."""
+    task, config = student.task, student.network.config
+    labels = f", labels in order: {', '.join(task.labels)}" if task.labels else ""
+    casing = "uncased" if student.tokenizer.backend_tokenizer.normalizer.lowercase else "cased"
     try:
         ranked = f"`{ranked_label(task)}`"
     except InputError:  # nothing says which: a search has to
         ranked = "the label that `rank_label` names"
-    lines = [f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}"]
+    facts = [
+        f"task: {task.name} ({task.kind}{labels})",
+        f"encoder: BERT, {config.bert['num_hidden_layers']} layers of {config.bert['hidden_size']}, {casing}; at most "
+        f"{student.max_seq_length} tokens per sentence",
+        f"pooler {config.pooler_type} over {config.pooler_num_top_hidden_layers} layers; head "
+        f"{config.siamese_head_type}, layers {list(config.fc_dims)}",
+        f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}",
+    ]
     if task.kind == BINARY:
-        lines += [
-            f"`score` gives the logit of `{labels[1]}`; `predict(probabilities=True)` gives the probability of "
+        facts += [
+            f"`score` gives the logit of `{task.labels[1]}`; `predict(probabilities=True)` gives the probability of "
             f'{ranked}, and `probabilities="all"` both columns',
-            f"`predict` says `{labels[1]}` where its probability is above {config['threshold']}",
+            f"`predict` says `{task.labels[1]}` where its probability is above {student.threshold}",
         ]
-    return "".join(f"\n- {line}" for line in lines)
+    return facts
 
 
-def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags whose absolute paths are cut to their last part: where a user keeps files is nobody else's business."""
-    return {
-        flag: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for flag, value in flags.items()
-    }
-
-
-def command_line(script: str, flags: dict[str, Any]) -> str:
-    """The command line that gives a script these flags."""
+def command_line(script: str, flags: dict[str, Any], full_paths: bool = True) -> str:
+    """The command line that gives a script these flags; without full paths, of absolute ones the last part alone."""
     words = ["python", script]
     for flag, value in flags.items():
+        if not full_paths and isinstance(value, str) and Path(value).is_absolute():
+            value = Path(value).name  # where a user keeps files is nobody else's business
         if value is True:
             words.append(f"--{flag}")
         elif value not in (False, None, ""):
