@@ -1,14 +1,12 @@
-"""The student: what it is used with, from texts to embeddings, scores and labels, and from and to folders and the hub.
+"""The student: from texts to embeddings, scores and labels, and from and to folders and the hub.
 
     model = DSESiameseClassifier.from_pretrained(folder)
     model.encode(sentences)          embeddings, one row per sentence
     model.score(pairs)               the head's outputs, as in training
     model.predict(pairs)             labels, or scores for regression
 
-Texts are what Python calls strings, of any length: what is beyond the student's `max_seq_length` tokens is cut off,
-`[CLS]` and `[SEP]` counted, and an empty text is `[CLS] [SEP]`. Each distinct text is embedded once per call, in
-steps of similar length; what else is in a call changes a number by rounding only.
-
+A text is cut off after the student's `max_seq_length` tokens, `[CLS]` and `[SEP]` included. Each distinct text is
+embedded once per call, in steps of similar length; the other texts of a call change a number by rounding only.
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
@@ -36,10 +34,7 @@ Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and te
 
 
 class DSESiameseClassifier(Student, ModelHubMixin):
-    """A student on texts: a network, a tokenizer, a task and a length (`Student` has the fields).
-
-    `push_to_hub` is huggingface_hub's.
-    """
+    """A student on texts. `Student` has its fields; `push_to_hub` is huggingface_hub's."""
 
     @property
     def device(self) -> torch.device:
@@ -69,11 +64,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return cls(**vars(Checkpoint.read(path).student()))
 
     def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
-        """Write the student to a folder, whole; an earlier student there is replaced.
-
-        Raises InputError for a folder with other things in it, or a network with wrapped or quantized layers.
-        (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
-        """
+        """As `write_student`; `push_to_hub` gives the other arguments, which are not needed."""
         write_student(self, Path(folder))
 
     def encode(
@@ -126,7 +117,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
 
         Args:
             pairs: (text, text), or {"text": ..., "text_pair": ...}, each.
-            batch_size, show_progress: as in `encode`.
+            batch_size: pairs of full length that a step may hold; of shorter ones it holds more.
 
         Returns:
             float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
@@ -135,12 +126,11 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         Raises TypeError for what is not a pair of texts, ValueError for wrong arguments.
         """
         _check_batch_size(batch_size)
-        firsts, seconds = _sides(pairs)
-        width = self.network.config.fc_dims[-1]
-        outputs = np.empty((0, width), np.float32)
-        if firsts:
-            batches = self._batches(firsts, seconds)
+        batches, width = self._batches(*_sides(pairs)), self.network.config.fc_dims[-1]
+        if len(batches):
             outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
+        else:
+            outputs = np.empty((0, width), np.float32)
         return outputs[:, 0] if width == 1 else outputs
 
     def predict(
@@ -154,13 +144,11 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         """Labels of pairs; scores for regression.
 
         Args:
-            pairs: as in `score`.
             probabilities: float32 instead of labels. True: of a binary task (pairs,), the probability of the label that
                 ranks (tasks.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
                 (pairs, labels), labels in the task's order. "all": (pairs, labels) for both.
             threshold: binary: a pair has the second label where that one's probability is above it, strictly. None: the
                 one that was best on dev in training (`self.threshold`).
-            batch_size, show_progress: as in `encode`.
 
         Raises ValueError for probabilities of a regression, TypeError as `score` does.
         """
@@ -174,12 +162,11 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             return outputs
         rows = outputs.reshape(len(outputs), self.network.config.fc_dims[-1])
         if not probabilities:
-            threshold = self.threshold if threshold is None else threshold
-            return [task.labels[place] for place in kind.decisions(rows, threshold)]
+            places = kind.decisions(rows, self.threshold if threshold is None else threshold)
+            return [task.labels[place] for place in places]
         of_labels = kind.probabilities(rows)
-        if probabilities == "all" or task.kind == MULTICLASS:
-            return of_labels
-        return of_labels[:, task.labels.index(ranked_label(task))]
+        both = probabilities == "all" or task.kind == MULTICLASS
+        return of_labels if both else of_labels[:, task.labels.index(ranked_label(task))]
 
     def _batches(self, firsts: list[str], seconds: list[str]) -> Batches:
         texts = firsts if firsts is seconds else firsts + seconds
@@ -190,8 +177,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
 
     def _precision(self, half: bool) -> torch.autocast:
         kind, own = self.device.type, next(self.network.parameters()).dtype  # another dtype keeps to its own
-        modules = self.network.modules()
-        quantized = any("quantized" in type(module).__module__ for module in modules)  # these take float32 alone
+        quantized = any("quantized" in type(module).__module__ for module in self.network.modules())  # float32 alone
         enabled = half and own == torch.float32 and not quantized
         return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
 
