@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,15 +22,12 @@ from tqdm import tqdm
 
 from dse.data.features import batches_of
 from dse.data.tasks import Task, ranked_label
-from dse.storage.index_files import BLOCK, IndexFiles, Part
+from dse.models import DSESiameseClassifier
+from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
 from dse.storage.student_folder import fingerprint
 from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
 from dse.training.kinds import kind_of
-
-if TYPE_CHECKING:
-    from dse.models import DSESiameseClassifier
-
 
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
@@ -48,7 +45,7 @@ class Hit(NamedTuple):
 class CandidateIndex:
     """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`."""
 
-    def __init__(self, model: "DSESiameseClassifier", files: IndexFiles, keep: Any = None) -> None:
+    def __init__(self, model: DSESiameseClassifier, files: IndexFiles, keep: Any = None) -> None:
         self.model, self.files, self.folder, self.width = model, files, files.folder, files.content["width"]
         self._keep = keep  # a temporary folder, removed with the last reference to it
 
@@ -58,13 +55,13 @@ class CandidateIndex:
     @classmethod
     def build(
         cls,
-        model: "DSESiameseClassifier",
+        model: DSESiameseClassifier,
         sentences: Iterable[str],
         folder: str | Path | None = None,
         dtype: str = "float32",
         batch_size: int = 32,
         show_progress: bool | None = None,
-    ) -> "CandidateIndex":
+    ) -> Self:
         """Embed candidates and store them, in constant memory.
 
         Args:
@@ -72,7 +69,6 @@ class CandidateIndex:
             folder: where it is kept, whole or not at all; an index that is there is replaced. None: a temporary
                 folder, which goes with the index.
             dtype: "float32", or "float16" for half the space (embeddings rounded to 11 bits).
-            batch_size, show_progress: as in `encode`.
 
         Raises InputError for a folder with other things in it.
         """
@@ -81,31 +77,23 @@ class CandidateIndex:
     @classmethod
     def from_embeddings(
         cls,
-        model: "DSESiameseClassifier",
+        model: DSESiameseClassifier,
         parts: Iterable[Part],
         folder: str | Path | None = None,
         dtype: str = "float32",
-    ) -> "CandidateIndex":
-        """Store candidates whose embeddings are there already.
-
-        Args:
-            parts: embeddings (n, embedding_size) that `model.encode` made, not normalized, and their n texts, part by
-                part.
-            folder, dtype: as in `build`.
-        """
+    ) -> Self:
+        """As `build`, of embeddings (n, embedding_size) by `model.encode`, not normalized, and n texts, part by part."""
         keep = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name) / "index" if keep is not None else Path(folder)
         width = model.network.config.embedding_size
         return cls(model, IndexFiles.create(folder, fingerprint(model), width, dtype, parts), keep)
 
     @classmethod
-    def open(cls, folder: str | Path, model: "DSESiameseClassifier") -> "CandidateIndex":
+    def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
         """An index as it was stored, memory-mapped. Raises InputError if it is spoiled, another model's or no index."""
         files = IndexFiles.open(Path(folder))
         if files.content["model"] != fingerprint(model):
-            raise InputError(
-                f"{folder}: this index was made by another model; build it anew, or give the model it is of"
-            )
+            raise InputError(f"{folder}: this index was made by another model; build it anew, or give its own model")
         return cls(model, files)
 
     def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
@@ -121,7 +109,6 @@ class CandidateIndex:
         """How each candidate ranks for a query: by the probability of the rank label, or the score of a regression.
 
         Args:
-            queries: one text or several.
             rank_label: the label whose probability counts; None: the task's own, else entailment, else the second one
                 of a binary task.
 
@@ -143,24 +130,17 @@ class CandidateIndex:
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
         """The best candidates of each query, best first, of equals the earlier row; all where there are fewer.
 
-        Args:
-            queries, rank_label: as in `score`.
-            top_k: how many.
-
-        Returns:
-            Hits for one query, a list of them for several. Memory does not grow with the candidates.
+        `rank_label` is as in `score`. Memory does not grow with the candidates.
         """
         if top_k < 1:
             raise ValueError(f"top_k: {top_k} is below 1")
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        best: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in texts]
+        best = [(torch.empty(0), torch.empty(0, dtype=torch.int64))] * len(texts)
         for row, start, some in self._blocks(texts, rank_label, show_progress):
             for query, scores in enumerate(some.cpu(), row):
                 best[query] = _best(*best[query], scores, start, top_k)
-        hits = [
-            [Hit(score, row, self.text(row)) for score, row in zip(scores.tolist(), found.tolist(), strict=True)]
-            for scores, found in best
-        ]
+        found = [zip(scores.tolist(), rows.tolist(), strict=True) for scores, rows in best]
+        hits = [[Hit(score, row, self.text(row)) for score, row in each] for each in found]
         return hits[0] if isinstance(queries, str) else hits
 
     def text(self, row: int) -> str:
@@ -169,7 +149,7 @@ class CandidateIndex:
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
         """The embeddings of rows `start` to `stop`, as stored, (stop - start, width); not compared with their sums."""
-        return self.files.vectors(start, stop)
+        return self.files.arrays[VECTORS][start:stop]
 
     def block(self, start: int) -> Tensor:
         """Up to BLOCK embeddings from a row on, a multiple of BLOCK, float32, on the model's device."""
@@ -178,50 +158,40 @@ class CandidateIndex:
             return torch.from_numpy(self.files.block(start)).to(self.model.device, torch.float32)
 
     def _blocks(self, texts: list[str], rank_label: str | None, show: bool | None) -> Iterator[tuple[int, int, Tensor]]:
-        """The first query, the first candidate, and the scores (queries, candidates) of both and those behind them."""
+        """Block by block: the first query's place, the first candidate's row, and scores (queries, candidates)."""
         task = self.model.task
         ranked_label(task, rank_label)  # refused before anything is embedded
         queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
         places = list(itertools.product(range(0, len(texts), _QUERIES), range(0, len(self), BLOCK)))
-        with torch.inference_mode(), _bar("score", "block", show, len(places)) as bar:
+        hidden = None if show is None else not show
+        with torch.inference_mode(), tqdm(places, "score", unit="block", disable=hidden, leave=False) as bar:
             outputs = self.model.network.siamese_head.factorised()
-            for row, start in places:
+            for row, start in bar:
                 scores = rank_scores(outputs(queries[row : row + _QUERIES], self.block(start)), task, rank_label)
                 if not bool(scores.isfinite().all()):
                     raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
                 yield row, start, scores
-                bar.update()
 
 
 def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
-    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float.
-
-    Raises InputError as `ranked_label` does.
-    """
+    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float; raises as `ranked_label` does."""
     label = ranked_label(task, rank_label)
     return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
 
 
 def _best(scores: Tensor, rows: Tensor, new: Tensor, start: int, top_k: int) -> tuple[Tensor, Tensor]:
     """The best so far and a block's, whose rows begin at `start`, to the best of both, best first."""
-    if len(new) > top_k:
-        least = new.topk(top_k).values[-1]
-        some = (new >= least).nonzero().squeeze(1)  # all equals of the last one, so that the earliest can win
-    else:
-        some = torch.arange(len(new))
+    least = new.topk(min(top_k, len(new))).values[-1]
+    some = (new >= least).nonzero().squeeze(1)  # all equals of the last one, so that the earliest can win
     scores, rows = torch.cat([scores, new[some]]), torch.cat([rows, some + start])
     order = scores.sort(descending=True, stable=True).indices[:top_k]  # earlier rows come first
     return scores[order], rows[order]
 
 
 def _embedded(
-    model: "DSESiameseClassifier", sentences: Iterable[str], batch_size: int, show: bool | None
+    model: DSESiameseClassifier, sentences: Iterable[str], batch_size: int, show: bool | None
 ) -> Iterator[Part]:
-    with _bar("embed", "sentence", show) as bar:
+    with tqdm(desc="embed", unit="sentence", disable=None if show is None else not show, leave=False) as bar:
         for texts in batches_of(checked_texts(sentences, "sentences"), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
             yield model.encode(texts, batch_size, show_progress=False), texts
             bar.update(len(texts))
-
-
-def _bar(what: str, unit: str, show: bool | None, total: int | None = None) -> tqdm:
-    return tqdm(desc=what, unit=unit, total=total, disable=None if show is None else not show, leave=False)

@@ -48,13 +48,10 @@ class DSESiameseClassifier(Student, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:
-        """A student in evaluation mode on the CPU, float32, with its tokenizer.
+        """A student in evaluation mode on the CPU, float32, of a folder that `save_pretrained` wrote, or of the hub.
 
-        Args:
-            name: a folder that save_pretrained wrote, or a hub name.
-            of_hub: huggingface_hub's revision, token, cache_dir and local_files_only.
-
-        Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
+        `of_hub` is huggingface_hub's revision, token, cache_dir and local_files_only. Raises InputError for a folder
+        that does not hold a student, or one of another version, incomplete or spoiled.
         """
         return cls(**vars(read_student(name, **of_hub)))
 
@@ -99,7 +96,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
-        batches = self._batches(texts, texts)
+        batches = self._batches(texts, [])
         with self._precision(half):
             distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
         embeddings = torch.from_numpy(distinct[batches.features.first])
@@ -169,9 +166,8 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return of_labels if both else of_labels[:, task.labels.index(ranked_label(task))]
 
     def _batches(self, firsts: list[str], seconds: list[str]) -> Batches:
-        texts = firsts if firsts is seconds else firsts + seconds
-        distinct, places = tokenize_texts(texts, self.tokenizer, self.max_seq_length)
-        first, second = places[: len(firsts)], places[-len(seconds) :]
+        distinct, places = tokenize_texts(firsts + seconds, self.tokenizer, self.max_seq_length)
+        first, second = places[: len(firsts)], places[len(firsts) :]
         features = SeparateFeatures(distinct, first, second, None, self.tokenizer.pad_token_id)
         return Batches(features, padding_for(self.device, None), self.max_seq_length)
 

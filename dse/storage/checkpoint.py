@@ -18,8 +18,6 @@ from dse.networks.student import SiameseNetwork, Student, empty_network
 from dse.system.errors import InputError, one_line
 from dse.system.files import check_file, load_tensors
 
-FORMAT, VERSION = "dse checkpoint", 2
-
 
 @dataclass
 class Checkpoint:
@@ -34,8 +32,8 @@ class Checkpoint:
     trainer: dict[str, Any]  # optimizer, position, random states, history (Trainer.state_dict)
     stamp: str  # start of the run
     best: dict[str, Any] | None  # file, epoch and threshold of the best epoch so far; None before the first validation
-    format: str = FORMAT
-    version: int = VERSION
+    format: str = "dse checkpoint"
+    version: int = 2
 
     @classmethod
     def read(cls, path: str | Path) -> "Checkpoint":
@@ -44,24 +42,19 @@ class Checkpoint:
         check_file(path, flag, "dse_train_runner.py --store_checkpoints writes it")
         refusal = f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py; take another one"
         entries = load_tensors(path, refusal)
-        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+        if not isinstance(entries, dict) or entries.get("format") != cls.format:
             raise InputError(f"{flag}: {path} was not written by dse_train_runner.py, which is expected here")
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in entries]
-        if entries.get("version") != VERSION or missing:
-            raise InputError(
-                f"{flag}: {path} has format version {entries.get('version')}"
-                f"{' and lacks ' + ', '.join(missing) if missing else ''}; this program reads version {VERSION}"
-            )
-        return cls(**{name: entries[name] for name in names})
+        missing = [field.name for field in fields(cls) if field.name not in entries]
+        if entries.get("version") != cls.version or missing:
+            found = f"version {entries.get('version')}{' and lacks ' if missing else ''}{', '.join(missing)}"
+            raise InputError(f"{flag}: {path} has format {found}; this program reads version {cls.version}")
+        return cls(**{field.name: entries[field.name] for field in fields(cls)})
 
     def check_task(self, task: Task) -> None:
         """Raise InputError for a checkpoint of another task: another name, other labels, or another order of them."""
-        if (self.task["name"], tuple(self.task["labels"])) != (task.name, task.labels):
-            raise InputError(
-                f"--task_name: {task.name} {list(task.labels)} was given, but the checkpoint is of "
-                f"{self.task['name']} {self.task['labels']}"
-            )
+        given, own = f"{task.name} {list(task.labels)}", f"{self.task['name']} {self.task['labels']}"
+        if given != own:
+            raise InputError(f"--task_name: {given} was given, but the checkpoint is of {own}")
 
     def student(self, network: SiameseNetwork | None = None, tokenizer: Any = None) -> Student:
         """The student, with what is known of its training, of which the last epoch counts.
@@ -75,8 +68,9 @@ class Checkpoint:
                 network = empty_network(DSEConfig.from_dict(self.architecture)).eval()
                 network.load_state_dict(self.model)
             except (RuntimeError, TypeError, KeyError) as error:
-                why = f"its weights and its architecture differ ({one_line(error)})"
-                raise InputError(f"--trainer_checkpoint: {why}") from error
+                raise InputError(
+                    f"--trainer_checkpoint: weights and architecture differ ({one_line(error)})"
+                ) from error
         history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
         record = history[-1] if history else {"epoch": None}
         metrics, flags = record.get("validation", {}), {**self.run, "random_seed": self.trainer["seed"]}

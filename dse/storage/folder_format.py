@@ -34,11 +34,10 @@ class FolderFormat:
         if not path.is_file():
             raise InputError(f"{folder}: no {self.what}: {self.main} is missing; {self.mend}")
         content = read_json(path, f"the description of the {self.what}")
-        found, version = content.get("format"), content.get("version")
-        if found != self.format:
+        if content.get("format") != self.format:
             raise InputError(f"{folder}: holds no {self.what} of this project; {self.mend}")
-        if version != self.version:
-            raise InputError(f"{folder}: its format is version {version}; this program reads {self.version}")
+        if (found := content.get("version")) != self.version:
+            raise InputError(f"{folder}: its format is version {found}; this program reads {self.version}")
         if content.pop("sha256", None) != sha256_json(content):
             raise InputError(f"{path}: spoiled or changed (its hash differs); {self.mend}")
         return content

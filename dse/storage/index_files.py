@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from filelock import FileLock
@@ -39,22 +39,27 @@ Part = tuple[np.ndarray, list[str]]  # embeddings (n, width), and their n texts
 class IndexFiles:
     """An index's files, mapped: they stay what they were opened as when another index takes their place.
 
-    Args:
-        content: the entries of index.json. `model` is the hash of the model that made the embeddings.
-
-    Raises InputError where files are missing or too short.
+    `content` has the entries of index.json. Raises InputError where files are missing or too short.
     """
 
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
         self.folder, self.content = folder, content
-        self._arrays = {name: _mapped(folder / name, *shape) for name, shape in _shapes(content).items()}
-        self._checked: set[tuple[str, int]] = set()
+        self.arrays, self._checked = {}, set()  # files by name; the blocks that were compared, by first row and file
+        for name, (dtype, shape) in _shapes(content).items():
+            try:
+                with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
+                    empty = 0 in shape
+                    self.arrays[name] = np.empty(shape, dtype) if empty else np.memmap(file, dtype, "r", shape=shape)
+            except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
+                raise InputError(f"{folder / name}: missing or truncated; {_FORMAT.mend}") from error
+            except OSError as error:
+                raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
 
     def __len__(self) -> int:
         return self.content["count"]
 
     @classmethod
-    def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> "IndexFiles":
+    def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
         """Write an index, whole or not at all; an index that is there is replaced.
 
         Raises InputError for a folder with other things in it, or embeddings that are not finite.
@@ -72,7 +77,7 @@ class IndexFiles:
         return files
 
     @classmethod
-    def open(cls, folder: Path) -> "IndexFiles":
+    def open(cls, folder: Path) -> Self:
         """The files of one index, also while others take its place. Raises InputError where they are spoiled."""
         for _ in range(_ATTEMPTS):
             before = _number(folder)
@@ -86,7 +91,7 @@ class IndexFiles:
                     return files
         raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
 
-    def append(self, model: str, parts: Iterable[Part]) -> "IndexFiles":
+    def append(self, model: str, parts: Iterable[Part]) -> Self:
         """The index with more rows; a stop in between leaves it as it was. Raises InputError for another model's."""
         with _locked(self.folder):
             remove_stale_parts(self.folder, _INDEX, 0.0)  # nobody else writes it now
@@ -94,29 +99,22 @@ class IndexFiles:
             if content["model"] != model:
                 raise InputError(f"{self.folder}: was replaced by an index of another model")
             _extend(self.folder, content, parts)
-            return IndexFiles(self.folder, content)
+            return type(self)(self.folder, content)
 
     def save(self, folder: Path) -> None:
         """Copy what was opened, whatever has come to that place since, as `create` writes it."""
         check_index_place(folder, str(folder))
         with replace_folder(folder) as beside:
-            for name, array in self._arrays.items():
+            for name, array in self.arrays.items():
                 array.tofile(beside / name)
             write_text(beside / _INDEX, _FORMAT.text(self.content))
-
-    def vectors(self, start: int, stop: int) -> np.ndarray:
-        """The embeddings of rows `start` to `stop`, as stored, (stop - start, width); not compared with their sums."""
-        return self._arrays[VECTORS][start:stop]
 
     def block(self, start: int, file: str = VECTORS, places: slice | None = None) -> np.ndarray:
         """Up to BLOCK rows of a file from row `start` on, a multiple of BLOCK, compared with their sum once.
 
-        Args:
-            places: of the rows in the file, where they are not the same.
-
-        Raises InputError where they are spoiled.
+        `places` is where they are in texts.bin. Raises InputError where they are spoiled.
         """
-        content = self._arrays[file][places or slice(start, start + BLOCK)]
+        content = self.arrays[file][places or slice(start, start + BLOCK)]
         if (start, file) not in self._checked:
             if zlib.crc32(content) != self.content["sums"][start // BLOCK][_FILES.index(file)]:
                 rows = f"{start} to {min(start + BLOCK, len(self)) - 1}"
@@ -129,7 +127,7 @@ class IndexFiles:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row}: there are {len(self)} candidates")
         start = row // BLOCK * BLOCK
-        first = int(self._arrays[_ENDS][start - 1]) if start else 0
+        first = int(self.arrays[_ENDS][start - 1]) if start else 0
         ends = self.block(start, _ENDS)
         texts = self.block(start, _TEXTS, slice(first, int(ends[-1])))
         begin = int(ends[row - start - 1]) if row > start else first
@@ -144,9 +142,7 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
             file.truncate(dtype.itemsize * math.prod(shape))  # what an append left that did not end
         for part in elements(parts, "parts", "a list of (embeddings, texts) parts"):
             if not (isinstance(part, tuple | list) and len(part) == 2):
-                raise TypeError(
-                    f"parts: got {type(part).__name__}, expected (embeddings, texts): [(E, texts)] is one part"
-                )
+                raise TypeError(f"parts: got {type(part).__name__}, expected (embeddings, texts), as in [(E, texts)]")
             vectors, texts = np.asarray(part[0]), list(checked_texts(part[1], "parts, texts"))
             if vectors.shape != (len(texts), content["width"]):
                 raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
@@ -184,17 +180,6 @@ def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...
     shapes = ((_DTYPES[content["dtype"]], (rows, content["width"])), (_INT64, (rows,)),
               (np.dtype("u1"), (content["text_bytes"],)))  # fmt: skip
     return dict(zip(_FILES, shapes, strict=True))
-
-
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A file as far as the index counts it."""
-    try:
-        with open(path, "rb") as file:  # a map stays what it is when another file takes the name
-            return np.memmap(file, dtype, "r", shape=shape) if math.prod(shape) else np.empty(shape, dtype)
-    except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
-        raise InputError(f"{path}: missing or truncated; {_FORMAT.mend}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -67,9 +67,7 @@ class States:
                 logger.warning("%s; looking for the state before it", error)
                 self._spoiled.append(self.files.pop(position))
         if self._spoiled:
-            raise InputError(
-                f"--resume: none of the states in {self.folder} can be read; leave the flag out to start anew"
-            )
+            raise InputError(f"--resume: none of the states in {self.folder} can be read; leave it out to start anew")
         return None
 
     def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:

@@ -78,19 +78,21 @@ def read_student(
     name: str | Path, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | Path | None = None, local_files_only: bool = False,
 ) -> Student:  # fmt: skip
-    """A student in evaluation mode on the CPU, float32.
-
-    Args:
-        name: a folder that `write_student` wrote, or a hub name.
-        revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
+    """A student in evaluation mode on the CPU, float32, of a folder that `write_student` wrote, or of the hub.
 
     Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
     """
     folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{name}: no folder of a student, but a file; {_FORMAT.mend}")
     if not folder.is_dir():
-        folder = _download(
-            str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        try:
+            folder = Path(snapshot_download(
+                str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+                allow_patterns=[CONFIG, *_LOADED],
+            ))  # fmt: skip
+        except (OSError, ValueError) as error:  # ValueError: it cannot be a name on the hub
+            raise InputError(f"{name}: no folder of a student, and not on the hub ({one_line(error)})") from error
     config, tokenizer, weights = read_config(folder), tokenizer_in(folder), folder / WEIGHTS
     if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
         raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
@@ -113,9 +115,7 @@ def _weights_of(network: SiameseNetwork) -> dict[str, torch.Tensor]:
     state = network.state_dict()
     for name, tensor in state.items():
         if type(tensor) is not torch.Tensor or tensor.is_quantized:
-            raise InputError(
-                f"{name}: not a plain tensor, so the student cannot be stored or indexed: do that before quantizing it"
-            )
+            raise InputError(f"{name}: not a plain tensor, so the student cannot be stored or indexed once quantized")
     return {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
@@ -136,20 +136,6 @@ def fingerprint(student: Student) -> str:
         about.append("not plain")
     digest.update(sha256_json(about).encode())
     return digest.hexdigest()
-
-
-def _download(name: str, **options: Any) -> Path:
-    """The local copy of a student on the hub."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists():
-        raise InputError(
-            f"{name}: no folder of a student; expected what save_pretrained or `python -m dse export` made"
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, *_LOADED], **options))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name}: no local folder, and the hub did not give it ({one_line(error)}): check the name or the network"
-        ) from error
 
 
 def told_by(folder: Path) -> dict[str, Any]:
@@ -174,28 +160,25 @@ def save_best(student: Student, run: Path) -> None:
         told = told_by(place)
         # What was written before there were stamps is this run's if the same command wrote it.
         key = "stamp" if "stamp" in told else "commands"
-        if (place / CONFIG).exists() and told.get(key) != origin[key]:
-            logger.warning("%s holds another run's student and stays: the best epoch goes elsewhere", place)
-            continue
         try:
+            if (place / CONFIG).exists() and told.get(key) != origin[key]:
+                raise InputError(f"{place} holds another run's student and stays")
             write_student(student, place)
         except (InputError, RunError) as error:
             logger.warning("the best epoch so far, %d, goes elsewhere: %s", origin["epoch"], error)
-            continue
-        _remove_older_best(run, place, origin["stamp"])
-        logger.info("best epoch so far, %d: %s", origin["epoch"], place)
-        return
+        else:
+            _remove_older_best(run, place, origin["stamp"])
+            logger.info("best epoch so far, %d: %s", origin["epoch"], place)
+            return
 
 
 def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
-    """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints.
+    """Write the best epoch's student of a run, unless it is there or that epoch's checkpoint is gone.
 
-    Args:
-        epoch, stamp: of the best epoch, and of the run.
-        checkpoint: of that epoch; where it is gone, nothing is written.
+    It is not there after a stop, or where others' checkpoints changed which epoch is the best.
     """
-    told = {place: told_by(place) for place in best_folders(run)}
-    found = [place for place in told if (told[place].get("epoch"), told[place].get("stamp")) == (epoch, stamp)]
+    wanted = {"epoch": epoch, "stamp": stamp}.items()
+    found = [place for place in best_folders(run) if wanted <= told_by(place).items()]
     if found:
         _remove_older_best(run, found[0], stamp)
     elif checkpoint.is_file():
@@ -227,11 +210,10 @@ def model_card(student: Student) -> str:
         'embeddings = model.encode(["A sentence.", "Another one."])\n'
         'scores = model.score([("A sentence.", "Another one.")])\n```',
     ]
-    metrics = at_threshold(origin.get("metrics") or {})
-    if metrics:
-        title = f"## Metrics on the validation data, epoch {origin.get('epoch')}"
-        table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-        parts.append(f"{title}\n\n| metric | value |\n| --- | --- |\n{table}")
+    if metrics := at_threshold(origin.get("metrics") or {}):
+        parts.append(f"## Metrics on the validation data, epoch {origin.get('epoch')}")
+        rows = [("metric", "value"), ("---", "---"), *((name, f"{value:.4f}") for name, value in metrics.items())]
+        parts.append("\n".join(f"| {name} | {value} |" for name, value in rows))
     if commands := origin.get("commands"):
         lines = "\n".join(command_line(script, flags, full_paths=False) for script, flags in commands)
         parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin.get('logits_sha256')}")
