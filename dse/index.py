@@ -82,7 +82,7 @@ class CandidateIndex:
         folder: str | Path | None = None,
         dtype: str = "float32",
     ) -> Self:
-        """As `build`, of embeddings (n, embedding_size) by `model.encode`, not normalized, and n texts, part by part."""
+        """As `build`, of parts: embeddings (n, embedding_size) as `model.encode` gives them, and their n texts."""
         keep = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name) / "index" if keep is not None else Path(folder)
         width = model.network.config.embedding_size
@@ -157,17 +157,17 @@ class CandidateIndex:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
             return torch.from_numpy(self.files.block(start)).to(self.model.device, torch.float32)
 
-    def _blocks(self, texts: list[str], rank_label: str | None, show: bool | None) -> Iterator[tuple[int, int, Tensor]]:
+    def _blocks(self, texts: list[str], label: str | None, show: bool | None) -> Iterator[tuple[int, int, Tensor]]:
         """Block by block: the first query's place, the first candidate's row, and scores (queries, candidates)."""
         task = self.model.task
-        ranked_label(task, rank_label)  # refused before anything is embedded
+        ranked_label(task, label)  # refused before anything is embedded
         queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
         places = list(itertools.product(range(0, len(texts), _QUERIES), range(0, len(self), BLOCK)))
         hidden = None if show is None else not show
         with torch.inference_mode(), tqdm(places, "score", unit="block", disable=hidden, leave=False) as bar:
             outputs = self.model.network.siamese_head.factorised()
             for row, start in bar:
-                scores = rank_scores(outputs(queries[row : row + _QUERIES], self.block(start)), task, rank_label)
+                scores = rank_scores(outputs(queries[row : row + _QUERIES], self.block(start)), task, label)
                 if not bool(scores.isfinite().all()):
                     raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
                 yield row, start, scores

@@ -99,8 +99,8 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         batches = self._batches(texts, [])
         with self._precision(half):
             distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
-        embeddings = torch.from_numpy(distinct[batches.features.first])
-        embeddings = embeddings.reshape(len(texts), self.network.config.embedding_size)  # of no texts too
+        in_order = distinct[batches.features.first].reshape(len(texts), self.network.config.embedding_size)  # or (0, 0)
+        embeddings = torch.from_numpy(in_order)
         if normalize:
             embeddings = functional.normalize(embeddings, eps=torch.finfo(torch.float32).tiny)
         embeddings = embeddings.to(torch.float16 if half else torch.float32)

@@ -69,7 +69,7 @@ class Checkpoint:
                 network.load_state_dict(self.model)
             except (RuntimeError, TypeError, KeyError) as error:
                 raise InputError(
-                    f"--trainer_checkpoint: weights and architecture differ ({one_line(error)})"
+                    f"--trainer_checkpoint: weights do not fit the architecture ({one_line(error)})"
                 ) from error
         history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
         record = history[-1] if history else {"epoch": None}

@@ -43,14 +43,12 @@ class States:
     Args:
         stem: with which its files' names begin.
         own: was the folder made for the run? Then it goes when it ends up empty.
-        mine: tells which of the files are the run's, where other runs' may be among them.
+        mine: tells which of the files are the run's; None: all.
     """
 
-    def __init__(
-        self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] = lambda path: True
-    ) -> None:
+    def __init__(self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] | None = None) -> None:
         self.folder, self.stem, self.own = folder, stem, own
-        paths = [path for path in sorted(folder.glob(f"{glob.escape(stem)}_*.pt")) if mine(path)]
+        paths = [path for path in sorted(folder.glob(f"{glob.escape(stem)}_*.pt")) if mine is None or mine(path)]
         self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
         self._spoiled: list[Path] = []
 

@@ -151,9 +151,9 @@ def best_folders(run: Path) -> list[Path]:
 
 
 def save_best(student: Student, run: Path) -> None:
-    """Write the best epoch's student into a run's folder, as `best`, or as `best_epoch_<n>` where that cannot be.
+    """Write the best epoch's student into a run's folder, in the place of those of earlier epochs.
 
-    That is so where others' files are in `best`, or another student. What this run wrote of earlier epochs goes.
+    It is `best` there, or `best_epoch_<n>` where `best` holds others' files or another run's student.
     """
     origin = student.origin
     for place in (run / BEST, run / f"{BEST}_epoch_{origin['epoch']}"):
