@@ -40,8 +40,7 @@ class Checkpoint:
         """Read a checkpoint onto the CPU. Raises InputError for a missing, truncated or foreign file."""
         path, flag = Path(path), "--trainer_checkpoint"
         check_file(path, flag, "dse_train_runner.py --store_checkpoints writes it")
-        refusal = f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py; take another one"
-        entries = load_tensors(path, refusal)
+        entries = load_tensors(path, f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py")
         if not isinstance(entries, dict) or entries.get("format") != cls.format:
             raise InputError(f"{flag}: {path} was not written by dse_train_runner.py, which is expected here")
         missing = [field.name for field in fields(cls) if field.name not in entries]
@@ -68,9 +67,8 @@ class Checkpoint:
                 network = empty_network(DSEConfig.from_dict(self.architecture)).eval()
                 network.load_state_dict(self.model)
             except (RuntimeError, TypeError, KeyError) as error:
-                raise InputError(
-                    f"--trainer_checkpoint: weights do not fit the architecture ({one_line(error)})"
-                ) from error
+                why = f"its weights and its architecture differ ({one_line(error)})"
+                raise InputError(f"--trainer_checkpoint: {why}") from error
         history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
         record = history[-1] if history else {"epoch": None}
         metrics, flags = record.get("validation", {}), {**self.run, "random_seed": self.trainer["seed"]}

@@ -60,10 +60,7 @@ class IndexFiles:
 
     @classmethod
     def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
-        """Write an index, whole or not at all; an index that is there is replaced.
-
-        Raises InputError for a folder with other things in it, or embeddings that are not finite.
-        """
+        """Write an index, whole or not at all. Raises InputError for a folder with other things, or NaN embeddings."""
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: {dtype!r} is none of {', '.join(_DTYPES)}")
         check_index_place(folder, str(folder))
@@ -176,9 +173,8 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
 
 def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Type and shape of each file."""
-    rows = content["count"]
-    shapes = ((_DTYPES[content["dtype"]], (rows, content["width"])), (_INT64, (rows,)),
-              (np.dtype("u1"), (content["text_bytes"],)))  # fmt: skip
+    rows, dtype = content["count"], _DTYPES[content["dtype"]]
+    shapes = (dtype, (rows, content["width"])), (_INT64, (rows,)), (np.dtype("u1"), (content["text_bytes"],))
     return dict(zip(_FILES, shapes, strict=True))
 
 

@@ -41,9 +41,8 @@ def logits_identity(task: Task, files: list[dict[str, str]], rows: int) -> dict[
 def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
     """Read a logits file, float32, (rows, width), after checking that it belongs to this training.
 
-    `expected` is the training's `logits_identity`. Raises InputError, naming both sides, for logits of another
-    data file, row count, task, labels or width, and for a file that is no whole tensor. A tensor without
-    JSON, as the original writes it, is taken with a warning where rows and width fit.
+    `expected` is the training's `logits_identity`. Raises InputError, naming both sides, for logits of another one, and
+    for a file that is not a whole tensor. A tensor without JSON, as the original writes it, is taken with a warning.
     """
     path, again = Path(path), "make the logits again with run_distillation_logits_creator.py"
     beside = path.with_suffix(".json")

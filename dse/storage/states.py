@@ -53,10 +53,7 @@ class States:
         self._spoiled: list[Path] = []
 
     def newest(self, load: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest state that `load` takes, which raises InputError for a spoiled one; None where there is none.
-
-        Raises InputError when all are spoiled.
-        """
+        """The newest state that `load` can read; None where there is none. Raises InputError when all are spoiled."""
         for position in sorted(self.files, reverse=True):
             path = self.files[position]
             try:

@@ -130,9 +130,7 @@ def fingerprint(student: Student) -> str:
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     about = [architecture, bert, tokenizer_key(student.tokenizer), student.max_seq_length]
     if not is_plain(student.network):
-        logger.warning(
-            "the student has hooks or wrapped layers: an index cannot tell whether they are the same when it is opened"
-        )
+        logger.warning("the student has hooks or wrapped layers: an index cannot tell whether they are the same later")
         about.append("not plain")
     digest.update(sha256_json(about).encode())
     return digest.hexdigest()
