@@ -269,14 +269,14 @@ def spoiled_logits(folder: Path, edit, how: str) -> None:
 LOGITS = {
     "truncated": "no whole logits file",
     "flipped": "not the tensor that mrpc_logits.json describes",
-    "rows": "logits of shape (23, 2), but the training data needs (24, 2)",
-    "width": "logits of shape (24, 3), but the training data needs (24, 2)",
-    "dict": "expected a tensor of floats of shape (24, 2), found a dict",
-    "integers": "found a tensor of torch.int64",
+    "rows": "floats of shape (24, 2), (rows, labels), found (torch.float32, (23, 2))",
+    "width": "floats of shape (24, 2), (rows, labels), found (torch.float32, (24, 3))",
+    "dict": "expected floats of shape (24, 2), (rows, labels), found dict",
+    "integers": "found (torch.int64, (24, 2))",
     "nan": "holds NaN or infinite logits",
-    "task": "the task: rte there, mrpc here",
-    "labels": "the labels in order: ['1', '0'] there, ['0', '1'] here",
-    "columns": "the columns of the two texts and the label: [4, 3, 0] there, [3, 4, 0] here",
+    "task": "(task: rte there, mrpc here)",
+    "labels": "(labels: ['1', '0'] there, ['0', '1'] here)",
+    "columns": "(columns: [4, 3, 0] there, [3, 4, 0] here)",
     "data": "'sha256': 'ffff",
 }
 
@@ -290,7 +290,7 @@ def test_logits(how, message, refused_student, logits, copied, edit_json):
 
 def test_logits_of_another_task_of_the_same_shape(refused_student, logits):
     line = refused_student("rte", distillation_logits_path=logits("mrpc"))
-    assert "the task: mrpc there, rte here" in line
+    assert "(task: mrpc there, rte here)" in line
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("logits", rows("1\t1\t2\ta\n"), {}, "line 2: at least 5 columns expected, found 4"),
     ("logits", without("data/train.tsv"), {}, "cannot read the data of mrpc (No such file or directory)"),
     ("train", rows("2\t1\t2\ta\tb\n", file="dev.tsv"), {}, "dev.tsv, line 2: label '2' is not one of mrpc's"),
-    ("train", rows(GOOD), {}, "the number of rows: 24 there, 1 here"),
+    ("train", rows(GOOD), {}, "(rows: 24 there, 1 here)"),
     ("train", without("data/dev.tsv"), {}, "cannot read the data of mrpc"),
     ("benchmark training", rows("1\t1\n"), {}, "at least 5 columns expected, found 2"),
     # flags
@@ -194,7 +194,7 @@ CASES: list[tuple[str, Callable[[Path], None] | None, dict[str, object], str]] =
     ("score", on("index/vectors.bin", flipped), {}, "vectors.bin: spoiled, in rows 0 to 1"),
     ("score", on("index/vectors.bin", cut), {}, "vectors.bin: missing or truncated"),
     ("score", on("index/index.json", flipped), {}, "index"),
-    ("score", without("index/index.json"), {}, "no index of candidates (index.json is missing)"),
+    ("score", without("index/index.json"), {}, "no index of candidates: index.json is missing"),
     ("score", text("texts.txt", b"\xff"), {}, "texts.txt, line 1: byte 0xff is not valid UTF-8"),
 ]  # fmt: skip
 

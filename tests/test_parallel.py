@@ -67,9 +67,8 @@ def stages(bert, copied, edit_json, data, tmp_path, logits):
 
 
 def newest(folder: Path) -> dict:
-    return Checkpoint.read(
-        max((folder / "checkpoints").glob("*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    ).entries()
+    states = (folder / "checkpoints").glob("*/*.pt")
+    return vars(Checkpoint.read(max(states, key=lambda path: path.stat().st_mtime_ns)))
 
 
 def test_two_processes_give_what_one_gives(stages, tmp_path):

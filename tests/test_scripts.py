@@ -49,7 +49,7 @@ def test_every_task_fine_tunes(name, teacher_flags, tmp_path):
 def test_every_pair_task_trains_a_student(name, student_flags, checkpoints):
     dse_train_runner.main(student_flags(name))
     task = get_task(name)
-    checkpoint = Checkpoint.read(checkpoints()[-1]).entries()
+    checkpoint = vars(Checkpoint.read(checkpoints()[-1]))
     validation = checkpoint["trainer"]["history"][-1]["validation"]
     own = {
         "binary": {"loss", "accuracy_0.5", "precision_0.5", "recall_0.5", "f1_0.5"},
@@ -208,7 +208,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Bit for bit the same weights, optimizer, random state and metrics; other times may have passed."""
-    a, b = (Checkpoint.read(path).entries() for path in (first, second))
+    a, b = (vars(Checkpoint.read(path)) for path in (first, second))
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     moments = [
@@ -369,7 +369,7 @@ def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
 def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, checkpoints, data):
     dse_train_runner.main(student_flags(additional_embedding_layer_size=6, tune_positive_thresholds=[0.4, 0.5]))
     whole = Checkpoint.read(checkpoints()[-1])
-    student, checkpoint = whole.student(), whole.entries()
+    student, checkpoint = whole.student(), vars(whole)
     task = get_task("mrpc")
     features = separate_features(task, read_examples(task, data("mrpc"), "dev"), student.tokenizer, 32)
     batches = Batches(features, "max", 32)  # the run's own were packed

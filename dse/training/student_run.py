@@ -15,7 +15,7 @@ from typing import Any
 from dse.data.tasks import Task, task_to_dict, winning_threshold
 from dse.data.tokenizers import tokenizer_from_files, tokenizer_to_files
 from dse.networks.config import DSEConfig
-from dse.storage.checkpoint import Checkpoint, stamp_in, trained_student
+from dse.storage.checkpoint import Checkpoint, stamp_in
 from dse.storage.states import Position, States
 from dse.storage.student_folder import mend_best, save_best
 from dse.system import parallel
@@ -178,7 +178,7 @@ class StudentRun(Run):
         best = self.best_epoch()
         if best is not None and parallel.is_first():
             checkpoint = self.states.files[best + 1, 0]
-            mend_best(self.states.folder, best, start.stamp, checkpoint, lambda path: Checkpoint.read(path).student())
+            mend_best(self.states.folder, best, start.stamp, checkpoint)
 
     def best_epoch(self) -> int | None:
         """The best epoch so far, where checkpoints are kept."""
@@ -191,10 +191,11 @@ class StudentRun(Run):
             newest = epoch + 1 == len(trainer.history) and name
             threshold = winning_threshold(best_record(self.task, trainer.history)["validation"])
             best = {"epoch": epoch, "file": newest or self.states.files[epoch + 1, 0].name, "threshold": threshold}
-        return Checkpoint(
+        checkpoint = Checkpoint(
             model=trainer.model.state_dict(), architecture=trainer.model.config.to_dict(), data=self.data,
             run=self.flags, trainer=trainer.state_dict(), stamp=self.start.stamp, best=best, **self.files,
-        ).entries()  # fmt: skip
+        )  # fmt: skip
+        return vars(checkpoint)
 
     def after_epoch(self, record: Record) -> bool:
         """Checkpoint or state, the best epoch's student, JSON line, plots; True ends the training early."""
@@ -206,13 +207,11 @@ class StudentRun(Run):
         if self.stored and "validation" in record:
             name, value = score(self.task, record)
             file = f"{flags['experiment_name']}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
-            self.trainer.saved = self.states.save((record["epoch"] + 1, 0), self.entries(file), file, best)
+            entries = self.entries(file)
+            self.trainer.saved = self.states.save((record["epoch"] + 1, 0), entries, file, best)
             logger.info("checkpoint %s", self.trainer.saved)
             if best == record["epoch"] and parallel.is_first():
-                student = trained_student(
-                    self.trainer.model, self.start.tokenizer, self.task, flags, self.trainer.plan.seed, history,
-                    self.data, self.start.stamp,
-                )  # fmt: skip
+                student = Checkpoint(**entries).student(self.trainer.model, self.start.tokenizer)
                 save_best(student, self.states.folder)
         else:
             self.trainer.saved = self.save()
