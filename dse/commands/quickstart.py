@@ -81,7 +81,7 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     from dse.networks.inference import infer
     from dse.networks.teacher import load_teacher
     from dse.storage.checkpoint import Checkpoint
-    from dse.training.metrics import measure_student, measure_teacher
+    from dse.training.kinds import measure_student, measure_teacher
 
     task = get_task("mrpc")
     examples = read_examples(task, folder / "data", "dev")
@@ -97,8 +97,9 @@ def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | N
     with torch.inference_mode():
         embeddings = network.embed(*pad(separate.texts, separate.first, separate.pad_id))
         others = network.embed(*pad(separate.texts, separate.second, separate.pad_id))
-        of_teacher = measure_teacher(task)(teach(), joint.labels)
-        of_student = measure_student(task, (0.5,))(network.siamese_head(embeddings, others).numpy(), separate.labels)
+        of_teacher = measure_teacher(task, teach(), joint.labels)
+        outputs = network.siamese_head(embeddings, others).numpy()
+        of_student = measure_student(task, (0.5,), outputs, separate.labels)
         student_rate = rate_of(len(separate), lambda: network.siamese_head(embeddings, others))
     positive = float(separate.labels.mean())
     majority_f1 = 2 * positive / (1 + positive) if positive >= 0.5 else 0.0
