@@ -30,9 +30,9 @@ def cached_batches(
     form: str, task: Task, splits: dict[str, Examples], tokenizer: Any, caches: dict[str, tuple[Path, bool]],
     args: argparse.Namespace, device: torch.device,
 ) -> dict[str, Batches]:  # fmt: skip
-    """The batches of each split: "joint" ones for a teacher, "separate" ones for a student.
+    """The batches of each split: form "joint" for a teacher, "separate" for a student.
 
-    Each split has its cache of features, and whether the user chose its path; `args` are those of a script.
+    `caches` holds the path of each split's features and whether the user chose it; `args` are those of a script.
     """
     length, padding = args.max_seq_length, padding_for(device, args.padding)
     return {

@@ -44,7 +44,7 @@ class Identity:
             _compare("task_name", value, then.task.get(key), "" if key == "name" else key)
         excepted = f": going on needs the same flags{f', --{free} excepted' if free else ''}"
         for flag, value in self.flags.items():
-            added = flag not in then.flags and (value is None or value is False)  # the run was before the flag
+            added = flag not in then.flags and (value is None or value is False)  # the run is older than the flag
             if flag not in _PLACES and flag != free and not added:
                 _compare(flag, value, then.flags.get(flag), "", excepted)
         for split, files in then.files.items():
@@ -59,7 +59,7 @@ class Identity:
             raise InputError("--bert_model: its tokenizer is not the one that the run began with")
 
     def _encoder(self, then: "Identity") -> dict[str, str] | None:
-        """The hashes of --bert_model. One of the same name that is gone, or a hub's, is not needed: it is the same."""
+        """Hashes of --bert_model. A hub's, or one that is gone, is taken for the run's where the name is the same."""
         if self.bert is not None:
             return self.bert
         name = self.flags["bert_model"]

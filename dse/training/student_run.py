@@ -42,8 +42,8 @@ def take_over(path: Path, experiment: str, now: Identity) -> Found:
     checkpoint = Checkpoint.read(path)
     _check_same(checkpoint, now)
     states = States(path.parent, experiment, mine=lambda other: stamp_in(other) == checkpoint.stamp)
-    partial, newest = checkpoint.trainer["partial"] or {"updates": 0}, max(states.files, default=(0, 0))
-    position = len(checkpoint.trainer["history"]), partial["updates"]
+    trainer, newest = checkpoint.trainer, max(states.files, default=(0, 0))
+    position = len(trainer["history"]), (trainer["partial"] or {"updates": 0})["updates"]
     if newest > position:
         raise InputError(
             f"--trainer_checkpoint: {path} is not the newest, {states.files[newest]} is: go on from that one, "
@@ -60,8 +60,8 @@ def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
     the newest. What is left of runs that were killed before their first state was whole goes.
     """
     found, refusal = None, None
-    name = re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
-    for folder in sorted((f for f in parent.glob("*") if re.fullmatch(name, f.name)), reverse=True):
+    pattern = re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
+    for folder in sorted((f for f in parent.glob("*") if re.fullmatch(pattern, f.name)), reverse=True):
         states, path = States(folder, experiment, own=True), None
         if not states.files:
             with contextlib.suppress(OSError):  # there is something in it
@@ -72,12 +72,12 @@ def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
                 path, checkpoint = states.newest(Checkpoint.read)
                 _check_same(checkpoint, now)
             except InputError as error:
-                why = InputError(f"--resume: {path}: {error}; leave --resume out for a new run")
                 if path is None:
-                    logger.warning("%s: none of its states can be read; looking for another run of %s", folder,
-                                   experiment)  # fmt: skip
-                    why = error
-                refusal = refusal or why
+                    what = "%s: none of its states can be read; looking for another run of %s"
+                    logger.warning(what, folder, experiment)
+                else:
+                    error = InputError(f"--resume: {path}: {error}; leave --resume out for a new run")
+                refusal = refusal or error
                 continue
             of_it = (checkpoint.stamp, None)  # None: spoiled
             states.files = {at: other for at, other in states.files.items() if stamp_in(other) in of_it}
@@ -88,7 +88,7 @@ def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:
-    """Make `<experiment>_<stamp>` below `parent`, in the next second where another run took it; it and its stamp."""
+    """Make `<experiment>_<stamp>` below `parent`, a second later where it is taken; the folder and its stamp."""
     while True:
         folder = parent / f"{experiment}_{stamp}"
         with disk_errors(folder):
