@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dse.training.kinds import KINDS
-from dse.training.metrics import teacher_metrics
+from dse.training.kinds import KINDS, teacher_metrics
 from dse.training.optimization import BertAdam, clip_each, make_optimizer, scheduled_rate
 
 

@@ -25,7 +25,7 @@ from dse.storage.student_folder import read_config
 from dse.system.errors import InputError, RunError
 from dse.system.files import sha256_file
 from dse.training import trainer
-from dse.training.metrics import best_threshold
+from dse.training.kinds import best_threshold
 from dse.training.reporting import duration
 
 TINY = presets.Preset(

@@ -24,7 +24,7 @@ from dse.storage.checkpoint import Checkpoint
 from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
 from dse.system.files import json_text
-from dse.training.metrics import measure_student
+from dse.training.kinds import measure_student
 from dse.training.reporting import format_metrics
 
 OWN = {  # the label of what is wanted comes first
@@ -324,20 +324,20 @@ def test_json_has_no_nan():
 
 def test_losses_and_agreement_by_hand():
     """Two outputs, a = 0.25: hard = mean of -ln sigmoid(±z), distillation = ((1 - 2)^2 + (3 - -1)^2) / 2 = 8.5."""
-    measure = measure_student(get_task("mrpc"), [0.5], torch.tensor([[2.0], [-1.0]]), 0.25)
-    metrics = measure(np.array([[1.0], [3.0]], np.float32), np.array([1, 0]))
+    outputs, labels, targets = np.array([[1.0], [3.0]], np.float32), np.array([1, 0]), torch.tensor([[2.0], [-1.0]])
+    metrics = measure_student(get_task("mrpc"), [0.5], outputs, labels, targets, 0.25)
     hard = (np.log(1 + np.exp(-1.0)) + np.log(1 + np.exp(3.0))) / 2
     assert metrics["loss"] == pytest.approx(hard, rel=1e-6)
     assert metrics["distillation_loss"] == pytest.approx(8.5)
     assert metrics["total_loss"] == pytest.approx(0.75 * hard + 0.25 * 8.5, rel=1e-6)
     assert metrics["teacher_agreement"] == 0.5
-    nli = measure_student(get_task("snli"), [], torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]), 0.0)
-    metrics = nli(np.array([[3.0, 1, 1], [0, 2, 1], [5, 0, 0]], np.float32), np.array([0, 1, 2]))
+    outputs, targets = np.array([[3.0, 1, 1], [0, 2, 1], [5, 0, 0]], np.float32), torch.eye(3)
+    metrics = measure_student(get_task("snli"), [], outputs, np.array([0, 1, 2]), targets, 0.0)
     assert metrics["teacher_agreement"] == pytest.approx(2 / 3)
     assert metrics["distillation_loss"] == pytest.approx((4 + 1 + 1 + 0 + 1 + 1 + 25 + 0 + 1) / 3)
     assert metrics["total_loss"] == pytest.approx(metrics["loss"])
-    sts = measure_student(get_task("sts-b"), [], torch.tensor([[1.0], [2.0], [3.0]]), 0.5)
-    metrics = sts(np.array([[-1.0], [-2.0], [-3.0]], np.float32), np.array([1.0, 2.0, 3.0], np.float32))
+    outputs, labels = np.array([[-1.0], [-2.0], [-3.0]], np.float32), np.array([1.0, 2.0, 3.0], np.float32)
+    metrics = measure_student(get_task("sts-b"), [], outputs, labels, torch.tensor([[1.0], [2.0], [3.0]]), 0.5)
     assert metrics["teacher_agreement"] == pytest.approx(-1)
 
 

@@ -25,7 +25,7 @@ from dse.networks.inference import infer
 from dse.networks.teacher import load_teacher
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import read_config
-from dse.training.metrics import measure_student
+from dse.training.kinds import measure_student
 
 PAIR_TASKS = ("mrpc", "qqp", "qnli", "rte", "wnli", "sts-b", "mnli", "mnli-mm", "snli", "allnli")
 STAMP = r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
@@ -374,7 +374,7 @@ def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, 
     features = separate_features(task, read_examples(task, data("mrpc"), "dev"), student.tokenizer, 32)
     batches = Batches(features, "max", 32)  # the run's own were packed
     outputs = infer(student.network, batches, 7, torch.device("cpu"), "again")
-    again = measure_student(task, (0.4, 0.5))(outputs, features.labels)
+    again = measure_student(task, (0.4, 0.5), outputs, features.labels)
     assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)
 
 

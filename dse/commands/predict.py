@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     from dse.experiments.predictions import answers, load_scorer
-    from dse.training.metrics import tell_agreement
+    from dse.training.kinds import tell_agreement
 
     # 2. Predict.
     device = select_device(args.disable_gpu, args.gpu_id)

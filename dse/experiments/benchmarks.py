@@ -158,11 +158,11 @@ def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
         "student": (
             student, student.encoder, separate, separate.texts.lengths[separate.first]
             + separate.texts.lengths[separate.second],
-            lambda outputs, rows: kind_of(task).student_loss(outputs, labels[rows], targets[rows], 0.5),
+            lambda outputs, labels, rows: kind_of(task).student_loss(outputs, labels, targets[rows], 0.5),
         ),
         "teacher": (
             teacher, teacher.bert, joint, joint.costs,
-            lambda logits, rows: kind_of(task).teacher_loss(logits, labels[rows]),
+            lambda logits, labels, rows: kind_of(task).teacher_loss(logits, labels),
         ),
     }  # fmt: skip
     others = {"student": their_training(args, given, examples)} if has_sentence_transformers() else {}

@@ -41,8 +41,7 @@ from dse.storage.student_folder import best_folders, read_config, told_by
 from dse.system.device import select_device
 from dse.system.errors import InputError
 from dse.system.files import sha256_file, utc_stamp, write_json, write_text
-from dse.training.kinds import kind_of
-from dse.training.metrics import best_threshold
+from dse.training.kinds import best_threshold, kind_of
 from dse.training.reporting import format_record
 
 logger = logging.getLogger(__name__)
