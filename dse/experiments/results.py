@@ -6,8 +6,9 @@ columns of a row are means over the same seeds: a seed that lacks a column which
 """
 
 import importlib.util
-import math
 import platform
+from functools import partial
+from itertools import product
 from operator import sub
 from pathlib import Path
 from statistics import mean, stdev
@@ -59,32 +60,28 @@ def headline(task: Task, tuned: bool = False) -> str:
     return f"tuned_{name}" if tuned and task.kind == BINARY else name
 
 
-def spreads(columns: dict[Any, list[float | None]]) -> tuple[dict[Any, Spread | None], set[int]]:
-    """Each column's spread over the seeds that all non-empty columns have, and the places of the seeds left out.
+def spreads(columns: dict[Any, list[float | None]], left_out: set[int]) -> dict[Any, Spread | None]:
+    """Each column's spread over the seeds that all non-empty columns have; the places of others join `left_out`.
 
-    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]})[0]["teacher"]
+    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]}, set())["teacher"]
     {'mean': 0.5, 'sd': None, 'n': 1}
     """
-    found = [values for values in columns.values() if any(value is not None for value in values)]
-    by_seed = list(zip(*found, strict=True))
-    whole = [place for place, values in enumerate(by_seed) if None not in values]
-    begun = {place for place, values in enumerate(by_seed) if any(value is not None for value in values)}
+    found = [values for values in columns.values() if set(values) - {None}]
+    by_seed = list(enumerate(zip(*found, strict=True)))
+    whole = [place for place, values in by_seed if None not in values]
+    left_out.update(place for place, values in by_seed if None in values and set(values) - {None})
 
     def spread(values: list[float | None]) -> Spread | None:
         kept = [values[place] for place in whole if values[place] is not None]
         return {"mean": mean(kept), "sd": stdev(kept) if len(kept) > 1 else None, "n": len(kept)} if kept else None
 
-    return {column: spread(values) for column, values in columns.items()}, begun - set(whole)
+    return {column: spread(values) for column, values in columns.items()}
 
 
 def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     """The numbers of a task from the records of each seed."""
     seeds, left_out = list(by_seed.values()), set()
-
-    def row(columns: dict[Any, list[float | None]]) -> dict[Any, Spread | None]:
-        found, out = spreads(columns)
-        left_out.update(out)
-        return found
+    row = partial(spreads, left_out=left_out)
 
     def values(stage: str, split: str, name: str) -> list[float | None]:
         return [records.get(stage, {}).get("metrics", {}).get(split, {}).get(name) for records in seeds]
@@ -128,10 +125,8 @@ def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]
     """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
     preset, encoder = works[0].preset, works[0].encoder
     runs = []
-    for folder in sorted(output_dir.glob("*_seed*")):
-        for stage in STAGES:
-            if (record := read_record(folder / f"{stage}.json")) is None:
-                continue
+    for folder, stage in product(sorted(output_dir.glob("*_seed*")), STAGES):
+        if record := read_record(folder / f"{stage}.json"):
             settings = record["settings"]
             flags = preset.flags(stage, get_task(settings["task"]))
             if settings["bert"] == encoder.hashes and settings.get("flags", flags) == flags:
@@ -209,19 +204,12 @@ def write_results(results: dict[str, Any], folder: Path) -> bool:
     return draws
 
 
-def show(value: Spread | None, percent: bool = False) -> str:
-    """ "0.861 ± 0.004", "+1.2 % ± 0.3 %", or "-" for nothing."""
+def show(value: Spread | None, form: str = ".3f") -> str:
+    """ "0.861 ± 0.004", with the form "+.1%" "+1.2 % ± 0.3 %"; "-" for nothing."""
     if value is None:
         return "-"
-    numbers = [value["mean"], *([] if value["sd"] is None else [value["sd"]])]
-    if percent:
-        return " ± ".join(f"{100 * number:{'' if i else '+'}.1f} %" for i, number in enumerate(numbers))
-    return " ± ".join(f"{number:.3f}" for number in numbers)
-
-
-def signed(value: Spread | None) -> str:
-    """A difference, with its sign."""
-    return show(value) if value is None or value["mean"] < 0 else f"+{show(value)}"
+    spread = [] if value["sd"] is None else [format(value["sd"], form.lstrip("+"))]
+    return " ± ".join([format(value["mean"], form), *spread]).replace("%", " %")
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -233,13 +221,12 @@ def to_markdown(results: dict[str, Any]) -> str:
         for split, metrics in task["table"].items()
         for metric, values in metrics.items()
     ]
-    differences = [key for key in _COMPARISONS if key != "degradation"]
+    forms = {key: "+.1%" if key == "degradation" else "+.3f" for key in _COMPARISONS}
     compared = [
-        (name, *(show(task["degradation"][split], percent=True) for split in SPLITS),
-         *(signed(task[key][split]) for key in differences for split in SPLITS))
+        (name, *(show(task[key][split], form) for key, form in forms.items() for split in SPLITS))
         for name, task in tasks.items()
-    ]  # fmt: skip
-    averages = [results["average_relative_degradation"], results["average_relative_degradation_test"]]
+    ]
+    averages = [results[f"average_relative_degradation{end}"] for end in ("", "_test")]
     shown = ["-" if value is None else f"{100 * value:+.1f} %" for value in averages]
     of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in SPLITS]
     compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
@@ -287,13 +274,18 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 
     (folder / "plots").mkdir(exist_ok=True)
     for name, task in results["tasks"].items():
-        metric, runs = task["metric"], [run for run in results["runs"] if run["task"] == task["task"]]
+        metric = task["metric"]
+        keys = (metric, f"{metric}_0.5", f"tuned_{metric}", "acc")  # as the stages name it; "acc": a teacher's accuracy
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=f"{metric} on dev", title=name)
-        for run in (run for run in runs if run["stage"] in MODELS):
-            points = [(epoch["epoch"], on_dev(epoch["validation"], metric) or math.nan) for epoch in run["history"]]
+        for run in results["runs"]:
+            if run["task"] != task["task"] or run["stage"] not in MODELS:
+                continue
+            on_dev = [next(epoch["validation"][key] for key in keys if key in epoch["validation"])
+                      for epoch in run["history"]]  # fmt: skip
             color = f"C{list(MODELS).index(run['stage'])}"
-            axes.plot(*zip(*points, strict=True), marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
+            # A value that is undefined is None here, and leaves a gap.
+            axes.plot(range(len(on_dev)), on_dev, marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
         axes.xaxis.get_major_locator().set_params(integer=True)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of all seeds
         axes.legend(handles.values(), handles.keys())
@@ -302,15 +294,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="pairs scored per second", ylabel=f"{metric} on dev", title=name, xscale="log")
         for stage, rate in task["pairs_per_second"].items():
-            value = task["table"]["dev"][metric][stage]
-            if value is None:  # NaN
-                continue
-            axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
+            if value := task["table"]["dev"][metric][stage]:  # None: undefined
+                axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
         axes.legend()
         figure.savefig(folder / "plots" / f"{name}_speed.png", dpi=100)
-
-
-def on_dev(metrics: dict[str, float], metric: str) -> float:
-    """A metric of an epoch's record, which teachers, students and Sentence-BERT name differently."""
-    names = (metric, f"{metric}_0.5", f"tuned_{metric}", {"accuracy": "acc"}.get(metric))
-    return next(metrics[name] for name in names if name in metrics)

@@ -16,12 +16,13 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
-import torch
 
 import dse_train_runner
 import finetune_bert
@@ -62,7 +63,7 @@ def do(work: Experiment, stage: str) -> None:
     inputs, started = work.inputs(stage), time.monotonic()
     before = float(spent.read_text()) if spent.is_file() else 0.0
     try:
-        result, files = _DO[stage](work, stage)
+        result, files = _DO[stage](work, place)
     except BaseException:
         write_text(spent, str(before + time.monotonic() - started))
         raise
@@ -99,22 +100,23 @@ def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
     return [script.PROG, *argv]
 
 
-def _teacher(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
-    folder = work.folder / stage
+def _measured(work: Experiment, folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of a stage's teacher or student, by split."""
+    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
+    return measure(work.task, score, work.sets)
+
+
+def _teacher(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         finetune_bert, work, "--bert_model", work.encoder.folder, "--output_dir", folder, "--do_train", "--do_eval",
-        "--seed", work.seed, *work.preset.flags(stage, work.task), "--resume",
+        "--seed", work.seed, *work.preset.flags("teacher", work.task), "--resume",
     )  # fmt: skip
     training = read_training(folder)
-    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
-    result = {
-        "command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets),
-    }  # fmt: skip
+    result = {"command": command, "history": training["history"], "metrics": _measured(work, folder)}
     return result, [folder / name for name in (*training["sha256"], TRAINING)]
 
 
-def _logits(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
-    folder = work.folder / stage
+def _logits(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         run_distillation_logits_creator, work, "--train_features_path", folder / "features",
         "--bert_checkpoint_dir", work.folder / "teacher", "--output_dir", folder,
@@ -123,26 +125,25 @@ def _logits(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
     return {"command": command}, [folder / f"teacher_logits.{end}" for end in ("pt", "json")]
 
 
-def _student(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+def _student(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         dse_train_runner, work, "--bert_model", work.encoder.folder, "--random_seed", work.seed,
         "--distillation_logits_path", work.folder / "logits" / "teacher_logits.pt",
-        *work.preset.flags(stage, work.task),
-        "--experiment_name", stage, "--checkpoint_dir", work.folder / stage, "--store_checkpoints", "--resume",
+        *work.preset.flags(folder.name, work.task),
+        "--experiment_name", folder.name, "--checkpoint_dir", folder, "--store_checkpoints", "--resume",
     )  # fmt: skip
-    folder = student_folder(work.folder, stage)
-    newest = max(folder.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
+    best = student_folder(work.folder, folder.name)
+    newest = max(best.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
     result = {
         "command": command, "history": Checkpoint.read(newest).trainer["history"],
-        "metrics": measure(work.task, score, work.sets), "best_epoch": read_config(folder)["origin"]["epoch"],
+        "metrics": _measured(work, best), "best_epoch": read_config(best)["origin"]["epoch"],
     }  # fmt: skip
-    return result, sorted(path for path in folder.iterdir() if path.name != "README.md")
+    return result, sorted(path for path in best.iterdir() if path.name != "README.md")
 
 
-def _sentence_bert(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     """Like a student: the epoch with the best f1, accuracy or Pearson on dev counts, the first of equals."""
-    epochs, state = SENTENCE_BERT["epochs"], work.folder / stage / "state.pt"
+    epochs, state = SENTENCE_BERT["epochs"], folder / "state.pt"
     device = select_device(False, 0)
     baseline = SentenceBert(work.encoder.folder, work.task, work.preset.max_seq_length, work.seed, device)
     baseline.prepare(len(work.train))
@@ -162,22 +163,21 @@ def _sentence_bert(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
     return {"history": history, "best_epoch": best["epoch"], "metrics": best["metrics"]}, []
 
 
-def _rates(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+def _rates(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     """Pairs scored per second on dev: a teacher reads each pair, a student's head takes stored embeddings."""
-    rows, rates, device = work.sets["dev"], {}, select_device(False, 0)
-    variants = {"teacher": load_scorer(str(work.folder / "teacher"), work.task, device)[0]}
-    variants |= {name: _stored_scorer(student_folder(work.folder, name), rows, device) for name in STUDENTS}
-    for _ in range(_RATE_REPEATS):
-        for name, score in variants.items():
-            started = time.perf_counter()
-            score(rows)
-            rate = len(rows) / (time.perf_counter() - started)
-            rates[name] = max(rates.get(name, 0.0), rate)
-    return {"pairs_per_second": rates}, []
+    rows, device = work.sets["dev"], select_device(False, 0)
+    first, second = np.arange(2 * len(rows)).reshape(2, -1)
+    variants = {"teacher": partial(load_scorer(str(work.folder / "teacher"), work.task, device)[0], rows)}
+    for name in STUDENTS:
+        model = DSESiameseClassifier.from_pretrained(student_folder(work.folder, name)).to(device)
+        embeddings = model.encode([*rows.first, *rows.second])
+        variants[name] = partial(score_stored, model.network, embeddings, first, second, device)
+    turns = [{name: timeit(score, number=1) for name, score in variants.items()} for _ in range(_RATE_REPEATS)]
+    return {"pairs_per_second": {name: len(rows) / min(turn[name] for turn in turns) for name in variants}}, []
 
 
-# How each stage is done: gives what its record says, and the files that it made.
-_DO: dict[str, Callable[[Experiment, str], tuple[Result, list[Path]]]] = {
+# How each stage is done in its folder: gives what its record says, and the files that it made.
+_DO: dict[str, Callable[[Experiment, Path], tuple[Result, list[Path]]]] = {
     "teacher": _teacher, "logits": _logits, **dict.fromkeys(STUDENTS, _student),
     "sentence_bert": _sentence_bert, "rates": _rates,
 }  # fmt: skip
@@ -192,28 +192,22 @@ def student_folder(folder: Path, stage: str) -> Path:
     raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
 
 
-def _stored_scorer(folder: Path, rows: Examples, device: torch.device) -> Scorer:
-    """A student's head on embeddings of the rows that are stored already."""
-    model = DSESiameseClassifier.from_pretrained(folder).to(device)
-    embeddings, places = model.encode([*rows.first, *rows.second]), np.arange(2 * len(rows))
-    return lambda _: score_stored(model.network, embeddings, places[: len(rows)], places[len(rows) :], device)
-
-
 def measure(task: Task, score: Scorer, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
     """Metrics of what `score` says of each split's rows.
 
     Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
     on dev. Multiclass: accuracy. Regression: pearson, spearman.
     """
-    labels = {split: np.array(rows.labels) for split, rows in sets.items()}
-    outputs = {split: score(rows) for split, rows in sets.items()}
+    found = {split: (score(rows), np.array(rows.labels)) for split, rows in sets.items()}
     if task.kind != BINARY:
-        return {split: kind_of(task).metrics(outputs[split], labels[split]) for split in sets}
-    found: dict[str, dict[str, float]] = {split: {} for split in sets}
-    for name in ("f1", "accuracy"):
-        chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
-        for split in sets:
-            for prefix, above in (("", 0.0), ("tuned_", chosen)):
-                logits = outputs[split].astype(np.float64) - above
-                found[split][prefix + name] = kind_of(task).metrics(logits, labels[split])[f"{name}_0.5"]
-    return found
+        return {split: kind_of(task).metrics(*of_split) for split, of_split in found.items()}
+    outputs, labels = found["dev"]
+    thresholds = {name: best_threshold(name, outputs[:, 0], labels) for name in ("f1", "accuracy")}
+    return {
+        split: {
+            prefix + name: kind_of(task).metrics(outputs.astype(np.float64) - above, labels)[f"{name}_0.5"]
+            for name, chosen in thresholds.items()
+            for prefix, above in (("", 0.0), ("tuned_", chosen))
+        }
+        for split, (outputs, labels) in found.items()
+    }
