@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,12 @@ CROSS_ENCODER_PAIRS = 512
 TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
 
 
-def naive_scores(model: DSESiameseClassifier, query: Tensor, index: CandidateIndex) -> np.ndarray:
+@torch.inference_mode()
+def naive_outputs(query: str, index: CandidateIndex) -> Tensor:
     """The head as it is trained, [u, v, u * v, |u - v|] made for every pair, a block of candidates at a time."""
-    outputs = []
-    with torch.inference_mode():
-        for start in range(0, len(index), BLOCK):
-            v = index.block(start)
-            outputs.append(model.network.siamese_head(query.expand_as(v), v).numpy())
-    return np.concatenate(outputs)
+    head, u = index.model.network.siamese_head, index.model.encode(query, convert_to="tensor")
+    blocks = (index.block(start) for start in range(0, len(index), BLOCK))
+    return torch.cat([head(u.expand_as(v), v) for v in blocks])
 
 
 def repeated(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterator[tuple[np.ndarray, list[str]]]:
@@ -101,8 +100,8 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
         for count in args.candidates:
             candidates, place = repeated(embeddings, sentences, count), Path(folder) / str(count)
             index = CandidateIndex.from_embeddings(model, candidates, place)
-            numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
-            if index.model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
+            numbers["candidates"][count] = one_size(args, index, query, seconds_per_pair)
+            if model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
                 numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
                 halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
@@ -122,10 +121,7 @@ def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, se
     features = joint_features(given.task, Examples([query] * len(some), some), given.tokenizer, args.max_seq_length)
     batches = Batches(features, "packed", args.max_seq_length)
     bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
-
-    def read() -> None:
-        infer(bert, batches, 10**6, torch.device("cpu"), "teacher")
-
+    read = partial(infer, bert, batches, 10**6, torch.device("cpu"), "teacher")
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]
     logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
     return seconds / len(some)
@@ -136,27 +132,21 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(scores - expected).max() / np.abs(expected).max())
 
 
-def one_size(
-    args: argparse.Namespace, model: DSESiameseClassifier, index: CandidateIndex, query: str, per_pair: float
-) -> dict[str, Any]:
+def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
     """Measure one number of candidates: print its rows, and return its numbers."""
-
-    def naive() -> np.ndarray:
-        return naive_scores(model, model.encode(query, convert_to="tensor"), index)
-
     count, memory = len(index), {}
-    expected = rank_scores(torch.from_numpy(naive()), model.task).numpy()
+    expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
 
-    def remembered(name: str, run: Callable[[], object]) -> Callable[[], None]:
-        """`run`, which also records the most memory that it took."""
-        return lambda: memory.update({name: max(memory.get(name, 0.0), memory_above(run))})
+    def remembered(name: str, run: Callable[..., object], *given: object) -> dict[str, Callable[[], None]]:
+        """A variant that also records the most memory that it takes."""
+        return {name: lambda: memory.update({name: max(memory.get(name, 0.0), memory_above(partial(run, *given)))})}
 
-    variants = {NAIVE: remembered(NAIVE, naive), OURS: remembered(OURS, lambda: index.search(query, 10))}
+    variants = remembered(NAIVE, naive_outputs, query, index) | remembered(OURS, index.search, query, 10)
     seconds, *_ = take_turns(variants, args.rounds)
     # In fewer rounds, as it takes 64 times as long.
-    of_many, *_ = take_turns({"many": remembered("many", lambda: index.search(many, 10))}, min(2, args.rounds))
+    of_many, *_ = take_turns(remembered("many", index.search, many, 10), min(2, args.rounds))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
     for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
         took = seconds[name]
@@ -193,8 +183,7 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds per query")
     for name in (TEACHER, NAIVE, OURS):
         points = [(count, each["seconds"][name]) for count, each in numbers["candidates"].items()]
-        if all(np.isfinite(seconds) for _, seconds in points):
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.3)
     with atomic_write(path) as beside:
