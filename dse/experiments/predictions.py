@@ -33,8 +33,7 @@ MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not 
 
 
 def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> tuple[Scorer, float]:
-    """A function from the rows of a task to a model's outputs, and the model's threshold: a student's is that of its
-    training, a teacher's is 0.5.
+    """A model's outputs on the rows of a task, and its threshold: of a student that of its training, of a teacher 0.5.
 
     Args:
         name: folder of a student (or its hub name), or of a teacher that finetune_bert.py made.
@@ -84,18 +83,17 @@ def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: i
 
     def score(rows: Examples) -> np.ndarray:
         batches = Batches(joint_features(task, rows, tokenizer, length), padding_for(device, None))
-        logits = infer(teacher, batches, batch_size, device, "teacher")
-        return kind_of(task).targets(torch.from_numpy(logits)).numpy()
+        logits = torch.from_numpy(infer(teacher, batches, batch_size, device, "teacher"))
+        return kind_of(task).targets(logits).numpy()
 
     return score
 
 
 def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[str]:
-    """The outputs as GLUE wants them: names of labels, or a score with three decimals (for STS-B within 0 to 5). In a
-    binary task, a probability strictly above the threshold is positive.
+    """The outputs in GLUE's words: names of labels, or scores with three decimals (STS-B's within 0 to 5).
 
-    Raises InputError for NaN or infinite outputs, of a model whose training diverged: the leaderboard takes no NaN,
-    and a label made from one would mean nothing.
+    In a binary task, a probability strictly above the threshold is positive. Raises InputError for outputs that are NaN
+    or infinite, as those of a model whose training diverged.
 
     >>> from dse.data.tasks import TASKS
     >>> answers(TASKS["rte"], np.array([[-0.1], [0.1]], np.float32))

@@ -70,10 +70,8 @@ class Experiment:
         self.sets = {"dev": read_examples(self.task, self.data_dir, "dev"), **({} if test is None else {"test": test})}
         others = [read_examples(self.task, self.data_dir, split).files for split, _ in self.task.also_validate]
         self.data = sum(others, self.train.files + self.sets["dev"].files)  # what the scripts read
-        self.data_dir, self.folder = (
-            self.data_dir.resolve(),
-            self.folder.resolve(),
-        )  # however they are spelled next time
+        self.data_dir = self.data_dir.resolve()  # however it is spelled next time, and the folder too
+        self.folder = self.folder.resolve()
 
     def settings(self, stage: str) -> dict[str, Any]:
         """All that the user chose and that decides what a stage gives: flags, data, encoder."""
@@ -100,8 +98,7 @@ class Experiment:
             if record is None:
                 continue
             for key, value in self.settings(stage).items():
-                there = record["settings"].get(key)
-                if there != value:
+                if (there := record["settings"].get(key)) != value:
                     raise InputError(
                         f"--output_dir: {self.folder / stage} was made with {key} {there}, and now it is {value}; "
                         "name another --output_dir, or remove what is there"
