@@ -9,6 +9,7 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     student = load_student(args)
     bert = find_encoder(args, student.origin)
     embedders = {
-        "DSE": transfer.student_embedder(student, args.batch_size),
+        "DSE": partial(student.encode, batch_size=args.batch_size),
         "encoder as downloaded": transfer.encoder_embedder(bert, student, args.batch_size),
     }
 

@@ -13,7 +13,7 @@ import torch
 
 from dse.data.features import joint_features, separate_features
 from dse.data.processors import Examples
-from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task
+from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches, padding_for
@@ -53,8 +53,7 @@ def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 3
 def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32) -> Scorer:
     """A student's outputs on a task, which must have the labels of the student's own."""
     own = model.task
-    if task.text_b is None:
-        raise InputError(f"--task_name: {task.name} has one sentence per row, and a student scores pairs")
+    check_sentence_pairs(task)
     if (own.kind, own.labels) != (task.kind, task.labels):
         raise InputError(
             f"--model: a student of {own.name} ({own.kind}, {list(own.labels)}), which does not "

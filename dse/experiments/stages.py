@@ -1,13 +1,7 @@
 """Doing the stages of a reproduction; reproduction.py knows which are left.
 
-    teacher, logits        finetune_bert.py, run_distillation_logits_creator.py
-    dse                    dse_train_runner.py with the preset's coefficient
-    labels_only            the same with coefficient 0: without teacher
-    logits_only            the same with coefficient 1: without labels
-    sentence_bert          baselines.py, if sentence-transformers is installed
-    rates                  pairs scored per second, of teacher and students side by side
-
-A finished student keeps its best epoch, as a folder that loads, and no checkpoints.
+Each runs its script, but for `sentence_bert` (baselines.py) and `rates`: pairs scored per second, of teacher and
+students side by side. A finished student keeps its best epoch, as a folder that loads, and no checkpoints.
 """
 
 import logging

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,6 @@ FOLDS, STEPS = 5, 200
 COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 
-def student_embedder(model: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """A student's embeddings, computed in steps of `batch_size` sentences of full length."""
-    return lambda texts: model.encode(texts, batch_size)
-
-
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
     """The mean over all tokens of the last layer's states, of a BERT as downloaded.
 
@@ -60,7 +56,7 @@ def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: in
     lower_case = student.tokenizer.backend_tokenizer.normalizer.lowercase if casing is None else casing
     length = min(student.max_seq_length, bert.get("max_position_embeddings", student.max_seq_length))
     tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
-    return student_embedder(DSESiameseClassifier(network, tokenizer, student.task, length), batch_size)
+    return partial(DSESiameseClassifier(network, tokenizer, student.task, length).encode, batch_size=batch_size)
 
 
 def bag_of_words(training_texts: list[str]) -> Embedder:
@@ -141,43 +137,40 @@ def check_trainable(task: Task, train: Examples) -> None:
         )
 
 
-def is_at_hand(task: Task, data_dir: Path) -> bool:
-    """Whether a task's training and dev sets are there, or a regression's dev set. Warns of a folder that lacks one."""
-    folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing and folder.is_dir():
-        logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
-    return not missing
-
-
 def tasks_at_hand(data_dir: Path) -> list[Task]:
-    """The classification tasks whose training and dev sets are there."""
-    return [
-        task
-        for task in TASKS.values()
-        if task.kind != REGRESSION and task.name not in COUNTED_TWICE and is_at_hand(task, data_dir)
-    ]  # fmt: skip
+    """STS-B if its dev set is there, and the classification tasks whose training and dev sets are there.
+
+    Warns of a folder that lacks one of them.
+    """
+    found = []
+    for task in (TASKS["sts-b"], *(task for task in TASKS.values() if task.kind != REGRESSION)):
+        if task.name in COUNTED_TWICE:
+            continue
+        folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
+        if not (missing := [file for file in files if not (folder / file).is_file()]):
+            found.append(task)
+        elif folder.is_dir():
+            logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
+    return found
 
 
 def read_tasks(data_dir: Path, max_rows: int) -> dict[Task, tuple[Examples, dict[str, Examples]]]:
-    """The tasks at hand, STS-B first: the rows to learn words and labels from, and by split the rows to measure on."""
-    data, sts = {}, TASKS["sts-b"]
-    if is_at_hand(sts, data_dir):
-        similar = read_examples(sts, data_dir / sts.folder, "dev")
-        data[sts] = similar, {"dev": similar}
+    """The tasks at hand: the rows to learn words and labels from, and by split the rows to measure on."""
+    data = {}
     for task in tasks_at_hand(data_dir):
         folder = data_dir / task.folder
-        train = first_rows(read_examples(task, folder, "train"), max_rows)
-        check_trainable(task, train)
+        train = dev = read_examples(task, folder, "dev")
         test = labelled_test(task, folder)
-        data[task] = train, {"dev": read_examples(task, folder, "dev"), **({} if test is None else {"test": test})}
+        if task.kind != REGRESSION:
+            train = first_rows(read_examples(task, folder, "train"), max_rows)
+            check_trainable(task, train)
+        data[task] = train, {"dev": dev, **({} if test is None else {"test": test})}
     return data
 
 
 def first_rows(rows: Examples, count: int) -> Examples:
     """At most `count` rows, from the start."""
-    second = None if rows.second is None else rows.second[:count]
-    return Examples(rows.first[:count], second, rows.labels[:count], rows.files)
+    return Examples(rows.first[:count], rows.second and rows.second[:count], rows.labels[:count], rows.files)
 
 
 def to_markdown(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
