@@ -11,10 +11,9 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from timeit import Timer
+from timeit import repeat, timeit
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from dse.experiments.reproduction import has_sentence_transformers
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import TOKENS_PER_STEP, embed_texts
+from dse.networks.pretrained import OpenedBert
 from dse.networks.student import new_network
 from dse.networks.teacher import load_teacher
 from dse.system.libc import forget_peak_memory, peak_memory
@@ -44,41 +44,24 @@ _PEAK_SECONDS = 0.02  # of one repeat, at least
 PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "packed": "packed (ours)"}
 
 
-@dataclass
-class Given:
-    """What is measured: a task's data and a BERT."""
-
-    task: Task
-    folder: Path  # of the BERT
-    bert: dict[str, Any]  # its configuration
-    tokenizer: Any
-
-
 def take_turns(
     variants: dict[str, Callable[[], object]], rounds: int, peak: Callable[[], float] = lambda: 0.0
 ) -> tuple[dict[str, float], dict[str, float], float]:
-    """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest value of `peak`, which
-    takes its turns with them.
+    """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest `peak` of the rounds.
 
     Each variant first runs once unmeasured. A quick one runs up to five times a round, about as long as the slowest, so
     that each has the same chance of a quiet moment.
     """
-    once = {name: _seconds(run) for name, run in variants.items()}
+    once = {name: timeit(run, number=1) for name, run in variants.items()}
     repeats = {name: min(5, max(1, round(max(once.values()) / seconds))) for name, seconds in once.items()}
     fastest, memory, highest = dict.fromkeys(variants, float("inf")), dict.fromkeys(variants, 0.0), 0.0
     for _ in range(rounds):
         highest = max(highest, peak())
         for name, run in variants.items():
             forget_peak_memory()
-            fastest[name] = min(fastest[name], *(_seconds(run) for _ in range(repeats[name])))
+            fastest[name] = min(fastest[name], *repeat(run, number=1, repeat=repeats[name]))
             memory[name] = max(memory[name], peak_memory())
     return fastest, memory, highest
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def useful_gflop(encoder: nn.Module, tokens: int, training: bool) -> float:
@@ -104,21 +87,16 @@ def matmul_peak(bert: dict[str, Any], tokens: int, training: bool) -> float:
 
 
 def _product_seconds(a: Tensor, b: Tensor) -> float:
-    timer = Timer(lambda: torch.mm(a, b))
-    timer.timeit(1)  # not measured
-    calls = max(1, round(_PEAK_SECONDS / timer.timeit(1)))
-    return min(timer.repeat(PEAK_REPEATS, calls)) / calls
+    product = partial(torch.mm, a, b)
+    product()  # not measured
+    calls = max(1, round(_PEAK_SECONDS / timeit(product, number=1)))
+    return min(repeat(product, number=calls, repeat=PEAK_REPEATS)) / calls
 
 
 def report(
     title: str, seconds: dict[str, float], memory: dict[str, float], peak: float, gflop: dict[str, float]
 ) -> dict[str, Any]:
-    """Print one table of useful rates, and return what the JSON says of it.
-
-    Args:
-        seconds, memory, peak: of `take_turns`, by padding, with "theirs" if sentence-transformers is measured too.
-        gflop: useful work, by padding.
-    """
+    """Print a table of what `take_turns` measured, and of the useful work by padding; return the JSON's part of it."""
     rates, beside = {name: work / seconds[name] for name, work in gflop.items()}, {}
     print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
     for name, rate in rates.items():
@@ -139,30 +117,29 @@ def report(
     }
 
 
-def training(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+def training(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """Student and teacher: whole steps, from token ids to the update."""
-    task, kind, length = given.task, kind_of(given.task), args.max_seq_length
+    kind, length = kind_of(task), args.max_seq_length
     examples = read_examples(task, args.data_dir, "train")
     labels = torch.tensor(examples.labels)
     targets = kind.targets(torch.zeros(len(labels), task.num_logits))
-    separate, joint = (make(task, examples, given.tokenizer, length) for make in (separate_features, joint_features))
-    student = new_network(given.folder, DSEConfig.from_flags(args, given.bert))
-    teacher = load_teacher(given.folder, task, fine_tuned=False)
-
-    def student_loss(outputs: Tensor, rows: np.ndarray) -> Tensor:
-        return kind.student_loss(outputs, labels[rows], targets[rows], 0.5)
-
-    def teacher_loss(logits: Tensor, rows: np.ndarray) -> Tensor:
-        return kind.teacher_loss(logits, labels[rows])
-
+    separate, joint = (make(task, examples, bert.tokenizer, length) for make in (separate_features, joint_features))
+    student = new_network(bert.folder, DSEConfig.from_flags(args, bert.config))
+    teacher = load_teacher(bert.folder, task, fine_tuned=False)
     return {
-        "student": train_role(args, given, "student", student, student.encoder, separate, student_loss, examples),
-        "teacher": train_role(args, given, "teacher", teacher, teacher.bert, joint, teacher_loss),
-    }
+        "student": train_role(
+            args, bert, "student", student, student.encoder, separate,
+            lambda outputs, rows: kind.student_loss(outputs, labels[rows], targets[rows], 0.5), examples,
+        ),
+        "teacher": train_role(
+            args, bert, "teacher", teacher, teacher.bert, joint,
+            lambda logits, rows: kind.teacher_loss(logits, labels[rows]),
+        ),
+    }  # fmt: skip
 
 
 def train_role(
-    args: argparse.Namespace, given: Given, role: str, model: Any, bert: Any, features: Any, loss: Any,
+    args: argparse.Namespace, bert: OpenedBert, role: str, model: Any, encoder: Any, features: Any, loss: Any,
     for_theirs: Examples | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time the Trainer's own updates with each padding, and sentence-transformers' on the same batches of examples."""
@@ -185,9 +162,9 @@ def train_role(
     per_pass = round(count / sum(len(plan.passes(group)) for group in groups))
     variants: dict[str, Callable[[], object]] = {padding: partial(train, padding) for padding in PADDINGS}
     if for_theirs and has_sentence_transformers():
-        variants["theirs"] = their_training(args, given, for_theirs, groups)
-    turns = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, per_pass, training=True))
-    gflop = dict.fromkeys(PADDINGS, useful_gflop(bert.encoder, count, training=True))
+        variants["theirs"] = their_training(args, bert, for_theirs, groups)
+    turns = take_turns(variants, args.rounds, lambda: matmul_peak(bert.config, per_pass, training=True))
+    gflop = dict.fromkeys(PADDINGS, useful_gflop(encoder.encoder, count, training=True))
     return {
         **report(f"{role} training", *turns, gflop),
         "seconds_per_step": {padding: turns[0][padding] / len(first) for padding in PADDINGS},
@@ -197,7 +174,7 @@ def train_role(
 
 
 def their_training(
-    args: argparse.Namespace, given: Given, examples: Examples, groups: list[list[np.ndarray]]
+    args: argparse.Namespace, bert: OpenedBert, examples: Examples, groups: list[list[np.ndarray]]
 ) -> Callable[[], None]:
     """sentence-transformers' training on batches of rows, by update: cosine-similarity loss, AdamW.
 
@@ -206,7 +183,7 @@ def their_training(
     from sentence_transformers import util
     from sentence_transformers.sentence_transformer import losses
 
-    model = sentence_transformer(given.folder, args.max_seq_length)
+    model = sentence_transformer(bert.folder, args.max_seq_length)
     loss, optimizer = losses.CosineSimilarityLoss(model), torch.optim.AdamW(model.parameters(), lr=1e-9)
     labels = torch.as_tensor(examples.labels).float()
     labels /= labels.max().clamp(min=1.0)
@@ -231,12 +208,12 @@ def their_training(
     return train
 
 
-def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """Embed the distinct sentences of the first pairs; padding to max_seq_length is measured on a part of them."""
-    examples = read_examples(given.task, args.data_dir, "train")
+    examples = read_examples(task, args.data_dir, "train")
     first, second = (side[: args.pairs] for side in (examples.first, examples.second))
-    features = separate_features(given.task, Examples(first, second), given.tokenizer, args.max_seq_length)
-    model = new_network(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
+    features = separate_features(task, Examples(first, second), bert.tokenizer, args.max_seq_length)
+    model = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
     lengths = features.texts.lengths
     in_file_order = in_batches(np.arange(len(lengths)), args.batch_size)
     part = in_file_order[:: max(1, len(in_file_order) // (4 * args.steps))]
@@ -254,16 +231,16 @@ def inference(args: argparse.Namespace, given: Given) -> dict[str, Any]:
         "packed": partial(embed_texts, model, packed, 10**6, torch.device("cpu"), "encode"),
     }
     if has_sentence_transformers():
-        theirs, texts = sentence_transformer(given.folder, args.max_seq_length), list(dict.fromkeys([*first, *second]))
+        theirs, texts = sentence_transformer(bert.folder, args.max_seq_length), list(dict.fromkeys([*first, *second]))
         variants["theirs"] = partial(theirs.encode, texts, batch_size=32, show_progress_bar=False)
-    turns = take_turns(variants, args.rounds, lambda: matmul_peak(given.bert, TOKENS_PER_STEP["cpu"], training=False))
+    turns = take_turns(variants, args.rounds, lambda: matmul_peak(bert.config, TOKENS_PER_STEP["cpu"], training=False))
     tokens = {"max": lengths[np.concatenate(part)].sum(), "batch": lengths.sum(), "packed": lengths.sum()}
     layers = model.encoder.encoder
     gflop = {padding: useful_gflop(layers, int(count), training=False) for padding, count in tokens.items()}
     return report("inference", *turns, gflop)
 
 
-def features(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """From the data's files to token ids: texts a second, memory, and how long a first and a second start take."""
     numbers: dict[str, Any] = {}
     print(f"\n{'features':<28}{'read, s':>10}{'token ids, s':>14}{'texts a second':>16}{'memory above':>16}")
@@ -271,10 +248,10 @@ def features(args: argparse.Namespace, given: Given) -> dict[str, Any]:
         for start in ("first", "second"):
             forget_peak_memory()
             before, started = peak_memory(), time.perf_counter()
-            examples = read_examples(given.task, args.data_dir, "train")
+            examples = read_examples(task, args.data_dir, "train")
             read = time.perf_counter()
             made = cached_features(
-                "separate", given.task, examples, given.tokenizer, args.max_seq_length, Path(folder) / "f", True
+                "separate", task, examples, bert.tokenizer, args.max_seq_length, Path(folder) / "f", True
             )
             ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
             rate = texts / (ended - read)

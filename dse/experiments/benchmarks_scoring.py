@@ -22,12 +22,14 @@ from torch import Tensor
 
 from dse.data.features import joint_features
 from dse.data.processors import Examples, read_examples
-from dse.experiments.benchmarks import Given, take_turns
+from dse.data.tasks import Task
+from dse.experiments.benchmarks import take_turns
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import infer
+from dse.networks.pretrained import OpenedBert
 from dse.networks.student import new_network
 from dse.networks.teacher import load_teacher
 from dse.storage.index_files import BLOCK
@@ -57,9 +59,9 @@ def repeated(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterat
         yield embeddings[:some], sentences[:some]
 
 
-def memory_above(run: Callable[[], object]) -> float:
-    """The most anonymous memory that `run` takes above that at its start, MiB, looked at every few milliseconds."""
-    before, done, found = anonymous_memory(), threading.Event(), [0.0]
+def watched(memory: dict[str, float], name: str, run: Callable[..., object], *args: object) -> None:
+    """Run, and keep in `memory` the most anonymous memory taken above that at its start, MiB, as far as seen."""
+    before, done, found = anonymous_memory(), threading.Event(), [memory.get(name, 0.0)]
 
     def look() -> None:
         while not done.wait(0.003):
@@ -67,29 +69,30 @@ def memory_above(run: Callable[[], object]) -> float:
 
     watch = threading.Thread(target=look, daemon=True)
     watch.start()
-    run()
+    run(*args)
     done.set()
     watch.join()
-    return max(found)
+    memory[name] = max(found)
 
 
-def student_of(args: argparse.Namespace, given: Given) -> DSESiameseClassifier:
+def student_of(args: argparse.Namespace, task: Task, bert: OpenedBert) -> DSESiameseClassifier:
     """The student of --model, or an untrained one with the architecture flags, which takes as long."""
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
-        if model.task != given.task:
-            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {given.task.name}")
+        if model.task != task:
+            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {task.name}")
         return model
-    network = new_network(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
-    return DSESiameseClassifier(network, given.tokenizer, given.task, args.max_seq_length)
+    network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
+    return DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
 
 
-def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
+def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """Measure each number of candidates, the task's training sentences over and over; print the table."""
-    model = student_of(args, given)
-    examples = read_examples(given.task, args.data_dir, "train")
+    model = student_of(args, task, bert)
+    examples = read_examples(task, args.data_dir, "train")
     query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
-    seconds_per_pair = cross_encoder_seconds(args, given, query, sentences)
+    some = sentences[:CROSS_ENCODER_PAIRS]
+    seconds_per_pair = cross_encoder_seconds(args, task, bert, Examples([query] * len(some), some))
     sentences = sentences[: max(args.candidates)]
     started = time.perf_counter()
     embeddings = model.encode(sentences, show_progress=False)
@@ -115,16 +118,15 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     return numbers
 
 
-def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, sentences: list[str]) -> float:
-    """Seconds per pair of a cross-encoder of --bert_model on the query with some sentences, packed and by length."""
-    some = sentences[:CROSS_ENCODER_PAIRS]
-    features = joint_features(given.task, Examples([query] * len(some), some), given.tokenizer, args.max_seq_length)
+def cross_encoder_seconds(args: argparse.Namespace, task: Task, bert: OpenedBert, pairs: Examples) -> float:
+    """Seconds per pair of a cross-encoder of --bert_model, packed and by length."""
+    features = joint_features(task, pairs, bert.tokenizer, args.max_seq_length)
     batches = Batches(features, "packed", args.max_seq_length)
-    bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
-    read = partial(infer, bert, batches, 10**6, torch.device("cpu"), "teacher")
+    teacher = load_teacher(bert.folder, task, fine_tuned=False)  # untrained takes as long
+    read = partial(infer, teacher, batches, 10**6, torch.device("cpu"), "teacher")
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]
-    logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
-    return seconds / len(some)
+    logger.info("cross-encoder: %d pairs, %.0f a second", len(pairs), len(pairs) / seconds)
+    return seconds / len(pairs)
 
 
 def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
@@ -139,14 +141,13 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
 
-    def remembered(name: str, run: Callable[..., object], *given: object) -> dict[str, Callable[[], None]]:
-        """A variant that also records the most memory that it takes."""
-        return {name: lambda: memory.update({name: max(memory.get(name, 0.0), memory_above(partial(run, *given)))})}
-
-    variants = remembered(NAIVE, naive_outputs, query, index) | remembered(OURS, index.search, query, 10)
+    variants = {
+        NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
+        OURS: partial(watched, memory, OURS, index.search, query, 10),
+    }
     seconds, *_ = take_turns(variants, args.rounds)
     # In fewer rounds, as it takes 64 times as long.
-    of_many, *_ = take_turns(remembered("many", index.search, many, 10), min(2, args.rounds))
+    of_many, *_ = take_turns({"many": partial(watched, memory, "many", index.search, many, 10)}, min(2, args.rounds))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
     for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
         took = seconds[name]
