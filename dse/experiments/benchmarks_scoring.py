@@ -11,7 +11,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,43 +52,31 @@ def naive_outputs(query: str, index: CandidateIndex) -> Tensor:
     return torch.cat([head(u.expand_as(v), v) for v in blocks])
 
 
-def repeated(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """`count` candidates: the sentences over and over, each embedded once."""
-    for start in range(0, count, len(sentences)):
-        some = min(len(sentences), count - start)
-        yield embeddings[:some], sentences[:some]
-
-
 def watched(memory: dict[str, float], name: str, run: Callable[..., object], *args: object) -> None:
     """Run, and keep in `memory` the most anonymous memory taken above that at its start, MiB, as far as seen."""
-    before, done, found = anonymous_memory(), threading.Event(), [memory.get(name, 0.0)]
+    before, done = anonymous_memory(), threading.Event()
+    memory.setdefault(name, 0.0)
 
     def look() -> None:
         while not done.wait(0.003):
-            found.append(anonymous_memory() - before)
+            memory[name] = max(memory[name], anonymous_memory() - before)
 
     watch = threading.Thread(target=look, daemon=True)
     watch.start()
     run(*args)
     done.set()
     watch.join()
-    memory[name] = max(found)
-
-
-def student_of(args: argparse.Namespace, task: Task, bert: OpenedBert) -> DSESiameseClassifier:
-    """The student of --model, or an untrained one with the architecture flags, which takes as long."""
-    if args.model:
-        model = DSESiameseClassifier.from_pretrained(args.model)
-        if model.task != task:
-            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {task.name}")
-        return model
-    network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
-    return DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
 
 
 def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """Measure each number of candidates, the task's training sentences over and over; print the table."""
-    model = student_of(args, task, bert)
+    if args.model:
+        model = DSESiameseClassifier.from_pretrained(args.model)
+        if model.task != task:
+            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {task.name}")
+    else:  # an untrained one takes as long
+        network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
+        model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
     examples = read_examples(task, args.data_dir, "train")
     query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
     some = sentences[:CROSS_ENCODER_PAIRS]
@@ -101,13 +89,13 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     print(f"\n{'candidates':>10}  {'way':<16}{'seconds':>12}{'pairs a second':>17}{'ours is':>10}{'memory above':>15}")
     with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
         for count in args.candidates:
-            candidates, place = repeated(embeddings, sentences, count), Path(folder) / str(count)
-            index = CandidateIndex.from_embeddings(model, candidates, place)
+            parts = [(embeddings[:left], sentences[:left]) for left in range(count, 0, -len(sentences))]
+            index = CandidateIndex.from_embeddings(model, parts, Path(folder) / str(count))
             numbers["candidates"][count] = one_size(args, index, query, seconds_per_pair)
             if model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
                 numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
-                halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
+                halved = CandidateIndex.from_embeddings(model, parts, dtype="float16")
                 half = relative_difference(halved.score(query), index.score(query))
                 numbers["max_relative_difference_float16"] = half
     numbers |= numbers["candidates"][max(args.candidates)]

@@ -115,12 +115,6 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def average_degradation(tasks: dict[str, dict[str, Any]], split: str) -> float | None:
-    """The mean over the tasks that have it."""
-    found = [task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
-    return mean(found) if found else None
-
-
 def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]:
     """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
     preset, encoder = works[0].preset, works[0].encoder
@@ -157,13 +151,7 @@ def missing_stages(
 def collect(
     output_dir: Path, works: list[Experiment], left: Left, names: dict[str, str], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """All of results.json, from the records in `output_dir`.
-
-    Args:
-        works, left: the experiments of this call, and their stages that are not done.
-        names: the names of tasks that are shown under another one.
-        about: command and preset.
-    """
+    """All of results.json, from the records in `output_dir`; `names` of tasks that are shown under another one."""
     runs = read_runs(output_dir, works)
     missing = missing_stages(output_dir, works, left, runs)
     by_task: dict[str, dict[int, Records]] = {}
@@ -172,10 +160,12 @@ def collect(
     tasks = {
         names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
     }
+    dev, test = ([task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
+                 for split in SPLITS)  # fmt: skip
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return without_nan({
-        "average_relative_degradation": average_degradation(tasks, "dev"),
-        "average_relative_degradation_test": average_degradation(tasks, "test"),
+        "average_relative_degradation": mean(dev) if dev else None,
+        "average_relative_degradation_test": mean(test) if test else None,
         "paper": PAPER,
         **about,
         "complete": not missing,
@@ -192,10 +182,7 @@ def can_plot() -> bool:
 
 
 def write_results(results: dict[str, Any], folder: Path) -> bool:
-    """Write results.json, results.md and, once all is done and if matplotlib is installed, the plots.
-
-    Returns whether the plots were drawn.
-    """
+    """Write results.json, results.md and, if all is done and matplotlib is installed, the plots: True if it did."""
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", to_markdown(results))
     draws = results["complete"] and can_plot()
@@ -246,11 +233,11 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 def introduction(results: dict[str, Any]) -> str:
     """What was run, where, with which seeds, and how long all of it took."""
-    runs, seeds = results["runs"], {}
-    for run in runs:
-        seeds.setdefault(run["task"], {})[str(run["seed"])] = None
-    names = {task["task"]: name for name, task in results["tasks"].items()}
-    of_tasks = "; ".join(f"{names[task]} {', '.join(of_task)}" for task, of_task in seeds.items())
+    runs, tasks = results["runs"], results["tasks"]
+    seeds = "; ".join(
+        f"{name} {', '.join(dict.fromkeys(str(run['seed']) for run in runs if run['task'] == task['task']))}"
+        for name, task in tasks.items()
+    )
     versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
     took = duration(sum(run["seconds"] for run in runs))
     where = results["machine"]["gpu"] or f"CPU, {results['machine']['threads']} threads"
@@ -258,12 +245,12 @@ def introduction(results: dict[str, Any]) -> str:
     state = f"Not complete: {'; '.join(lacks)}. " if lacks else ""
     left_out = [
         f"{name} {seed} (without {', '.join(MODELS[stage] for stage in lacking) or 'some metric'})"
-        for name, task in results["tasks"].items() for seed, lacking in task["left_out"].items()
+        for name, task in tasks.items() for seed, lacking in task["left_out"].items()
     ]  # fmt: skip
     of_all = f"Rows are means over the seeds that have all their columns: {'; '.join(left_out)} left out. "
     return (
         f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
-        f"seeds ({of_tasks}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
+        f"seeds ({seeds}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
         "teacher's is its last."
     )
 
