@@ -4,8 +4,8 @@
     regression   CosineSimilarityLoss on scores scaled to [0, 1]; the score is the cosine
     multiclass   SoftmaxLoss: a linear layer on [u, v, |u - v|]
 
-Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; the losses are the ones that
-sentence-transformers' own examples use for such data). AdamW with linear warm-up and decay, as its `fit` does.
+Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; losses as in the examples of
+sentence-transformers). AdamW with linear warm-up and decay, as its `fit` does.
 """
 
 from pathlib import Path

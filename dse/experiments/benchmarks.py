@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from timeit import repeat, timeit
 from typing import Any
 
@@ -41,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 PEAK_REPEATS = 5
 _PEAK_SECONDS = 0.02  # of one repeat, at least
+Variants = dict[str, Callable[[], object]]  # what is measured, by name
+Turns = tuple[dict[str, float], dict[str, float], float]  # of take_turns
 PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "packed": "packed (ours)"}
 
 
-def take_turns(
-    variants: dict[str, Callable[[], object]], rounds: int, peak: Callable[[], float] = lambda: 0.0
-) -> tuple[dict[str, float], dict[str, float], float]:
+def take_turns(variants: Variants, rounds: int, peak: Callable[[], float] = lambda: 0.0) -> Turns:
     """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest `peak` of the rounds.
 
     Each variant first runs once unmeasured. A quick one runs up to five times a round, about as long as the slowest, so
@@ -93,10 +92,9 @@ def _product_seconds(a: Tensor, b: Tensor) -> float:
     return min(repeat(product, number=calls, repeat=PEAK_REPEATS)) / calls
 
 
-def report(
-    title: str, seconds: dict[str, float], memory: dict[str, float], peak: float, gflop: dict[str, float]
-) -> dict[str, Any]:
+def report(title: str, turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
     """Print a table of what `take_turns` measured, and of the useful work by padding; return the JSON's part of it."""
+    seconds, memory, peak = turns
     rates, beside = {name: work / seconds[name] for name, work in gflop.items()}, {}
     print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
     for name, rate in rates.items():
@@ -160,13 +158,13 @@ def train_role(
     count = int(tokens.lengths[rows].sum())
     logger.info("%s: %d batches of %d pairs, %d tokens each", role, len(first), args.batch_size, count / len(first))
     per_pass = round(count / sum(len(plan.passes(group)) for group in groups))
-    variants: dict[str, Callable[[], object]] = {padding: partial(train, padding) for padding in PADDINGS}
+    variants: Variants = {padding: partial(train, padding) for padding in PADDINGS}
     if for_theirs and has_sentence_transformers():
         variants["theirs"] = their_training(args, bert, for_theirs, groups)
     turns = take_turns(variants, args.rounds, lambda: matmul_peak(bert.config, per_pass, training=True))
     gflop = dict.fromkeys(PADDINGS, useful_gflop(encoder.encoder, count, training=True))
     return {
-        **report(f"{role} training", *turns, gflop),
+        **report(f"{role} training", turns, gflop),
         "seconds_per_step": {padding: turns[0][padding] / len(first) for padding in PADDINGS},
         "tokens_per_step": count / len(first),
         "tokens_per_packed_pass": per_pass,
@@ -225,7 +223,7 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
             model.embed(**laid_out.of_texts(texts))
 
     packed = Batches(features, "packed", args.max_seq_length)
-    variants: dict[str, Callable[[], object]] = {
+    variants: Variants = {
         "max": partial(embed, "max", part),
         "batch": partial(embed, "batch", in_file_order),
         "packed": partial(embed_texts, model, packed, 10**6, torch.device("cpu"), "encode"),
@@ -237,7 +235,7 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
     tokens = {"max": lengths[np.concatenate(part)].sum(), "batch": lengths.sum(), "packed": lengths.sum()}
     layers = model.encoder.encoder
     gflop = {padding: useful_gflop(layers, int(count), training=False) for padding, count in tokens.items()}
-    return report("inference", *turns, gflop)
+    return report("inference", turns, gflop)
 
 
 def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
@@ -250,9 +248,7 @@ def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
             before, started = peak_memory(), time.perf_counter()
             examples = read_examples(task, args.data_dir, "train")
             read = time.perf_counter()
-            made = cached_features(
-                "separate", task, examples, bert.tokenizer, args.max_seq_length, Path(folder) / "f", True
-            )
+            made = cached_features("separate", task, examples, bert.tokenizer, args.max_seq_length, f"{folder}/f", True)
             ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
             rate = texts / (ended - read)
             seconds = f"{read - started:>10.2f}{ended - read:>14.2f}"

@@ -219,7 +219,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
     compared.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", "", "", "", "", ""))
     minutes = [
-        (name, *("-" if task["minutes"][stage] is None else f"{task['minutes'][stage]['mean']:.1f}" for stage in TIMED))
+        (name, *(show(each and {**each, "sd": None}, ".1f") for each in task["minutes"].values()))
         for name, task in tasks.items()
     ]
     headings = [f"{heading}, {split}" for heading, *_ in _COMPARISONS.values() for split in SPLITS]

@@ -92,11 +92,9 @@ def probe_features(embed: Embedder, rows: Examples) -> Any:
 
 
 def probe(embed: Embedder, task: Task, train: Examples, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
-    """Accuracy, and f1 of binary tasks, by split, of a logistic regression on frozen embeddings.
-
-    Each feature is brought to variance 1 (of a bag of words: to at most 1), which the penalty needs.
-    """
+    """Accuracy, and f1 of binary tasks, by split, of a logistic regression on frozen embeddings."""
     features = probe_features(embed, train)
+    # The penalty needs features of one variance, or in a bag of words of one maximum.
     scaler = MaxAbsScaler() if sparse.issparse(features) else StandardScaler()
     regression = LogisticRegressionCV(
         Cs=PENALTIES, cv=FOLDS, l1_ratios=(0.0,), scoring="accuracy", max_iter=STEPS, use_legacy_attributes=False
