@@ -1,8 +1,8 @@
 """Measuring what the student is for: one query against very many stored candidates.
 
 One run has the same query and candidates for the cross-encoder, which reads every pair (measured on a part, per pair);
-for the head on concatenated blocks of stored embeddings, as in training; and for the index. They take turns, and the
-fastest turn of each counts. Embedding the candidates happens once and is reported apart.
+for the head on blocks of stored embeddings, as in training; and for the index. Embedding the candidates happens once
+and is reported apart.
 """
 
 import argparse
@@ -128,7 +128,6 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
     expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
-
     variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),

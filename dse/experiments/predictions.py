@@ -1,7 +1,7 @@
 """Outputs of a trained teacher or student, told apart by its folder, on a task's rows; its answers in GLUE's words.
 
 Outputs have a student's form: in binary tasks one logit of "positive" (for a teacher, the difference of its two), else
-a logit per label, or a score. Teachers are packed on CPU, and students embed each text once.
+a logit per label, or a score.
 """
 
 import logging
@@ -35,11 +35,8 @@ MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not 
 def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> tuple[Scorer, float]:
     """A model's outputs on the rows of a task, and its threshold: of a student that of its training, of a teacher 0.5.
 
-    Args:
-        name: folder of a student (or its hub name), or of a teacher that finetune_bert.py made.
-        batch_size: pairs of full length per step.
-
-    Raises InputError for a folder that is neither, and for a model of other labels or of another order of them.
+    `name` is the folder of a student (or its hub name), or of a teacher that finetune_bert.py made. A step has
+    `batch_size` pairs of full length. Raises InputError for a folder that is neither, and for other labels.
     """
     folder = Path(name).expanduser()
     config = folder / "config.json"

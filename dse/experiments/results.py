@@ -51,9 +51,7 @@ _COMPARISONS = {  # by key: heading, the two models, whether dev chooses their t
 
 
 def headline(task: Task, tuned: bool = False) -> str:
-    """The metric that degradation is measured on: f1 for mrpc and qqp, Pearson for regressions, else accuracy.
-    `tuned` takes the one above the threshold chosen on dev, if there is one.
-    """
+    """The metric of degradation: f1, Pearson or accuracy; with `tuned`, above the threshold of dev if there is one."""
     if task.kind == REGRESSION:
         return "pearson"
     name = "f1" if "f1" in task.metrics else "accuracy"
@@ -182,11 +180,10 @@ def can_plot() -> bool:
 
 
 def write_results(results: dict[str, Any], folder: Path) -> bool:
-    """Write results.json, results.md and, if all is done and matplotlib is installed, the plots: True if it did."""
+    """Write results.json and results.md; draw the plots, and return True, once all is done and matplotlib is there."""
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", to_markdown(results))
-    draws = results["complete"] and can_plot()
-    if draws:
+    if draws := results["complete"] and can_plot():
         draw(results, folder)
     return draws
 
@@ -265,9 +262,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         keys = (metric, f"{metric}_0.5", f"tuned_{metric}", "acc")  # as the stages name it; "acc": a teacher's accuracy
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=f"{metric} on dev", title=name)
-        for run in results["runs"]:
-            if run["task"] != task["task"] or run["stage"] not in MODELS:
-                continue
+        for run in (run for run in results["runs"] if run["task"] == task["task"] and run["stage"] in MODELS):
             on_dev = [next(epoch["validation"][key] for key in keys if key in epoch["validation"])
                       for epoch in run["history"]]  # fmt: skip
             color = f"C{list(MODELS).index(run['stage'])}"

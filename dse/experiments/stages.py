@@ -80,12 +80,10 @@ def tidy(work: Experiment, stage: str) -> None:
 
 
 def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
-    """Run a script on an experiment's data. Returns the command line; raises InputError, naming the script, if the
-    script refuses.
-    """
-    common = ["--task_name", work.task.name, "--data_dir", work.data_dir]
+    """Run a script on an experiment's data and return its command line. Raises InputError where the script refuses."""
     casing = ["--do_lower_case"] if work.encoder.lower_case else []
-    argv = [str(flag) for flag in (*common, *casing, "--max_seq_length", work.preset.max_seq_length, *flags)]
+    common = ["--task_name", work.task.name, "--data_dir", work.data_dir, *casing]
+    argv = [*map(str, common), "--max_seq_length", str(work.preset.max_seq_length), *map(str, flags)]
     logger.info("python %s %s", script.PROG, shlex.join(argv))
     try:
         script.run(script.parse_arguments(argv))
@@ -94,19 +92,13 @@ def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
     return [script.PROG, *argv]
 
 
-def _measured(work: Experiment, folder: Path) -> dict[str, dict[str, float]]:
-    """The metrics of a stage's teacher or student, by split."""
-    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
-    return measure(work.task, score, work.sets)
-
-
 def _teacher(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         finetune_bert, work, "--bert_model", work.encoder.folder, "--output_dir", folder, "--do_train", "--do_eval",
         "--seed", work.seed, *work.preset.flags("teacher", work.task), "--resume",
     )  # fmt: skip
-    training = read_training(folder)
-    result = {"command": command, "history": training["history"], "metrics": _measured(work, folder)}
+    training, (score, _) = read_training(folder), load_scorer(str(folder), work.task, select_device(False, 0))
+    result = {"command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets)}
     return result, [folder / name for name in (*training["sha256"], TRAINING)]
 
 
@@ -128,9 +120,10 @@ def _student(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     )  # fmt: skip
     best = student_folder(work.folder, folder.name)
     newest = max(best.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    score, _ = load_scorer(str(best), work.task, select_device(False, 0))
     result = {
         "command": command, "history": Checkpoint.read(newest).trainer["history"],
-        "metrics": _measured(work, best), "best_epoch": read_config(best)["origin"]["epoch"],
+        "metrics": measure(work.task, score, work.sets), "best_epoch": read_config(best)["origin"]["epoch"],
     }  # fmt: skip
     return result, sorted(path for path in best.iterdir() if path.name != "README.md")
 
@@ -144,11 +137,11 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     history: list[dict[str, Any]] = baseline.load(state) if state.is_file() else []
     for epoch in range(len(history), epochs):
         started = time.monotonic()
-        loss = baseline.train_epoch(work.train, epoch)
+        train = {"loss": baseline.train_epoch(work.train, epoch)}
         metrics = measure(work.task, baseline.score, work.sets)
         if work.task.kind == BINARY:  # a cosine above 0 means nothing
             metrics = {split: {n: v for n, v in found.items() if "tuned_" in n} for split, found in metrics.items()}
-        history.append({"epoch": epoch, "train": {"loss": loss}, "metrics": metrics, "validation": metrics["dev"],
+        history.append({"epoch": epoch, "train": train, "metrics": metrics, "validation": metrics["dev"],
                         "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
         baseline.save(state, history)
         logger.info("Sentence-BERT, epoch %d of 0 to %d: %s", epoch, epochs - 1, format_record(history[-1]))

@@ -1,11 +1,8 @@
 """Measuring sentence embeddings beyond the task that made them (the paper's claim of universal embeddings).
 
-    cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set; nothing is trained
-    probe        logistic regression on frozen embeddings, as SentEval does it: on [|u - v|, u * v] for pairs, on u for
-                 single sentences; cross-validation on the training set chooses the penalty
-
-An embedder is a function from texts to rows: a student, the encoder as downloaded (mean over all tokens of its last
-layer), or a bag of words (counts of the words of the task's training texts, a sparse matrix).
+cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set; nothing is trained
+probe        logistic regression on frozen embeddings, as SentEval does it: on [|u - v|, u * v] for pairs, on u for
+             single sentences; cross-validation on the training set chooses the penalty
 """
 
 import logging
@@ -38,17 +35,16 @@ from dse.training.reporting import markdown_table
 
 logger = logging.getLogger(__name__)
 
-Embedder = Callable[[list[str]], Any]  # texts to (texts, size), an array or a sparse matrix
+Embedder = Callable[[list[str]], Any]  # texts to (texts, size), an array or a sparse matrix; such as a student's encode
 PENALTIES = np.logspace(-4, 1, 6)  # the regression's C, inverse strengths
 FOLDS, STEPS = 5, 200
 COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """The mean over all tokens of the last layer's states, of a BERT as downloaded.
+    """The mean over all tokens of the last layer's states, of a BERT as downloaded, with its own casing if it says so.
 
-    Texts are cut where the student cuts them, or where this BERT has no more positions. The casing is the folder's, or
-    the student's if the folder does not say.
+    Texts are cut where the student cuts them, or where this BERT has no more positions.
     """
     bert = bert_config(folder, "--bert_model")
     network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
