@@ -347,7 +347,7 @@ def test_a_short_row_is_refused_for_skipping_it_would_shift_the_others(refusal, 
 
 
 def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
-    assert "--task_name: cola has one sentence per row, and a student scores pairs" in refusal("cola")
+    assert "--task_name: cola has one sentence per row, and DSE scores pairs" in refusal("cola")
     line = refusal("mnli")
     assert "a student of mrpc (binary, ['0', '1'])" in line
     assert "mnli (multiclass, ['contradiction', 'entailment', 'neutral'])" in line

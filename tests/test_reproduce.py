@@ -552,12 +552,38 @@ def test_summary_by_hand():
 
 def test_how_numbers_are_shown():
     assert results.show({"mean": 0.8612, "sd": 0.0041, "n": 2}) == "0.861 ± 0.004"
-    assert results.show({"mean": -0.0123, "sd": None, "n": 1}, percent=True) == "-1.2 %"
-    assert results.show({"mean": 0.0123, "sd": 0.002, "n": 2}, percent=True) == "+1.2 % ± 0.2 %"
-    assert results.signed({"mean": 0.01, "sd": None, "n": 1}) == "+0.010"
+    assert results.show({"mean": -0.0123, "sd": None, "n": 1}, "+.1%") == "-1.2 %"
+    assert results.show({"mean": 0.0123, "sd": 0.002, "n": 2}, "+.1%") == "+1.2 % ± 0.2 %"
+    assert results.show({"mean": 0.01, "sd": None, "n": 1}, "+.3f") == "+0.010"
+    assert results.show({"mean": -0.01, "sd": 0.002, "n": 2}, "+.3f") == "-0.010 ± 0.002"
     assert results.show(None) == "-"
     assert duration(60 * 125) == "2 h 05 min"
     assert duration(50) == "1 min"
+
+
+def test_an_epoch_whose_metric_is_0_is_drawn_and_an_undefined_one_is_a_gap(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    drawn = {}
+    monkeypatch.setattr(figure, "savefig", lambda self, path, dpi: drawn.update({path.name: self.axes[0].lines}))
+
+    def run(stage: str, key: str, *values: float | None) -> dict:
+        history = [{"epoch": epoch, "validation": {"acc": 0.25, key: value}} for epoch, value in enumerate(values)]
+        return {"task": "mrpc", "stage": stage, "history": history}
+
+    runs = [
+        run("teacher", "f1", 0.0, 0.75),
+        run("dse", "f1_0.5", 0.5, 0.0),
+        run("sentence_bert", "tuned_f1", None, 0.5),
+    ]
+    table = {"dev": {"f1": {"teacher": {"mean": 0.375, "sd": None, "n": 1}}}}
+    task = {"task": "mrpc", "metric": "f1", "pairs_per_second": {"teacher": 9.0}, "table": table}
+    results.draw({"tasks": {"MRPC": task}, "runs": runs}, tmp_path)
+    assert sorted(drawn) == ["MRPC_by_epoch.png", "MRPC_speed.png"]
+    curves = [(line.get_label(), line.get_xydata().tolist()) for line in drawn["MRPC_by_epoch.png"]]
+    assert curves[0] == ("teacher", [[0, 0.0], [1, 0.75]])
+    assert curves[1] == ("DSE", [[0, 0.5], [1, 0.0]])
+    assert (curves[2][0], curves[2][1][1]) == ("Sentence-BERT way", [1, 0.5])
+    assert math.isnan(curves[2][1][0][1])
 
 
 def test_the_estimate_follows_what_was_measured(flags, tmp_path):

@@ -10,9 +10,7 @@ import argparse
 from dse import cli
 from dse.commands import logger
 from dse.data.tasks import check_sentence_pairs, get_task
-from dse.data.tokenizers import load_tokenizer
-from dse.networks.config import check_fits_bert
-from dse.networks.pretrained import bert_config, find_bert
+from dse.networks.pretrained import open_bert
 from dse.system.device import describe_device, seed_everything, select_device
 from dse.system.files import check_output_file, write_json
 from dse.training.reporting import check_can_plot
@@ -46,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_can_plot("--plot")
         check_output_file(args.plot, "--plot")
-    folder = find_bert(args.bert_model, "--bert_model")
-    bert = bert_config(folder, "--bert_model")
-    check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
-    tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+    layers = args.pooler_num_top_hidden_layers
+    bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
+
+    # 2. Measure and report.
     import torch
 
     from dse.experiments import benchmarks, benchmarks_scoring
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(True, 0)
     seed_everything(args.random_seed)
     logger.info("%s of %s on %s, torch %s", args.what, task.name, describe_device(device), torch.__version__)
-    numbers = measures[args.what](args, benchmarks.Given(task, folder, bert, tokenizer))
+    numbers = measures[args.what](args, task, bert)
     if args.output:
         settings = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}
         write_json(args.output, {**numbers, "settings": settings})

@@ -7,6 +7,7 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--bert_model: the student does not say which encoder it began with; give it")
     bert = find_bert(args.bert_model or began[-1], "--bert_model")
     embedders = {
-        "DSE": transfer.student_embedder(student, args.batch_size),
+        "DSE": partial(student.encode, batch_size=args.batch_size),
         "encoder as downloaded": transfer.encoder_embedder(bert, student, args.batch_size),
     }
 
