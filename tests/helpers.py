@@ -286,6 +286,11 @@ def flip(path: Path, place: float = 0.5) -> None:
     path.write_bytes(content)
 
 
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -307,5 +312,6 @@ OWN_TASK = {  # the label of what is wanted comes first
 TRIO = ["the doctor sold a car .", "a physician traded a vehicle .", "soon"]
 
 
-def command_main(name: str):
-    return lambda argv: __main__.main([name, *argv])
+def command_main(*command: str):
+    """The main of a command, such as `index` or `benchmark training`."""
+    return lambda argv: __main__.main([*command, *argv])

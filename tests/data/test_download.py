@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -576,10 +577,11 @@ def entry(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
     return info
 
 
+ABSOLUTE = f"/tmp/harmful-archive-{uuid.uuid4()}"
 HARMFUL = {
     "parent": ({"WNLI/../../../x": b"x"}, "would lie outside"),
     "parent outside the folder": ({"../x": b"x"}, "would lie outside"),
-    "absolute": ({"/tmp/x": b"x"}, "would lie outside"),
+    "absolute": ({ABSOLUTE: b"x"}, "would lie outside"),
     "Windows parent": ({"WNLI\\..\\..\\x": b"x"}, "would lie outside"),
     "Windows drive": ({"C:\\x": b"x"}, "would lie outside"),
     "link": ({entry("WNLI/x", stat.S_IFLNK | 0o777): b"/etc/passwd"}, "is a link"),
@@ -600,7 +602,7 @@ def test_a_harmful_archive_is_refused_before_anything_is_written(server, get, tm
     assert "archive refused: " in table["WNLI"][1]
     assert why in table["WNLI"][1]
     assert list(files_below(tmp_path).values()) == [content]  # kept aside, and nothing else
-    assert not Path("/tmp/x").exists()
+    assert not Path(ABSOLUTE).exists()
 
 
 def test_other_archives_that_are_refused(server, get, glue):

@@ -170,3 +170,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path, monkeypatch):
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    monkeypatch.chdir(tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(InputError, match=r"--x: .*is not valid UTF-8"):
+        files.check_writable("here", "--x")

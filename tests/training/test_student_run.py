@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHORT_RUN, assert_same_run, contents, flip, moved, stop_at, stopped
+from helpers import SHORT_RUN, assert_same_run, contents, cut, flip, moved, stop_at, stopped
 
 import dse_train_runner
 from dse.data.processors import read_examples
@@ -164,11 +164,7 @@ def test_resume_takes_the_run_of_these_flags_and_starts_anew_where_there_is_none
     assert [path.name[-10:] for path in sorted(first.parent.glob("*_epoch_1.pt"))] == ["epoch_1.pt"]
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-@pytest.mark.parametrize("spoil", [truncate, flip])
+@pytest.mark.parametrize("spoil", [cut, flip])
 def test_a_spoiled_newest_state_costs_the_work_since_the_one_before(
     spoil, unbroken, student_flags, checkpoints, tmp_path, monkeypatch, capsys, caplog
 ):
@@ -189,7 +185,7 @@ def test_a_spoiled_newest_state_costs_the_work_since_the_one_before(
 def test_when_all_states_are_spoiled_nothing_is_begun(student_flags, refused, checkpoints):
     dse_train_runner.main(student_flags())
     for path in checkpoints():
-        truncate(path)
+        cut(path)
     assert "none of the states in" in refused(dse_train_runner.main, [*student_flags(), "--resume"])
 
 
@@ -392,7 +388,7 @@ def test_24_a_spoiled_run_does_not_block_a_sound_one(student_flags, checkpoints,
     (sound,) = checkpoints()
     spoiled = sound.parent.with_name("bert_distillation_2099_01_01-00_00_00")
     shutil.copytree(sound.parent, spoiled)
-    truncate(spoiled / sound.name)
+    cut(spoiled / sound.name)
     before = contents(spoiled)
     dse_train_runner.main([*student_flags(epochs=2), "--resume"])
     assert f"{spoiled}: none of its states can be read; looking for another run" in caplog.text
