@@ -7,14 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_flags, write_task
 
 from dse import index as index_module
+from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments.synthetic import write_tiny_bert
+from dse.models import DSESiameseClassifier
 from dse.networks import heads
+from dse.networks.config import DSEConfig
+from dse.networks.pretrained import bert_config
+from dse.networks.student import new_network
 from dse.storage import index_files
+from dse.storage.logits import logits_identity, save_logits
+
+pytest.register_assert_rewrite("helpers")
+from helpers import as_flags, write_task  # noqa: E402
 
 torch.set_num_threads(1)  # for models this small; on a busy machine threads wait for each other for minutes
 
@@ -43,9 +51,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def logits(tmp_path_factory, data):
     """A function from a task's name to random teacher logits that belong to its tiny data."""
-    from dse.data.processors import read_examples
-    from dse.storage.logits import logits_identity, save_logits
-
     folder = tmp_path_factory.mktemp("logits")
 
     def path_of(name: str) -> Path:
@@ -90,11 +95,6 @@ def student_flags(bert, data, logits, tmp_path):
 @pytest.fixture
 def student(bert):
     """A function that makes an untrained student of a task, the same one each time, ready for texts."""
-    from dse.data.tokenizers import load_tokenizer
-    from dse.models import DSESiameseClassifier
-    from dse.networks.config import DSEConfig
-    from dse.networks.pretrained import bert_config
-    from dse.networks.student import new_network
 
     def make(name: str = "mrpc", **changes: object):
         torch.manual_seed(3)

@@ -16,7 +16,7 @@ from dse import cli
 
 
 @pytest.mark.parametrize("how", ["full", "gone", "closed"])
-def test_22_a_console_that_cannot_be_written_ends_nothing(how, teacher_flags, tmp_path, monkeypatch):
+def test_a_console_that_cannot_be_written_ends_nothing(how, teacher_flags, tmp_path, monkeypatch):
     """The log's lines and the progress bar, of a stage that ends as if nothing had been."""
     if how == "full":
         console = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
@@ -58,7 +58,7 @@ def no_memory(error: Exception):
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_26_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flags, student_flags, monkeypatch, capsys):
+def test_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flags, student_flags, monkeypatch, capsys):
     for script, argv in (("finetune_bert", teacher_flags()), ("dse_train_runner", student_flags())):
         module = importlib.import_module(script)
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
@@ -71,7 +71,7 @@ def test_26_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flag
         assert all(text in told for text in [f"{script}.py: error: out of memory (", *ways])
 
 
-def test_26_a_head_beyond_memory(student_flags, refused, capsys):
+def test_a_head_beyond_memory(student_flags, refused, capsys):
     for changes in ({"fc_dims": [2**63, 1]}, {"additional_embedding_layer_size": 2**63}):
         assert "is above 9223372036854775807" in refused(dse_train_runner.main, student_flags(**changes))
     for sizes in ([2**40, 1], [2**62, 1]):
@@ -81,7 +81,7 @@ def test_26_a_head_beyond_memory(student_flags, refused, capsys):
         assert "take smaller layers" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_26_other_errors_are_not_hidden(monkeypatch, teacher_flags):
+def test_other_errors_are_not_hidden(monkeypatch, teacher_flags):
     monkeypatch.setattr(finetune_bert, "get_task", no_memory(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         finetune_bert.main(teacher_flags())

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 from helpers import DEEP, MRPC, TWO_ROWS
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dse.data import download
@@ -90,8 +91,6 @@ def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
 
 
 def test_no_cache_when_writing_fails(tokenizer, tmp_path, monkeypatch, caplog):
-    from safetensors import SafetensorError
-
     def fail(*_, **__):
         raise SafetensorError("I/O error: Permission denied")
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from helpers import write_task
+from safetensors.torch import load_file, save_file
 
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
 from dse.commands import reproduce
+from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments import presets, reproduction, results, stages
 from dse.experiments.baselines import SentenceBert
@@ -229,9 +232,6 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
 
 
 def test_another_teacher_is_followed_by_other_logits_and_students(finished, flags, calls, edit_json):
-    import torch
-    from safetensors.torch import load_file, save_file
-
     flags, folder = [*flags, "--tasks", "sts-b"], finished / "sts-b_seed1"
     before = json.loads((folder / "dse.json").read_text())
     # A teacher that all its own files agree on, as another machine might make it.
@@ -324,10 +324,6 @@ def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished
 def test_sentence_bert_itself(glue, bert, tmp_path, name):
     """Where sentence-transformers is installed: resumed training ends with the same bits."""
     pytest.importorskip("sentence_transformers")
-    import torch
-
-    from dse.data.processors import read_examples
-
     task = get_task(name)
     rows = read_examples(task, glue / task.folder, "train")
 

@@ -21,7 +21,7 @@ def test_thresholds_come_from_dev():
     assert found["test"]["tuned_accuracy"] == 0.5
 
 
-def test_21_the_best_epoch_may_stand_beside_best(student, tmp_path):
+def test_the_best_epoch_may_stand_beside_best(student, tmp_path):
     """The newest run's latest best epoch counts, not an older epoch's `best`, nor a folder of the user's."""
     for place, epoch in (("dse_1/best", 99), ("dse_2/best", 1), ("dse_2/best_epoch_10", 10), ("dse_2/best_epoch_3", 3)):
         model = student()

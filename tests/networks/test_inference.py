@@ -86,7 +86,7 @@ def run_steps(progress: inference.PartialOutputs | None, computed: list[int], co
     return inference._by_steps(model, forward, batch, np.array(costs), 8, CPU, "x", False, progress)
 
 
-def test_19_rows_that_are_done_are_stored_and_no_others(tmp_path):
+def test_rows_that_are_done_are_stored_and_no_others(tmp_path):
     costs, steps = [3, 9, 4, 4], [np.array([1]), np.array([2, 3]), np.array([0])]
     progress = inference.PartialOutputs(tmp_path / "x.partial", {"of": "x"})
     assert progress.find(steps) is None
@@ -104,7 +104,7 @@ def test_19_rows_that_are_done_are_stored_and_no_others(tmp_path):
     assert len(computed) == 8
 
 
-def test_19_a_row_that_no_process_computed_is_not_written(monkeypatch, tmp_path):
+def test_a_row_that_no_process_computed_is_not_written(monkeypatch, tmp_path):
     """Two processes, this one the first: it has rows 0 and 2, the other row 1, and none row 3."""
     monkeypatch.setattr(parallel, "size", lambda: 2)
     others = iter([np.array([0, 1, 0, 0]), np.array([[0], [7], [0], [0]], np.float32)])

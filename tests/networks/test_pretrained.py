@@ -262,8 +262,6 @@ def test_weights_load_as_float32_whatever_they_were_saved_as(bert, tmp_path):
 
 
 def test_a_bert_without_some_weights_is_refused(bert, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(bert / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, tmp_path / "model.safetensors")

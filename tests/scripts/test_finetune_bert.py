@@ -16,6 +16,7 @@ from dse.data.features import joint_features
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
+from dse.experiments.synthetic import write_pairs
 from dse.networks.batches import Batches
 from dse.networks.config import PADDINGS
 from dse.networks.teacher import load_teacher
@@ -147,8 +148,6 @@ def test_gradient_checkpointing_trains_the_same_teacher(teacher_flags, tmp_path)
 
 def test_own_task_from_a_json_file(teacher_flags, bert, tmp_path, checkpoints):
 
-    from dse.experiments.synthetic import write_pairs
-
     for split, seed in (("train", 1), ("dev", 2)):
         write_pairs(tmp_path / "own" / f"{split}.tsv", 20, seed)
     task = {"kind": "binary", "labels": ["0", "1"], "label": "Quality", "text_a": "#1 String", "text_b": "#2 String"}
@@ -171,7 +170,7 @@ def test_own_task_from_a_json_file(teacher_flags, bert, tmp_path, checkpoints):
     assert Checkpoint.read(checkpoints()[0]).task["name"] == "mine"
 
 
-def test_26_a_teacher_in_the_working_folder(teacher_flags, refused, tmp_path, monkeypatch):
+def test_a_teacher_in_the_working_folder(teacher_flags, refused, tmp_path, monkeypatch):
     (tmp_path / "place").mkdir()
     monkeypatch.chdir(tmp_path / "place")
     finetune_bert.main(teacher_flags("mnli", output_dir=".", eval_batch_size=128))

@@ -55,7 +55,7 @@ def test_the_example_says_whose_the_probability_is(student_flags, checkpoints, c
 
 
 @pytest.mark.parametrize(("how", "code"), [("full", 1), ("gone", 141)])
-def test_22_an_output_that_cannot_be_written_ends_the_example(how, code, bert, monkeypatch, capfd):
+def test_an_output_that_cannot_be_written_ends_the_example(how, code, bert, monkeypatch, capfd):
     reader, writer = os.pipe()
     os.close(reader)
     output = os.fdopen(os.open("/dev/full", os.O_WRONLY) if how == "full" else writer, "w")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import NAMED, as_flags, command_main, cut, flip
 from processes import LONG, ROOT
+from transformers import BertTokenizer
 
 import download_glue_data
 import dse_train_runner
@@ -455,8 +456,6 @@ def test_refused(program, spoil, changes, words, world, tmp_path, monkeypatch, c
 
 def test_a_casing_that_does_not_reach_the_normalizer(refused, student_flags, monkeypatch):
     """transformers' own failing, as AutoTokenizer shows it for some tokenizer classes: the flag is ignored."""
-    from transformers import BertTokenizer
-
     load = BertTokenizer.from_pretrained
     monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda folder, do_lower_case: load(folder))
     assert "does not honour no --do_lower_case (cased): its normalizer is" in refused(

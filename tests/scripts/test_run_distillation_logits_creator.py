@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import STAMP, as_flags, flip, results_of, stopped
+from safetensors.torch import load_file, save_file
 
 import finetune_bert
 import run_distillation_logits_creator
@@ -18,7 +19,7 @@ from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.networks.batches import Batches
-from dse.networks.teacher import load_teacher
+from dse.networks.teacher import Teacher, load_teacher
 
 
 def test_a_foreign_training_json_beside_a_teacher_is_nothing_to_the_logits(creator, tmp_path):
@@ -39,8 +40,6 @@ def creator(data, teacher_flags, tmp_path):
 
 def stop_forward(monkeypatch, number: int) -> list[int]:
     """Send SIGTERM within the teacher's n-th step; the list grows with each step."""
-    from dse.networks.teacher import Teacher
-
     original, calls = Teacher.forward, []
 
     def counted(*args, **inputs):
@@ -73,7 +72,7 @@ def test_logits_go_on_where_they_stopped(creator, tmp_path, monkeypatch, capsys)
     assert len(after) == len(in_all) - 5 > 0
 
 
-def test_19_logits_that_go_on_with_another_length(creator, tmp_path, monkeypatch, capsys):
+def test_logits_that_go_on_with_another_length(creator, tmp_path, monkeypatch, capsys):
     """The ids are the same at both lengths, and the steps are not: no row may be left out between them."""
     path = tmp_path / "teacher_logits.pt"
     run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
@@ -163,8 +162,6 @@ def with_labels(folder: Path, edit_json, labels: list[str]) -> Path:
 @pytest.mark.parametrize("kind", ["rte", "sts-b"])
 def test_a_teacher_that_contradicts_the_labels_is_told_of(kind, teacher_flags, data, tmp_path, caplog, edit_json):
     """The classifier's rows change places (a regression's sign changes): LABEL_0 is now the task's second label."""
-    from safetensors.torch import load_file, save_file
-
     finetune_bert.main(teacher_flags(kind, num_train_epochs=12, learning_rate=3e-3, train_batch_size=4, do_eval=None))
     folder = tmp_path / "teacher"
     flags = as_flags({"task_name": kind, "data_dir": data(kind), "bert_checkpoint_dir": folder, "do_lower_case": True,

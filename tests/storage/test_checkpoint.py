@@ -15,7 +15,7 @@ def test_a_spoiled_checkpoint_is_refused_for_use(student_flags, checkpoints, ref
     assert "is truncated or not a checkpoint" in refused(load_dse_checkpoint_example.main, argv)
 
 
-def test_26_a_state_within_an_epoch_is_exported_without_metrics(student_flags, tmp_path, monkeypatch, capsys, caplog):
+def test_a_state_within_an_epoch_is_exported_without_metrics(student_flags, tmp_path, monkeypatch, capsys, caplog):
     """Those of the epoch before are of other weights."""
     with monkeypatch.context() as patched:
         stop_at(patched, 5)

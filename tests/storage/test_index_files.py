@@ -223,7 +223,7 @@ def dead_part(folder: Path, name: str) -> Path:
     return part
 
 
-def test_20_what_a_kill_left_of_index_json_blocks_nothing(student, tmp_path):
+def test_what_a_kill_left_of_index_json_blocks_nothing(student, tmp_path):
     model, folder = student(), tmp_path / "index"
     CandidateIndex.build(model, ["one", "two"], folder)
     part = dead_part(folder, "index.json")
@@ -238,7 +238,7 @@ def test_20_what_a_kill_left_of_index_json_blocks_nothing(student, tmp_path):
     assert mine.exists()
 
 
-def test_25_an_index_that_is_replaced_while_it_is_opened(student, tmp_path, monkeypatch):
+def test_an_index_that_is_replaced_while_it_is_opened(student, tmp_path, monkeypatch):
     """By a smaller and by a larger one, between index.json and each of the files: all of it is of one index."""
     model, folder = student(), tmp_path / "index"
     read, calls = index_files._read_content, []
@@ -262,7 +262,7 @@ def test_25_an_index_that_is_replaced_while_it_is_opened(student, tmp_path, monk
         CandidateIndex.open(folder, model)
 
 
-def test_25_an_open_index_stays_what_it_was(student, tmp_path):
+def test_an_open_index_stays_what_it_was(student, tmp_path):
     """One that was built or opened, while others take its place; so does what it saves elsewhere."""
     model, folder = student(), tmp_path / "index"
     built = CandidateIndex.build(model, ["one", "two"], folder)

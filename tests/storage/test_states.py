@@ -113,7 +113,7 @@ def test_a_full_disk(student_flags, tmp_path, monkeypatch, capsys):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_20_what_kills_left_of_states_goes_with_the_next_state(
+def test_what_kills_left_of_states_goes_with_the_next_state(
     student_flags, teacher_flags, tmp_path, monkeypatch, capsys
 ):
     """Of the first save of a run that has no other file, and of later ones, though it was a minute ago."""

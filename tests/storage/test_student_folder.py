@@ -144,8 +144,6 @@ def test_every_file_of_a_saved_student_has_a_new_files_rights(student, tmp_path)
 
 
 def test_folders_of_before_have_the_threshold_of_before(student, edit_json, tmp_path):
-    from dse.system.files import sha256_json
-
     student().save_pretrained(tmp_path / "student")
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     del config["threshold"], config["sha256"]

@@ -109,7 +109,7 @@ def test_json_has_no_nan():
     assert json_text({"a": (float("nan"), 1.5), "b": [float("-inf")]}) == '{"a": [null, 1.5], "b": [null]}'
 
 
-def test_17_systems_that_flush_no_folders_nor_what_is_open_for_reading(tmp_path, monkeypatch):
+def test_systems_that_flush_no_folders_nor_what_is_open_for_reading(tmp_path, monkeypatch):
     """As Windows does it: folders cannot be opened, and a file's handle must be one for writing."""
     opened, flush, flushed = os.open, os.fsync, []
 
@@ -139,7 +139,7 @@ def test_17_systems_that_flush_no_folders_nor_what_is_open_for_reading(tmp_path,
     assert (tmp_path / "x").read_text() == "text"
 
 
-def test_18_the_longest_names_that_can_be(tmp_path):
+def test_the_longest_names_that_can_be(tmp_path):
     """The hidden neighbour has 14 bytes more: `.`, `.4194304` and `.part`."""
     name = "n" * (255 - 14)
     files.check_writable(tmp_path, "--x", name)
@@ -148,7 +148,7 @@ def test_18_the_longest_names_that_can_be(tmp_path):
         files.check_writable(tmp_path, "--x", f"{name}n")
 
 
-def test_20_a_users_own_part_is_not_ours(tmp_path):
+def test_a_users_own_part_is_not_ours(tmp_path):
     mine = tmp_path / ".chapter.first.part"
     mine.write_text("mine")
     os.utime(mine, (0, 0))
@@ -156,7 +156,7 @@ def test_20_a_users_own_part_is_not_ours(tmp_path):
     assert mine.exists()
 
 
-def test_18_a_names_limit_is_told_in_bytes(tmp_path):
+def test_a_names_limit_is_told_in_bytes(tmp_path):
     """130 letters of two bytes, and 14 of the hidden neighbour: a dot before, `.4194304.part` after."""
     with pytest.raises(InputError, match="it has 274 bytes with what this program adds"):
         files.check_name(tmp_path / ("é" * 130), "--output_dir")

@@ -20,6 +20,7 @@ import finetune_bert
 import run_distillation_logits_creator
 from dse.storage.checkpoint import Checkpoint
 from dse.system import parallel
+from dse.system.device import select_device
 from dse.system.errors import InputError, RunError
 
 SCRIPTS = {"finetune_bert": finetune_bert, "run_distillation_logits_creator": run_distillation_logits_creator,
@@ -171,8 +172,6 @@ def test_processes_that_go_on_from_different_states_are_told(monkeypatch):
 
 
 def test_several_gpus_are_pointed_out(monkeypatch, caplog):
-    from dse.system.device import select_device
-
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

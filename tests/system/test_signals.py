@@ -37,7 +37,7 @@ def test_signals_outside_of_training(name, teacher_flags, student_flags, monkeyp
     )
 
 
-def test_22_a_signal_when_the_console_is_gone(monkeypatch):
+def test_a_signal_when_the_console_is_gone(monkeypatch):
     def gone(*_):
         raise BrokenPipeError
 

@@ -2,7 +2,7 @@
 
 import json
 
-from dse.training.reporting import format_metrics
+from dse.training.reporting import append_json_line, format_metrics
 
 
 def test_a_line_of_many_thresholds_shows_the_best():
@@ -12,7 +12,5 @@ def test_a_line_of_many_thresholds_shows_the_best():
 
 
 def test_a_json_line_per_epoch_is_json(tmp_path):
-    from dse.training.reporting import append_json_line
-
     append_json_line(tmp_path / "log.jsonl", {"epoch": 0, "train": {"pearson": float("nan")}})
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"epoch": 0, "train": {"pearson": None}}

@@ -9,6 +9,7 @@ import torch
 import dse_train_runner
 import finetune_bert
 from dse.system.errors import InputError
+from dse.training import reporting
 from dse.training.run import Identity
 
 
@@ -37,8 +38,6 @@ def test_a_flag_that_a_run_did_not_know_counts_as_not_given():
 
 
 def test_logs_that_cannot_be_written_do_not_end_a_run(student_flags, tmp_path, monkeypatch, caplog):
-    from dse.training import reporting
-
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 

@@ -19,6 +19,7 @@ from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.models import DSESiameseClassifier
 from dse.networks import inference
+from dse.storage import states
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.logits import save_logits
 from dse.storage.states import States
@@ -289,7 +290,7 @@ def better_each_epoch(monkeypatch) -> None:
     monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", 0.1 * record["epoch"]))
 
 
-def test_21_a_foreign_file_in_best_costs_no_work(
+def test_a_foreign_file_in_best_costs_no_work(
     unbroken, student_flags, checkpoints, tmp_path, monkeypatch, capsys, caplog
 ):
     """It stays, the training ends, and the only student that the run leaves is its best epoch's."""
@@ -314,7 +315,7 @@ def test_21_a_foreign_file_in_best_costs_no_work(
     assert epochs_of(run) == {"best": 3}
 
 
-def test_21_the_checkpoint_comes_before_the_best_folder(student_flags, tmp_path, monkeypatch):
+def test_the_checkpoint_comes_before_the_best_folder(student_flags, tmp_path, monkeypatch):
     """A kill while `best` is written costs no work, and the next end of the run mends it."""
 
     def killed(*_):
@@ -329,7 +330,7 @@ def test_21_the_checkpoint_comes_before_the_best_folder(student_flags, tmp_path,
     assert epochs_of(run) == {"best": 0}
 
 
-def test_21_a_student_that_the_run_did_not_write_stays_in_best(student_flags, tmp_path, caplog):
+def test_a_student_that_the_run_did_not_write_stays_in_best(student_flags, tmp_path, caplog):
     """One that tells nothing of its training (item 26), and one that tells of another command without a stamp."""
     dse_train_runner.main(student_flags(epochs=1))
     (run,) = (tmp_path / "checkpoints").iterdir()
@@ -350,7 +351,7 @@ def test_21_a_student_that_the_run_did_not_write_stays_in_best(student_flags, tm
     assert epochs_of(run) == {"best": 0}
 
 
-def test_23_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, tmp_path, monkeypatch, capsys):
+def test_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, tmp_path, monkeypatch, capsys):
     """Same experiment name, in every position that the run itself will have: checkpoints, states and `best`."""
     flags = {**SHORT_RUN, "checkpoint_dir": tmp_path / "other"}
     with monkeypatch.context() as patched:
@@ -382,7 +383,7 @@ def test_23_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, 
     assert epochs_of(other) == {"best": 0, "best_epoch_0": 0}
 
 
-def test_24_a_spoiled_run_does_not_block_a_sound_one(student_flags, checkpoints, caplog):
+def test_a_spoiled_run_does_not_block_a_sound_one(student_flags, checkpoints, caplog):
     """The spoiled one is newer; it stays as it is."""
     dse_train_runner.main(student_flags(epochs=1))
     (sound,) = checkpoints()
@@ -396,7 +397,7 @@ def test_24_a_spoiled_run_does_not_block_a_sound_one(student_flags, checkpoints,
     assert {path.name[-10:] for path in sound.parent.glob("*.pt")} >= {"epoch_1.pt"}
 
 
-def test_30_a_student_goes_on_where_its_inputs_have_other_names(
+def test_a_student_goes_on_where_its_inputs_have_other_names(
     unbroken, student_flags, bert, data, logits, copied, checkpoints, tmp_path, monkeypatch, capsys, refused, caplog
 ):
     """Data, logits, encoder and the run's folder elsewhere: hashes tell that they are the same, or another."""
@@ -421,9 +422,7 @@ def test_30_a_student_goes_on_where_its_inputs_have_other_names(
     assert_same_run(checkpoints("elsewhere")[-1], unbroken)
 
 
-def test_30_a_student_needs_its_encoder_no_more(
-    unbroken, student_flags, bert, copied, checkpoints, monkeypatch, capsys
-):
+def test_a_student_needs_its_encoder_no_more(unbroken, student_flags, bert, copied, checkpoints, monkeypatch, capsys):
     """Its folder is gone, and the name is the same; and so where the state does not know the encoder's hashes."""
     model = copied(bert, "gone")
     for known in (True, False):
@@ -444,7 +443,7 @@ def test_30_a_student_needs_its_encoder_no_more(
         copied(bert, "gone")
 
 
-def test_30_an_older_state_knows_its_encoder_by_name(student_flags, bert, copied, checkpoints, refused):
+def test_an_older_state_knows_its_encoder_by_name(student_flags, bert, copied, checkpoints, refused):
     dse_train_runner.main(student_flags(epochs=1))
     (path,) = checkpoints()
     entries = Checkpoint.read(path).entries()
@@ -461,8 +460,6 @@ class Stopped(Exception):
 
 
 def train_and_stop(argv: list[str], after_epoch: int, monkeypatch) -> None:
-    from dse.storage import states
-
     save = states.save_tensors
 
     def save_and_stop(path, entries):

@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite_are_not_saved(teacher_flags, tmp_path, caps
 
 
 @pytest.mark.parametrize("task", ["mrpc", "mnli"])
-def test_23_only_a_task_with_a_mismatched_set_has_a_second_folder(task, teacher_flags, tmp_path):
+def test_only_a_task_with_a_mismatched_set_has_a_second_folder(task, teacher_flags, tmp_path):
     others = tmp_path / "teacher-MM" / "eval_results.txt"
     others.parent.mkdir()
     others.write_text("of another teacher")
@@ -140,13 +140,13 @@ def test_23_only_a_task_with_a_mismatched_set_has_a_second_folder(task, teacher_
     assert others.exists() == (task == "mrpc")
 
 
-def test_23_a_folder_beside_that_cannot_be_written_is_nothing_to_mrpc(teacher_flags, tmp_path):
+def test_a_folder_beside_that_cannot_be_written_is_nothing_to_mrpc(teacher_flags, tmp_path):
     (tmp_path / "teacher-MM").write_text("a file")
     finetune_bert.main(teacher_flags())
     assert (tmp_path / "teacher" / "eval_results.txt").exists()
 
 
-def test_30_a_teacher_goes_on_where_its_inputs_have_other_names(
+def test_a_teacher_goes_on_where_its_inputs_have_other_names(
     teacher_flags, bert, data, copied, tmp_path, monkeypatch, capsys, refused, edit_json, caplog
 ):
     flags = [*teacher_flags(), "--resume"]
@@ -168,7 +168,7 @@ def test_30_a_teacher_goes_on_where_its_inputs_have_other_names(
     assert "nothing to train: the teacher in" in caplog.text
 
 
-def test_27_an_earlier_teachers_tokenizer_does_not_change_the_new_ones(
+def test_an_earlier_teachers_tokenizer_does_not_change_the_new_ones(
     teacher_flags, bert, tmp_path, monkeypatch, capsys, refused, edit_json
 ):
     """Files that the new one does not write: an earlier teacher's go, others' are refused, before the training."""
