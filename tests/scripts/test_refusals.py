@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NAMED, as_flags, command_main, cut, flip
+from helpers import NAMED, as_flags, command_main, contents, cut, flip
 from processes import LONG, ROOT
 from transformers import BertTokenizer
 
@@ -434,7 +434,7 @@ def test_refused(program, spoil, changes, words, world, tmp_path, monkeypatch, c
         folder = Path(shutil.copytree(world, tmp_path / "world"))
         spoil(folder)
     monkeypatch.chdir(folder)
-    before = set(folder.rglob("*"))
+    before, places = contents(folder), set(folder.rglob("*"))
     capsys.readouterr()
     argv = argv_of(folder, program, **changes)
     main = MAINS.get(program) or command_main(*program.split())
@@ -450,8 +450,10 @@ def test_refused(program, spoil, changes, words, world, tmp_path, monkeypatch, c
     assert lines[0].isprintable()
     assert SECRET not in output.err + output.out
     assert "Traceback" not in output.err + output.out
-    caches = ("train_", "dev_")
-    assert [path for path in set(folder.rglob("*")) - before if not path.name.startswith(caches)] == []
+    new = [path for path in set(folder.rglob("*")) - places if not path.name.startswith(("train_", "dev_"))]  # caches
+    assert new == []
+    found = contents(folder)
+    assert {name: found.get(name) for name in before} == before
 
 
 def test_a_casing_that_does_not_reach_the_normalizer(refused, student_flags, monkeypatch):
