@@ -3,14 +3,13 @@
 
     python download_glue_data.py --data_dir glue_data --tasks MRPC,STS
 
-MRPC is made from Microsoft's raw files: downloaded, or taken from --path_to_mrpc (msr_paraphrase_train.txt,
-msr_paraphrase_test.txt and, if there, dev_ids.tsv). Sizes and SHA-256 are compared with recorded ones before anything
-is unpacked; SNLI has no record. Downloads and half-made folders live in <data_dir>/.download; a task's folder appears
-as a whole, with a download.json that says where its files came from and what they are, or not at all. allnli needs no
-step of its own: it reads SNLI and MNLI (--data_dir glue_data).
+Sizes and SHA-256 are compared with recorded ones before anything is unpacked; SNLI has no record. Downloads and
+half-made folders live in <data_dir>/.download; a task's folder appears as a whole, with a download.json that says where
+its files came from and what they are, or not at all. allnli needs no step of its own: it reads SNLI and MNLI.
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 from collections.abc import Sequence
@@ -37,15 +36,12 @@ def task_list(text: str) -> list[str]:
 
 def address(text: str) -> str:
     """A flag's type: an http(s) address; the error does not show it, since it may hold a password."""
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in text
-        usable = usable and "@" not in parts.path  # a password with a slash in it
-    except ValueError:  # a port that is not a number, for example
-        usable = False
-    if not usable:
-        raise argparse.ArgumentTypeError(f"not an address such as {BASE_URL}: http:// or https://, a host, a path")
-    return text
+    with contextlib.suppress(ValueError):  # for a port that is not a number, for example
+        parts, refused = urlsplit(text), " " in text
+        refused |= "@" in parts.path  # a password with a slash in it
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not refused:
+            return text
+    raise argparse.ArgumentTypeError(f"not an address such as {BASE_URL}: http:// or https://, a host, a path")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data_dir", default="glue_data", help="where the tasks' folders go")
     add("--tasks", type=task_list, default="all", help=f"all, or a comma list of {' '.join(SOURCES)}")
-    add("--path_to_mrpc", default="", help="folder with MRPC's raw files; empty: download them")
+    add("--path_to_mrpc", default="", help="folder with MRPC's raw files, as Microsoft has them; empty: download them")
     mirror = "a mirror, with MRPC's raw files in ../../senteval/senteval_data/"
     add("--base_url", type=address, default=BASE_URL, help=mirror)
     add("--snli_url", type=address, default=SNLI_URL, help="where snli_1.0.zip is")

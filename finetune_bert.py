@@ -11,10 +11,10 @@ and eval_results.txt. The same command with --resume goes on with a training tha
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dse import cli
 from dse.data.cache import cache_name
@@ -29,8 +29,6 @@ from dse.system.files import check_name, check_writable, utc_stamp
 from dse.training.reporting import Record, format_metrics, results_dirs, write_results
 
 if TYPE_CHECKING:
-    import torch
-
     from dse.networks.batches import Batches
     from dse.networks.teacher import Teacher
     from dse.training.run import Identity
@@ -43,20 +41,17 @@ logger = logging.getLogger("dse.finetune_bert")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Fine-tune a BERT cross-encoder, the teacher.")
-    add = parser.add_argument
-    add("--data_dir", required=True, help="folder of the task's files")
+    add, count = parser.add_argument, cli.whole_number(1)
+    cli.add_task_flags(parser)
     add("--bert_model", required=True, help="hub name or folder of a BERT")
-    add("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     add("--output_dir", required=True, help="where the teacher and its results go")
     add("--cache_dir", default="", help="where downloaded models are kept; empty: the hub library's place")
     add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
     add("--do_train", action="store_true", help="train and save the teacher")
     add("--do_eval", action="store_true", help="evaluate on the dev set, after each epoch when training")
     add("--do_lower_case", action="store_true", help="uncased model")
-    add("--train_batch_size", type=cli.whole_number(1), default=32, help="pairs per update")
-    add(
-        "--eval_batch_size", type=cli.whole_number(1), default=8, help="pairs of full length per step of the evaluation"
-    )
+    add("--train_batch_size", type=count, default=32, help="pairs per update")
+    add("--eval_batch_size", type=count, default=8, help="pairs of full length per step of the evaluation")
     add("--learning_rate", type=cli.positive, default=5e-5, help="peak rate of BertAdam")
     add("--num_train_epochs", type=cli.whole_epochs, default=3.0, help="epochs")
     add("--warmup_proportion", type=cli.share, default=0.1, help="share of the updates with a growing rate")
@@ -65,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
     add("--overwrite_output_dir", action="store_true", help="train into a folder that is not empty")
     add("--seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
-    add("--gradient_accumulation_steps", type=cli.whole_number(1), default=1, help="batches per update")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches per update")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     cli.add_resume_flags(parser)
     cli.add_precision_flags(parser)
@@ -88,9 +83,9 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     longest = f"{STATE}/teacher_state_epoch_{args.num_train_epochs}_update_{2**32}.pt"
     for folder in results_dirs(output_dir, task.also_validate).values():
         check_writable(folder, "--output_dir", longest)
-    logits = f"{last_part(args.output_dir)}_logits.partial"  # of the next stage, named after this folder
-    check_name(output_dir.parent / logits, "--output_dir")
-    check_name(feature_cache(args, task, "train"), "--data_dir, --bert_model or --task_name")
+    # What the next stage names after this folder.
+    check_name(output_dir.parent / f"{last_part(args.output_dir)}_logits.partial", "--output_dir")
+    check_name(feature_caches(args, task, ["train"])["train"][0], "--data_dir, --bert_model or --task_name")
     free = args.overwrite_output_dir or args.resume or not args.do_train
     if not free and output_dir.is_dir() and any(output_dir.iterdir()):
         hint = "--resume to go on with the training in it, " if (output_dir / STATE).is_dir() else ""
@@ -104,16 +99,10 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
                          "tokenizer: move them away, or name another folder")  # fmt: skip
 
 
-def feature_cache(args: argparse.Namespace, task: Task, split: str) -> Path:
-    """Where a split's token ids are kept, beside the data."""
-    return Path(args.data_dir) / cache_name(split, last_part(args.bert_model), args.max_seq_length, task.name, "joint")
-
-
-def read_data(args: argparse.Namespace, task: Task) -> dict[str, Examples]:
-    """The splits that the flags ask for; `mm` is MNLI's mismatched dev set."""
-    splits = ["train"] if args.do_train else []
-    splits += results_dirs(Path(args.output_dir), task.also_validate) if args.do_eval else []
-    return {split: read_examples(task, args.data_dir, split) for split in splits}
+def feature_caches(args: argparse.Namespace, task: Task, splits: Iterable[str]) -> dict[str, tuple[Path, bool]]:
+    """Where each split's token ids are kept, beside the data, and that the user did not choose it."""
+    bert, length, folder = last_part(args.bert_model), args.max_seq_length, Path(args.data_dir)
+    return {split: (folder / cache_name(split, bert, length, task.name, "joint"), False) for split in splits}
 
 
 def identity_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], bert: OpenedBert) -> "Identity":
@@ -130,94 +119,69 @@ def identity_of(args: argparse.Namespace, task: Task, data: dict[str, Examples],
     )
 
 
-def make_trainer(
-    args: argparse.Namespace, task: Task, teacher: "Teacher", batches: "Batches", device: "torch.device", seed: int
-) -> "Trainer":
-    import torch
-
+def make_trainer(args: argparse.Namespace, task: Task, teacher: "Teacher", batches: "Batches", seed: int) -> "Trainer":
     from dse.training.epoch_plan import EpochPlan, count_updates
-    from dse.training.kinds import kind_of
-    from dse.training.metrics import measure_teacher
+    from dse.training.kinds import kind_of, measure_teacher
     from dse.training.optimization import make_optimizer
     from dse.training.trainer import Trainer
 
     steps, batch_size = args.gradient_accumulation_steps, args.train_batch_size // args.gradient_accumulation_steps
     if batch_size * steps != args.train_batch_size:
-        logger.warning(
-            "--train_batch_size %d is not a multiple of %d: an update takes %d pairs",
-            args.train_batch_size, steps, batch_size * steps,
-        )  # fmt: skip
+        told = (args.train_batch_size, steps, batch_size * steps)
+        logger.warning("--train_batch_size %d is not a multiple of %d: an update takes %d pairs", *told)
     updates = count_updates(len(batches), batch_size, steps) * int(args.num_train_epochs)
-    labels = torch.from_numpy(batches.features.labels).to(device)
     logger.info("%d pairs, %d per batch, %d updates in all", len(batches), batch_size, updates)
     return Trainer(
         teacher,
         EpochPlan(batches, batch_size, steps, seed),
-        loss=lambda logits, rows: kind_of(task).teacher_loss(logits, labels[rows]),
-        measure=measure_teacher(task),
+        loss=lambda logits, labels, rows: kind_of(task).teacher_loss(logits, labels),
+        measure=partial(measure_teacher, task),
         optimizer=make_optimizer(teacher, args.learning_rate, updates, args.warmup_proportion),
-        device=device,
+        device=teacher.device,
         precision=cli.precision_of(args),
     )
 
 
-def make_batches(
-    args: argparse.Namespace, task: Task, data: dict[str, Examples], tokenizer: Any, device: "torch.device"
-) -> "dict[str, Batches]":
-    from dse.data.features import cached_features
-    from dse.networks.batches import Batches, padding_for
-
-    padding, length = padding_for(device, args.padding), args.max_seq_length
-    batches = {}
-    for split, rows in data.items():
-        cache = feature_cache(args, task, split)
-        features = cached_features("joint", task, rows, tokenizer, length, cache, False)
-        batches[split] = Batches(features, padding, length)
-    return batches
-
-
 def evaluate(
-    args: argparse.Namespace, task: Task, teacher: "Teacher", batches: "Batches", what: str
+    args: argparse.Namespace, task: Task, teacher: "Teacher", batches: "dict[str, Batches]", split: str
 ) -> dict[str, float]:
     from dse.networks.inference import infer
-    from dse.training.metrics import measure_teacher
+    from dse.training.kinds import measure_teacher
 
-    logits = infer(teacher, batches, args.eval_batch_size, teacher.device, f"evaluate {what}")
-    return measure_teacher(task)(logits, batches.features.labels)
+    logits = infer(teacher, batches[split], args.eval_batch_size, teacher.device, f"evaluate {split}")
+    return measure_teacher(task, logits, batches[split].features.labels)
 
 
-def write_all_results(
-    args: argparse.Namespace, task: Task, history: list[Record] | None, measures: dict[str, Callable[[], Record]]
-) -> dict[str, float]:
-    """eval_results.txt for each set that is evaluated; the metrics on dev."""
-    found: dict[str, dict[str, float]] = {}
-    last = history[-1] if history else {"updates": 0, "train": {"loss": None}}
-    for split, folder in results_dirs(Path(args.output_dir), task.also_validate).items() if args.do_eval else ():
-        found[split] = (split == "dev" and last.get("validation")) or measures[split]()
+def write_all_results(sets: dict[str, Path], history: list[Record] | None, measure: Callable[[str], Record]) -> str:
+    """Write eval_results.txt for each set that is evaluated, in its folder; the metrics on dev in words."""
+    last, found = history[-1] if history else {"updates": 0, "train": {"loss": None}}, {}
+    for split, folder in sets.items():
+        found[split] = (split == "dev" and last.get("validation")) or measure(split)
         write_results(folder, found[split], last["updates"], last["train"]["loss"])
-    return found.get("dev", {})
+    return format_metrics(found["dev"]) if found else "no evaluation asked for"
 
 
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
-    task, output_dir, epochs = get_task(args.task_name), Path(args.output_dir), int(args.num_train_epochs)
+    task, output_dir = get_task(args.task_name), Path(args.output_dir)
     check_output_dir(args, task)
     log_file = Path(args.log_dir) / f"run_classifier_{task.name}_{utc_stamp()}.log" if args.file_log else None
     cli.set_up_logging(log_file)
-    data = read_data(args, task)
+    sets = results_dirs(output_dir, task.also_validate) if args.do_eval else {}
+    splits = [*(["train"] if args.do_train else []), *sets]
+    data = {split: read_examples(task, args.data_dir, split) for split in splits}
     bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, cache_dir=args.cache_dir)
 
     # 2. The training: a new one, one that is under way, or one that is at its end.
     from dse.networks.teacher import load_teacher
-    from dse.training.teacher_run import TeacherRun, finished_training
+    from dse.training.epoch_plan import cached_batches
+    from dse.training.teacher_run import TeacherRun
 
-    identity, history = identity_of(args, task, data, bert), None
     training = TeacherRun(
-        output_dir, args.task_name, identity, bert.tokenizer, epochs,
-        resume=args.resume, every_epoch=args.save_checkpoint_every_epoch, log_file=log_file,
+        output_dir, args.task_name, identity_of(args, task, data, bert), bert.tokenizer, int(args.num_train_epochs),
+        resumes=args.resume, every_epoch=args.save_checkpoint_every_epoch, log_file=log_file,
     )  # fmt: skip
-    if args.do_train and args.resume and training.path is None:
-        history = finished_training(output_dir, identity, epochs, args.overwrite_output_dir)
+    history = training.finished(args.overwrite_output_dir) if args.do_train else None
     trains = args.do_train and history is None
 
     # 3. Device, seed, model, batches.
@@ -225,29 +189,27 @@ def run(args: argparse.Namespace) -> None:
     parallel.join(device)
     seed = seed_everything(args.seed)
     logger.info("device %s, seed %d, task %s", describe_device(device), seed, task.name)
-    if trains and args.resume and training.path is None:
-        logger.info("--resume: no state in %s: starting anew", args.output_dir)
     folder = bert.folder if trains or not args.do_train else output_dir
     teacher = load_teacher(folder, task, fine_tuned=not trains).to(device)
-    batches = make_batches(args, task, data, bert.tokenizer, device)
+    batches = cached_batches("joint", task, data, bert.tokenizer, feature_caches(args, task, data), args, device)
     if args.gradient_checkpointing:
         teacher.bert.activation_checkpointing_enable()
 
     # 4. Train, evaluating on dev after each epoch.
-    measures = {split: partial(evaluate, args, task, teacher, batches[split], split) for split in data}
+    measure = partial(evaluate, args, task, teacher, batches)
     if trains:
-        trainer = make_trainer(args, task, teacher, batches["train"], device, seed)
+        training.resume(make_trainer(args, task, teacher, batches["train"], seed))
         with signals.advice("the same command with --resume goes on"):
-            history = training.train(trainer, measures["dev"] if args.do_eval else None, args.save_every)
+            history = training.train(partial(measure, "dev") if args.do_eval else None, args.save_every)
     elif args.do_train:
         logger.warning("nothing to train: the teacher in %s is finished", args.output_dir)
 
     # 5. Results of the last epoch's teacher.
     with signals.advice(f"the same command{' with --resume' if trains else ''} goes on"):
-        metrics = write_all_results(args, task, history, measures)
+        metrics = write_all_results(sets, history, measure)
     if trains:
-        training.finish()  # the teacher is there, with its results
-    logger.info("done: %s", format_metrics(metrics) or "no evaluation asked for")
+        training.states.finish()  # the teacher is there, with its results
+    logger.info("done: %s", metrics)
 
 
 main = cli.program(PROG, parse_arguments, run)

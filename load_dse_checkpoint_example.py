@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dse import cli
 from dse.data.tasks import Task, check_sentence_pairs, get_task
-from dse.data.tokenizers import load_tokenizer
-from dse.networks.config import DSEConfig, check_fc_dims, check_fits_bert
-from dse.networks.pretrained import bert_config, find_bert
+from dse.networks.config import DSEConfig, check_fc_dims
+from dse.networks.pretrained import open_bert
 from dse.system.errors import InputError
 from dse.system.files import same_value
 
@@ -54,21 +53,19 @@ def load_trained(path: str, task: Task, given: dict[str, Any]) -> "DSESiameseCla
 
 def build_untrained(task: Task, given: dict[str, Any]) -> "DSESiameseClassifier":
     """A student with a pre-trained encoder and an untrained head, by the flags and their defaults."""
-    defaults = cli.Parser()
-    cli.add_architecture_flags(defaults)
-    args = argparse.Namespace(**{**vars(defaults.parse_args([])), **given})
+    parser = cli.Parser()
+    cli.add_architecture_flags(parser)
+    args = parser.parse_args([], argparse.Namespace(**given))
     check_fc_dims(args.fc_dims, task)
-    folder = find_bert(args.bert_model, "--bert_model")
-    bert = bert_config(folder, "--bert_model")
-    check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
-    tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+    layers = args.pooler_num_top_hidden_layers
+    bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
 
     from dse.models import DSESiameseClassifier
     from dse.networks.student import new_network
 
     logger.warning("no --trainer_checkpoint: the encoder is pre-trained, but the head is UNTRAINED")
-    network = new_network(folder, DSEConfig.from_flags(args, bert)).eval()
-    return DSESiameseClassifier(network, tokenizer, task, args.max_seq_length)
+    network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
+    return DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,10 +76,8 @@ def run(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if name not in ("task_name", "trainer_checkpoint")}
 
     # 2. The student: from the checkpoint alone, or with an untrained head.
-    if args.trainer_checkpoint:
-        model = load_trained(args.trainer_checkpoint, task, given)
-    else:
-        model = build_untrained(task, given)
+    path = args.trainer_checkpoint
+    model = load_trained(path, task, given) if path else build_untrained(task, given)
 
     # 3. Sentences to embeddings, and a pair of them to its score.
     embeddings = model.encode(SENTENCES, convert_to="tensor")
@@ -92,16 +87,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"Embedding: {embedding}")
     print(f"Score: {scores[0]}")
     if task.labels:  # the score of a binary task is a logit of its second label
-        probabilities = model.predict([SENTENCES], probabilities="all")[0]
-        print(
-            "Probabilities: " + ", ".join(f"{name} {p:.4f}" for name, p in zip(task.labels, probabilities, strict=True))
-        )
+        probabilities = zip(task.labels, model.predict([SENTENCES], probabilities="all")[0], strict=True)
+        print("Probabilities: " + ", ".join(f"{name} {probability:.4f}" for name, probability in probabilities))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the example; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)
 
 
 if __name__ == "__main__":

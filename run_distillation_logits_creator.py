@@ -5,9 +5,8 @@
         --train_features_path glue_data/MRPC/train_bert-large-uncased-whole-word-masking_128_mrpc \\
         --bert_checkpoint_dir outputs/large_uncased_finetuned_mrpc
 
-Writes <output_dir>/<last part of bert_checkpoint_dir>_logits.pt, a bare float32 tensor (rows, labels), and
-beside it a .json that says which task, data and teacher the logits belong to. Outputs so far are kept in a .partial
-beside them, once a minute; the same command goes on from there.
+Writes <output_dir>/<last part of bert_checkpoint_dir>_logits.pt, a bare float32 tensor (rows, labels), and a .json that
+says what the logits belong to. A .partial keeps the outputs so far, once a minute; the same command goes on from there.
 """
 
 import argparse
@@ -15,15 +14,12 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dse import cli
 from dse.data.cache import check_cache_path
 from dse.data.processors import read_examples
 from dse.data.tasks import check_sentence_pairs, get_task
-from dse.data.tokenizers import load_tokenizer
-from dse.networks.config import check_fits_bert
-from dse.networks.pretrained import bert_config, find_bert, last_part, read_training, weight_files
+from dse.networks.pretrained import last_part, open_bert, read_training, weight_files
 from dse.system import parallel
 from dse.system.device import describe_device, select_device
 from dse.system.files import check_writable, sha256_file, utc_stamp
@@ -48,17 +44,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def teacher_identity(folder: Path) -> dict[str, str]:
-    """The teacher by content: name and SHA-256 of its weights' files."""
-    return {"name": last_part(str(folder)), **{path.name: sha256_file(path) for path in weight_files(folder)}}
-
-
-def teacher_commands(folder: Path) -> list[Any]:
-    """The command that made the teacher, where its folder tells."""
-    training = read_training(folder)
-    return [] if training is None else [["finetune_bert.py", {"task_name": training["task_name"], **training["run"]}]]
-
-
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task = get_task(args.task_name)
@@ -68,56 +53,47 @@ def run(args: argparse.Namespace) -> None:
     check_cache_path(args.train_features_path, "joint")
     cli.set_up_logging()
     examples = read_examples(task, args.data_dir, "train")
-    teacher_dir = find_bert(args.bert_checkpoint_dir, "--bert_checkpoint_dir", hub=False)
-    check_fits_bert(bert_config(teacher_dir, "--bert_checkpoint_dir"), args.max_seq_length)
-    tokenizer = load_tokenizer(teacher_dir, args.do_lower_case, "--bert_checkpoint_dir")
+    of_teacher = (args.bert_checkpoint_dir, "--bert_checkpoint_dir", args.do_lower_case, args.max_seq_length)
+    bert = open_bert(*of_teacher, hub=False)
 
     # 2. Features and teacher.
     import torch
 
-    from dse.data.features import cached_features
-    from dse.networks.batches import Batches, padding_for
     from dse.networks.inference import PartialOutputs, infer
     from dse.networks.teacher import load_teacher
     from dse.storage.logits import logits_identity, save_logits
-    from dse.training.kinds import kind_of
-    from dse.training.metrics import tell_agreement
+    from dse.training.epoch_plan import cached_batches
+    from dse.training.kinds import kind_of, tell_agreement
 
     device = select_device(args.disable_gpu, args.gpu_id)
     parallel.join(device)
-    belongs = logits_identity(task, examples.files, len(examples))
-    belongs |= {"teacher": teacher_identity(teacher_dir), "max_seq_length": args.max_seq_length}
-    teacher = load_teacher(teacher_dir, task, fine_tuned=True).to(device)
-    padding = padding_for(device, args.padding)
-    cache = args.train_features_path
-    features = cached_features("joint", task, examples, tokenizer, args.max_seq_length, cache, True)
-    logger.info("device %s, %d pairs of %s", describe_device(device), len(features), task.name)
+    teacher = load_teacher(bert.folder, task, fine_tuned=True).to(device)
+    caches = {"train": (Path(args.train_features_path), True)}
+    batches = cached_batches("joint", task, {"train": examples}, bert.tokenizer, caches, args, device)["train"]
+    logger.info("device %s, %d pairs of %s", describe_device(device), len(batches), task.name)
 
     # 3. Logits, in file order.
-    work = {
-        **belongs, "tokens": hashlib.sha256(features.tokens.ids).hexdigest(), "torch": torch.__version__,
-        "batch_size": args.batch_size, "padding": padding, "device": device.type,
-    }  # fmt: skip
+    hashes = {file.name: sha256_file(file) for file in weight_files(bert.folder)}
+    belongs = logits_identity(task, examples.files, len(examples))
+    belongs |= {"teacher": {"name": last_part(str(bert.folder)), **hashes}, "max_seq_length": args.max_seq_length}
+    work = {**belongs, "tokens": hashlib.sha256(batches.features.tokens.ids).hexdigest(), "device": device.type}
+    work |= {"torch": torch.__version__, "batch_size": args.batch_size, "padding": batches.padding}
     progress = PartialOutputs(path.with_suffix(".partial"), work, args.save_every)
-    batches = Batches(features, padding, args.max_seq_length)
     logits = torch.from_numpy(infer(teacher, batches, args.batch_size, device, "teacher logits", progress))
-    if not parallel.is_first():
-        return
     outputs = kind_of(task).targets(logits).numpy()
-    tell_agreement(task, outputs, features.labels, "the teacher", "the training labels")
+    tell_agreement(task, outputs, batches.features.labels, "the teacher", "the training labels")
 
     # 4. The file, and what it belongs to.
-    commands = [*teacher_commands(teacher_dir), [PROG, vars(args)]]
-    about = {**belongs, "do_lower_case": args.do_lower_case, "created": utc_stamp(), "commands": commands}
-    save_logits(path, logits, about)
-    progress.remove()
-    logger.info("logits %s written to %s", tuple(logits.shape), path)
+    training = read_training(bert.folder)
+    made = [["finetune_bert.py", {"task_name": training["task_name"], **training["run"]}]] if training else []
+    about = {**belongs, "do_lower_case": args.do_lower_case, "created": utc_stamp()}
+    if parallel.is_first():
+        save_logits(path, logits, {**about, "commands": [*made, [PROG, vars(args)]]})
+        progress.remove()
+        logger.info("logits %s written to %s", tuple(logits.shape), path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage; exits with code 2 and one line when the input cannot be used."""
-    with cli.clear_errors(PROG):
-        run(parse_arguments(argv))
+main = cli.program(PROG, parse_arguments, run)
 
 
 if __name__ == "__main__":

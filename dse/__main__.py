@@ -3,24 +3,32 @@
 import argparse
 import importlib
 import pkgutil
-import sys
+import shlex
 from collections.abc import Sequence
 
 from dse import cli, commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the named command with the rest of the arguments."""
+    """Run the named command with the rest of the arguments; `command` of its namespace is the line that was typed."""
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
     modules = {name: importlib.import_module(f"dse.commands.{name}") for name in names}
-    lines = [f"  {name:<12}{str(module.__doc__).splitlines()[0]}" for name, module in modules.items()]
-    parser = cli.Parser(prog="python -m dse", description="\n".join(["Commands beside the five scripts:\n", *lines]))
+    helps = {name: str(module.__doc__).splitlines()[0] for name, module in modules.items()}
+    lines = ["Commands beside the five scripts:\n", *(f"  {name:<12}{text}" for name, text in helps.items())]
+    parser = cli.Parser(prog="python -m dse", description="\n".join(lines))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=names, metavar="COMMAND", help="one of these; COMMAND -h tells its flags")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own flags")
-    args = parser.parse_args(argv)
-    modules[args.command].main(args.arguments)
+    given = parser.parse_args(argv)
+    prog, module = f"{parser.prog} {given.command}", modules[given.command]
+    with cli.clear_errors(prog):
+        parser = cli.Parser(prog=prog, description=helps[given.command])
+        module.add_flags(parser)
+        args = parser.parse_args(given.arguments)
+        args.command = shlex.join([*prog.split(), *given.arguments])
+        cli.set_up_logging()
+        module.run(args)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

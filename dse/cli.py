@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,14 +82,14 @@ def clear_errors(prog: str) -> Iterator[None]:
             signals.flush_or_silence(sys.stdout)
             raise SystemExit(141) from error
         except (MemoryError, OSError, RuntimeError) as error:
-            number = error.errno if isinstance(error, OSError) else None
+            number = getattr(error, "errno", None)
             if number == errno.ENAMETOOLONG:
                 _leave(prog, f"error: {error.filename}: the name is too long; give a shorter one", 2, error)
             if number == errno.ENOSPC and error.filename is None:
                 signals.flush_or_silence(sys.stdout)
                 _leave(prog, f"error: the output cannot be written ({error.strerror}); make room", 1, error)
-            lacks_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
-            if not lacks_memory and not any(words in str(error) for words in _OUT_OF_MEMORY):
+            said = isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+            if not said and number != errno.ENOMEM:
                 raise
             _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_LESS_MEMORY}", 1, error)
 
@@ -99,9 +100,7 @@ def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
     raise SystemExit(code) from why
 
 
-def program(
-    prog: str, parse: Callable[[Sequence[str] | None], argparse.Namespace], run: Callable[[argparse.Namespace], None]
-) -> Callable[..., None]:
+def program(prog: str, parse: Callable[..., Any], run: Callable[[Any], None]) -> Callable[..., None]:
     """The `main(argv=None)` of a script or command: runs it, and tells its errors in one line (`clear_errors`)."""
 
     def main(argv: Sequence[str] | None = None) -> None:
@@ -133,31 +132,26 @@ def _finite(text: str) -> float:
     return number
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A flag's type: an integer of at least `least` that torch takes."""
-    return _flag_type(int, "a whole number", (lambda n: n >= least, f"is below {least}: give {least} or more"), _FITS)
-
-
-_FITS = (lambda n: n < 2**63, f"is above {2**63 - 1}")
+_whole = partial(_flag_type, int, "a whole number", (lambda n: n < 2**63, f"is above {2**63 - 1}"))  # torch takes it
+_number = partial(_flag_type, _finite, "a number")
 _SHARE = (lambda x: 0 <= x <= 1, "is outside [0, 1]")
 _POSITIVE = (lambda x: x > 0, "is not above 0")
 
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A flag's type: an integer of at least `least`."""
+    return _whole((lambda n: n >= least, f"is below {least}: give {least} or more"))
+
+
 # Types of flags
 seed = whole_number(-1)  # -1: a new one each run
-extra_size = _flag_type(  # a layer's size
-    int, "a whole number", (lambda n: n == -1 or n > 0, "is not a size: give 1 or more, or -1 for no layer"), _FITS
-)
-share = _flag_type(_finite, "a number", _SHARE)
-dropout_rate = _flag_type(  # near 1, at the 16 bits of its random numbers, nothing would be left
-    _finite, "a number", _SHARE, (lambda x: x <= MOST_DROPOUT, "drops everything: give less")
-)
-threshold = _flag_type(
-    _finite, "a number", (lambda x: 0 < x < 1, "is outside (0, 1): a probability between the two is expected")
-)
-positive = _flag_type(_finite, "a number", _POSITIVE)
-whole_epochs = _flag_type(  # a float, as in the original, without a fraction
-    _finite, "a number", _POSITIVE, (float.is_integer, "is not a whole number of epochs")
-)
+extra_size = _whole((lambda n: n == -1 or n > 0, "is not a size: give 1 or more, or -1 for no layer"))  # a layer's
+share = _number(_SHARE)
+# near 1, at the 16 bits of its random numbers, nothing would be left
+dropout_rate = _number(_SHARE, (lambda x: x <= MOST_DROPOUT, "drops everything: give less"))
+threshold = _number((lambda x: 0 < x < 1, "is outside (0, 1): a probability between the two is expected"))
+positive = _number(_POSITIVE)
+whole_epochs = _number(_POSITIVE, (float.is_integer, "is not a whole number of epochs"))  # a float, as in the original
 
 
 def file_word(text: str) -> str:
@@ -175,66 +169,67 @@ def _new_name(text: str) -> tuple[str, str]:
     return task.lower(), file_word(name)
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """The task and the folder of its files."""
-    parser.add_argument("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
-    parser.add_argument("--data_dir", required=True, help="folder of the task's files")
+def _flags(**flags: dict[str, Any]) -> Callable[..., None]:
+    """A function that adds flags of these names to a parser, each with its options of argparse."""
+
+    def add(parser: argparse.ArgumentParser, given_only: bool = False) -> None:
+        """Add the flags; with `given_only`, those that are not given have no entry in the namespace."""
+        for name, options in flags.items():
+            if given_only:
+                shown = f"{options['help']} (default: {options.get('default', False)})"
+                options = {**options, "default": argparse.SUPPRESS, "help": shown}
+            parser.add_argument(f"--{name}", **options)
+
+    return add
 
 
-def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """The device."""
-    parser.add_argument("--disable_gpu", action="store_true", help="use the CPU though there is a GPU")
-    parser.add_argument("--gpu_id", type=whole_number(0), default=0, help="which GPU")
-
-
-def add_log_flags(parser: argparse.ArgumentParser) -> None:
-    """The log file of a training."""
-    add = parser.add_argument
-    add("--file_log", action="store_true", help="log to a file too, and a JSON line per epoch beside it")
-    add("--log_dir", default="outputs/logs", help="folder of the log files")
-
-
-def add_architecture_flags(parser: argparse.ArgumentParser, given_only: bool = False) -> None:
-    """The student's architecture, as dse_train_runner.py and the example take it.
-
-    Args:
-        given_only: leave flags that were not given out of the namespace, so that the given ones can be compared
-            with a checkpoint.
-    """
-
-    def add(name: str, default: Any, help: str, **options: Any) -> None:
-        parser.add_argument(name, default=argparse.SUPPRESS if given_only else default,
-                            help=f"{help} (default: {default})" if given_only else help, **options)  # fmt: skip
-
-    add("--bert_model", DEFAULT_BERT, "pre-trained encoder: hub name or folder")
-    add("--do_lower_case", False, "uncased model", action="store_true")
-    add("--pooler_type", "concat_top_mean", "hidden states to embedding", choices=POOLERS, metavar="POOLER")
-    add("--pooler_num_top_hidden_layers", 4, "layers that the pooler works on, from the top", type=whole_number(1))
-    add("--max_seq_length", 128, "token ids per sentence, with [CLS] and [SEP]", type=whole_number(4))
-    add("--siamese_head_type", "concat", "concat: u, v, u*v, |u-v|; dot: u.v", choices=HEAD_TYPES)
-    add("--additional_embedding_layer_size", -1, "linear layer after the pooler; -1: none", type=extra_size)
-    add("--fc_dims", [512, 1], "sizes of the head's layers; the last is 1, or 3 for NLI", type=whole_number(1),
-        nargs="+")  # fmt: skip
-    add("--freeze_bert", False, "train only the head and the additional layer", action="store_true")
-
-
-def add_padding_flag(parser: argparse.ArgumentParser) -> None:
-    """How batches are laid out; the results are the same up to rounding."""
-    parser.add_argument("--padding", choices=PADDINGS, help="packed: none but in attention; batch: to the longest row; "
-                        "max: to max_seq_length (not given: packed on CPU, batch on CUDA)")  # fmt: skip
-
-
-def add_resume_flags(parser: argparse.ArgumentParser) -> None:
-    """The states of a training that can go on."""
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole state of the same run")
-    parser.add_argument("--save_every", type=whole_number(1),
-                        help="updates between two states; not given: one after each epoch")  # fmt: skip
-
-
-def add_precision_flags(parser: argparse.ArgumentParser) -> None:
-    """Mixed precision for training; `precision_of` reads it."""
-    parser.add_argument("--fp16", action="store_true", help="mixed precision with float16, CUDA only")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
+_SWITCH = {"action": "store_true"}
+_DEVICE: dict[str, Any] = {
+    "disable_gpu": _SWITCH | {"help": "use the CPU though there is a GPU"},
+    "gpu_id": {"type": whole_number(0), "default": 0, "help": "which GPU"},
+}
+add_device_flags = _flags(**_DEVICE)
+_SENTENCES = {"type": whole_number(1), "default": 32, "help": "sentences of full length per step"}
+add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE)  # of the commands that use a student
+add_task_flags = _flags(
+    task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
+    data_dir={"required": True, "help": "folder of the task's files"},
+)
+add_log_flags = _flags(
+    file_log=_SWITCH | {"help": "log to a file too, and a JSON line per epoch beside it"},
+    log_dir={"default": "outputs/logs", "help": "folder of the log files"},
+)
+add_architecture_flags = _flags(
+    bert_model={"default": DEFAULT_BERT, "help": "pre-trained encoder: hub name or folder"},
+    do_lower_case=_SWITCH | {"help": "uncased model"},
+    pooler_type={"default": "concat_top_mean", "help": "hidden states to embedding", "choices": POOLERS,
+                 "metavar": "POOLER"},
+    pooler_num_top_hidden_layers={"default": 4, "help": "layers that the pooler works on, from the top",
+                                  "type": whole_number(1)},
+    max_seq_length={"default": 128, "help": "token ids per sentence, with [CLS] and [SEP]", "type": whole_number(4)},
+    siamese_head_type={"default": "concat", "help": "concat: u, v, u*v, |u-v|; dot: u.v", "choices": HEAD_TYPES},
+    additional_embedding_layer_size={"default": -1, "help": "linear layer after the pooler; -1: none",
+                                     "type": extra_size},
+    fc_dims={"default": [512, 1], "help": "sizes of the head's layers; the last is 1, or 3 for NLI",
+             "type": whole_number(1), "nargs": "+"},
+    freeze_bert=_SWITCH | {"help": "train only the head and the additional layer"},
+)  # fmt: skip
+_LAYOUTS = "packed: none but in attention; batch: to the longest row; max: to max_seq_length"
+add_padding_flag = _flags(  # the results are the same up to rounding
+    padding={"choices": PADDINGS, "help": f"{_LAYOUTS} (not given: packed on CPU, batch on CUDA)"}
+)
+add_resume_flags = _flags(
+    resume=_SWITCH | {"help": "go on from the newest whole state of the same run"},
+    save_every={"type": whole_number(1), "help": "updates between two states; not given: one after each epoch"},
+)
+add_precision_flags = _flags(  # `precision_of` reads them
+    fp16=_SWITCH | {"help": "mixed precision with float16, CUDA only"},
+    bf16=_SWITCH | {"help": "mixed precision with bfloat16"},
+)
+_CALLED = "what a task is called in the results, as snli=SICK where that lies in its folder"
+add_call_flag = _flags(  # `dict(args.call)` has the names by task
+    call={"type": _new_name, "action": "append", "default": [], "metavar": "TASK=NAME", "help": _CALLED}
+)
 
 
 def precision_of(args: argparse.Namespace) -> str:
@@ -244,18 +239,6 @@ def precision_of(args: argparse.Namespace) -> str:
     return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
 
 
-def add_call_flag(parser: argparse.ArgumentParser) -> None:
-    """Other names for tasks in tables: `dict(args.call)` has them by task."""
-    what = "what a task is called in the results, as snli=SICK where that lies in its folder"
-    parser.add_argument("--call", type=_new_name, action="append", default=[], metavar="TASK=NAME", help=what)
-
-
-def add_inference_flags(parser: argparse.ArgumentParser) -> None:
-    """What the commands that use a student share."""
-    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="sentences of full length per step")
-    add_device_flags(parser)
-
-
 class _ConsoleHandler(logging.Handler):
     """Writes above a progress bar, not through it."""
 
@@ -263,28 +246,20 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
-class _LogFile(logging.FileHandler):
-    """Goes on without a line that cannot be written: a full disk is reported where results are written."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
 def set_up_logging(file: Path | None = None) -> None:
     """Log to the console and, if given, to a file, whose folder is made; of several processes only the first does."""
     ours, first = logging.getLogger("dse"), parallel.is_first()
-    for handler in list(ours.handlers):
-        ours.removeHandler(handler)
+    before, ours.handlers = ours.handlers, [_ConsoleHandler()]
+    for handler in before:
         with contextlib.suppress(OSError):  # a full disk
             handler.close()
-    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    ours.setLevel(logging.INFO if first else logging.ERROR)
     if file is not None and first:
         check_writable(file.parent, "--log_dir", file.name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(file, encoding="utf-8"))
-    for handler in handlers:
+        ours.addHandler(log := logging.FileHandler(file, encoding="utf-8"))
+        log.handleError = lambda _: None  # of a line that a full disk refuses: it is reported where results are written
+    for handler in ours.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        ours.addHandler(handler)
-    ours.setLevel(logging.INFO if first else logging.ERROR)
-    if len(handlers) > 1:
+    if len(ours.handlers) > 1:
         logger.info("log: %s", file)

@@ -4,22 +4,16 @@
     index = CandidateIndex.open(folder, model)                  maps the folder's files, reads nothing yet
     index.search("a query", top_k=10)                           [Hit(score, row, text), …], best first
 
-The query is the pair's first text. Nothing but the candidates' embeddings is stored; each head knows how to score one
-query against many of them at once (networks/heads.py).
-
-A folder holds vectors.bin (rows of float32 or float16, little-endian), texts.bin (UTF-8, end to end), ends.bin (int64:
-where each text ends) and index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows. A block
-is compared with its sum when it is first read. Appending writes behind what is there and then replaces index.json, so
-a stop in between leaves the index as it was.
+The query is the pair's first text. Nothing but the candidates' texts and embeddings is stored (storage/index_files.py);
+each head knows how to score one query against many of them at once (networks/heads.py).
 """
 
-import contextlib
+import itertools
 import tempfile
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,28 +22,12 @@ from tqdm import tqdm
 
 from dse.data.features import batches_of
 from dse.data.tasks import Task, ranked_label
-from dse.storage.index_files import (
-    _FILES,
-    _KINDS,
-    BLOCK,
-    INDEX,
-    _extend,
-    _locked,
-    _mapped,
-    _opened,
-    _read_content,
-    _write_content,
-    check_index_place,
-)
+from dse.models import DSESiameseClassifier
+from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
 from dse.storage.student_folder import fingerprint
 from dse.system.errors import InputError
-from dse.system.files import remove_stale_parts, replace_folder
 from dse.system.text_files import checked_texts
 from dse.training.kinds import kind_of
-
-if TYPE_CHECKING:
-    from dse.models import DSESiameseClassifier
-
 
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
@@ -67,27 +45,23 @@ class Hit(NamedTuple):
 class CandidateIndex:
     """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`."""
 
-    def __init__(
-        self, model: "DSESiameseClassifier", folder: Path, content: dict[str, Any], mapped: list[np.ndarray],
-        keep: Any = None,
-    ) -> None:  # fmt: skip
-        self.model, self.folder = model, folder
+    def __init__(self, model: DSESiameseClassifier, files: IndexFiles, keep: Any = None) -> None:
+        self.model, self.files, self.folder, self.width = model, files, files.folder, files.content["width"]
         self._keep = keep  # a temporary folder, removed with the last reference to it
-        self._take(content, mapped)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.files)
 
     @classmethod
     def build(
         cls,
-        model: "DSESiameseClassifier",
+        model: DSESiameseClassifier,
         sentences: Iterable[str],
         folder: str | Path | None = None,
         dtype: str = "float32",
         batch_size: int = 32,
         show_progress: bool | None = None,
-    ) -> "CandidateIndex":
+    ) -> Self:
         """Embed candidates and store them, in constant memory.
 
         Args:
@@ -95,7 +69,6 @@ class CandidateIndex:
             folder: where it is kept, whole or not at all; an index that is there is replaced. None: a temporary
                 folder, which goes with the index.
             dtype: "float32", or "float16" for half the space (embeddings rounded to 11 bits).
-            batch_size, show_progress: as in `encode`.
 
         Raises InputError for a folder with other things in it.
         """
@@ -104,68 +77,38 @@ class CandidateIndex:
     @classmethod
     def from_embeddings(
         cls,
-        model: "DSESiameseClassifier",
-        parts: Iterable[tuple[np.ndarray, list[str]]],
+        model: DSESiameseClassifier,
+        parts: Iterable[Part],
         folder: str | Path | None = None,
         dtype: str = "float32",
-    ) -> "CandidateIndex":
-        """Store candidates whose embeddings are there already.
-
-        Args:
-            parts: embeddings (n, embedding_size) that `model.encode` made, not normalized, and their n texts, part by
-                part.
-            folder, dtype: as in `build`.
-        """
-        if dtype not in _KINDS:
-            raise ValueError(f"dtype: {dtype!r} is none of {', '.join(_KINDS)}")
+    ) -> Self:
+        """As `build`, of parts: embeddings (n, embedding_size) as `model.encode` gives them, and their n texts."""
         keep = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name) / "index" if keep is not None else Path(folder)
-        check_index_place(folder, str(folder))
         width = model.network.config.embedding_size
-        content = {"model": fingerprint(model), "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
-        with contextlib.ExitStack() as held, replace_folder(folder) as beside:
-            _extend(beside, content, parts)
-            _write_content(beside, content)
-            mapped = _mapped(beside, content)
-            if folder.is_dir():  # the two change places when no append is under way
-                held.enter_context(_locked(folder))
-        return cls(model, folder, content, mapped, keep)
+        return cls(model, IndexFiles.create(folder, fingerprint(model), width, dtype, parts), keep)
 
     @classmethod
-    def open(cls, folder: str | Path, model: "DSESiameseClassifier") -> "CandidateIndex":
-        """An index as it was stored, memory-mapped. Raises InputError where it is none, spoiled or another model's."""
-        folder = Path(folder)
-        content, mapped = _opened(folder)
-        if content["model"] != fingerprint(model):
-            raise InputError(
-                f"{folder}: this index was made by another model; build it anew, or give the model it is of"
-            )
-        return cls(model, folder, content, mapped)
+    def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
+        """An index as it was stored, memory-mapped. Raises InputError if it is spoiled, another model's or no index."""
+        files = IndexFiles.open(Path(folder))
+        if files.content["model"] != fingerprint(model):
+            raise InputError(f"{folder}: this index was made by another model; build it anew, or give its own model")
+        return cls(model, files)
 
     def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
         """Add candidates behind those that are there; a stop in between leaves the index as it was."""
-        with _locked(self.folder):
-            remove_stale_parts(self.folder, INDEX, 0.0)  # nobody else writes it now
-            content = _read_content(self.folder)  # another process may have added some
-            if content["model"] != fingerprint(self.model):
-                raise InputError(f"{self.folder}: was replaced by an index of another model")
-            _extend(self.folder, content, _embedded(self.model, sentences, batch_size, show_progress))
-            _write_content(self.folder, content)
-            self._take(content, _mapped(self.folder, content))
+        parts = _embedded(self.model, sentences, batch_size, show_progress)
+        self.files = self.files.append(fingerprint(self.model), parts)
 
     def save(self, folder: str | Path) -> None:
         """Copy the index to another folder, whole. Raises InputError for a folder with other things in it."""
-        check_index_place(Path(folder), str(folder))
-        with replace_folder(folder) as beside:
-            for name, array in zip(_FILES, (self._vectors, self._ends, self._texts), strict=True):
-                array.tofile(beside / name)  # what was opened, whatever has come to that place since
-            _write_content(beside, self._content)
+        self.files.save(Path(folder))
 
     def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
         """How each candidate ranks for a query: by the probability of the rank label, or the score of a regression.
 
         Args:
-            queries: one text or several.
             rank_label: the label whose probability counts; None: the task's own, else entailment, else the second one
                 of a binary task.
 
@@ -177,8 +120,8 @@ class CandidateIndex:
         """
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         scores = np.empty((len(texts), len(self)), np.float32)
-        for rows, columns, some in self._blocks(texts, rank_label, show=False):
-            scores[rows, columns] = some.cpu().numpy()
+        for row, start, some in self._blocks(texts, rank_label, show=False):
+            scores[row : row + len(some), start : start + BLOCK] = some.cpu().numpy()
         return scores[0] if isinstance(queries, str) else scores
 
     def search(
@@ -187,117 +130,68 @@ class CandidateIndex:
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
         """The best candidates of each query, best first, of equals the earlier row; all where there are fewer.
 
-        Args:
-            queries, rank_label: as in `score`.
-            top_k: how many.
-
-        Returns:
-            Hits for one query, a list of them for several. Memory does not grow with the candidates.
+        `rank_label` is as in `score`. Memory does not grow with the candidates.
         """
         if top_k < 1:
             raise ValueError(f"top_k: {top_k} is below 1")
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        best: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in texts]
-        for rows, columns, some in self._blocks(texts, rank_label, show_progress):
-            for row, scores in zip(range(rows.start, rows.stop), some.cpu(), strict=True):
-                best[row] = _best(*best[row], scores, columns.start, top_k)
-        hits = [
-            [Hit(score, row, self.text(row)) for score, row in zip(scores.tolist(), found.tolist(), strict=True)]
-            for scores, found in best
-        ]
+        best = [(torch.empty(0), torch.empty(0, dtype=torch.int64))] * len(texts)
+        for row, start, some in self._blocks(texts, rank_label, show_progress):
+            for query, scores in enumerate(some.cpu(), row):
+                best[query] = _best(*best[query], scores, start, top_k)
+        found = [zip(scores.tolist(), rows.tolist(), strict=True) for scores, rows in best]
+        hits = [[Hit(score, row, self.text(row)) for score, row in each] for each in found]
         return hits[0] if isinstance(queries, str) else hits
 
     def text(self, row: int) -> str:
         """The candidate of a row."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row}: there are {len(self)} candidates")
-        start = row // BLOCK * BLOCK
-        first = int(self._ends[start - 1]) if start else 0
-        ends = self._ends[start : start + BLOCK]
-        self._check("ends.bin", start, ends)
-        self._check("texts.bin", start, self._texts[first : int(ends[-1])])
-        begin = int(self._ends[row - 1]) if row else 0
-        return self._texts[begin : int(self._ends[row])].tobytes().decode()
+        return self.files.text(row)
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
         """The embeddings of rows `start` to `stop`, as stored, (stop - start, width); not compared with their sums."""
-        return self._vectors[start:stop]
-
-    def _blocks(
-        self, texts: list[str], rank_label: str | None, show: bool | None
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Queries' rows, candidates' rows and their scores, part by part."""
-        task = self.model.task
-        ranked_label(task, rank_label)  # refused before anything is embedded
-        queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
-        groups = [slice(i, min(i + _QUERIES, len(texts))) for i in range(0, len(texts), _QUERIES)]
-        starts = range(0, len(self), BLOCK)
-        disable = None if show is None else not show
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(groups) * len(starts), desc="score", unit="block", disable=disable, leave=False) as bar,
-        ):
-            outputs = self.model.network.siamese_head.factorised()
-            for rows in groups:
-                for start in starts:
-                    candidates = self.block(start)
-                    columns = slice(start, start + len(candidates))
-                    scores = rank_scores(outputs(queries[rows], candidates), task, rank_label)
-                    if not bool(scores.isfinite().all()):
-                        raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
-                    yield rows, columns, scores
-                    bar.update()
+        return self.files.arrays[VECTORS][start:stop]
 
     def block(self, start: int) -> Tensor:
         """Up to BLOCK embeddings from a row on, a multiple of BLOCK, float32, on the model's device."""
-        block = self._vectors[start : start + BLOCK]
-        self._check("vectors.bin", start, block)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
-            return torch.from_numpy(block).to(self.model.device, torch.float32)
+            return torch.from_numpy(self.files.block(start)).to(self.model.device, torch.float32)
 
-    def _check(self, file: str, start: int, content: np.ndarray) -> None:
-        """Compare a block with its sum, once. Raises InputError where they differ."""
-        key = (file, start)
-        if key in self._checked:
-            return
-        if zlib.crc32(content) != self._sums[start // BLOCK][_FILES.index(file)]:
-            rows = f"{start} to {min(start + BLOCK, len(self)) - 1}"
-            raise InputError(f"{self.folder / file}: spoiled, in rows {rows} (CRC-32 differs); build the index anew")
-        self._checked.add(key)
-
-    def _take(self, content: dict[str, Any], mapped: list[np.ndarray]) -> None:
-        self._content, (self._vectors, self._ends, self._texts) = content, mapped
-        self.count, self.width, self.dtype = content["count"], content["width"], content["dtype"]
-        self._sums, self._checked = content["sums"], set()
+    def _blocks(self, texts: list[str], label: str | None, show: bool | None) -> Iterator[tuple[int, int, Tensor]]:
+        """Block by block: the first query's place, the first candidate's row, and scores (queries, candidates)."""
+        task = self.model.task
+        ranked_label(task, label)  # refused before anything is embedded
+        queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
+        places = list(itertools.product(range(0, len(texts), _QUERIES), range(0, len(self), BLOCK)))
+        hidden = None if show is None else not show
+        with torch.inference_mode(), tqdm(places, "score", unit="block", disable=hidden, leave=False) as bar:
+            outputs = self.model.network.siamese_head.factorised()
+            for row, start in bar:
+                scores = rank_scores(outputs(queries[row : row + _QUERIES], self.block(start)), task, label)
+                if not bool(scores.isfinite().all()):
+                    raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
+                yield row, start, scores
 
 
 def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
-    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float.
-
-    Raises InputError as `ranked_label` does.
-    """
+    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float; raises as `ranked_label` does."""
     label = ranked_label(task, rank_label)
     return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
 
 
 def _best(scores: Tensor, rows: Tensor, new: Tensor, start: int, top_k: int) -> tuple[Tensor, Tensor]:
     """The best so far and a block's, whose rows begin at `start`, to the best of both, best first."""
-    if len(new) > top_k:
-        least = new.topk(top_k).values[-1]
-        some = (new >= least).nonzero().squeeze(1)  # all equals of the last one, so that the earliest can win
-    else:
-        some = torch.arange(len(new))
+    least = new.topk(min(top_k, len(new))).values[-1]
+    some = (new >= least).nonzero().squeeze(1)  # all equals of the last one, so that the earliest can win
     scores, rows = torch.cat([scores, new[some]]), torch.cat([rows, some + start])
     order = scores.sort(descending=True, stable=True).indices[:top_k]  # earlier rows come first
     return scores[order], rows[order]
 
 
 def _embedded(
-    model: "DSESiameseClassifier", sentences: Iterable[str], batch_size: int, show: bool | None
-) -> Iterator[tuple[np.ndarray, list[str]]]:
-    disable = None if show is None else not show
-    with tqdm(desc="embed", unit="sentence", disable=disable, leave=False) as bar:
+    model: DSESiameseClassifier, sentences: Iterable[str], batch_size: int, show: bool | None
+) -> Iterator[Part]:
+    with tqdm(desc="embed", unit="sentence", disable=None if show is None else not show, leave=False) as bar:
         for texts in batches_of(checked_texts(sentences, "sentences"), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
             yield model.encode(texts, batch_size, show_progress=False), texts
             bar.update(len(texts))

@@ -1,14 +1,12 @@
-"""The student: what it is used with, from texts to embeddings, scores and labels, and from and to folders and the hub.
+"""The student: from texts to embeddings, scores and labels, and from and to folders and the hub.
 
     model = DSESiameseClassifier.from_pretrained(folder)
     model.encode(sentences)          embeddings, one row per sentence
     model.score(pairs)               the head's outputs, as in training
     model.predict(pairs)             labels, or scores for regression
 
-Texts are what Python calls strings, of any length: what is beyond the student's `max_seq_length` tokens is cut off,
-`[CLS]` and `[SEP]` counted, and an empty text is `[CLS] [SEP]`. Each distinct text is embedded once per call, in
-steps of similar length; what else is in a call changes a number by rounding only.
-
+A text is cut off after the student's `max_seq_length` tokens, `[CLS]` and `[SEP]` included. Each distinct text is
+embedded once per call, in steps of similar length; the other texts of a call change a number by rounding only.
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
@@ -20,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin
+from torch.nn import functional
 
 from dse.data.features import SeparateFeatures, tokenize_texts
 from dse.data.tasks import MULTICLASS, REGRESSION, ranked_label
@@ -35,10 +34,7 @@ Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and te
 
 
 class DSESiameseClassifier(Student, ModelHubMixin):
-    """A student on texts: a network, a tokenizer, a task and a length (`Student` has the fields).
-
-    `push_to_hub` is huggingface_hub's.
-    """
+    """A student on texts. `Student` has its fields; `push_to_hub` is huggingface_hub's."""
 
     @property
     def device(self) -> torch.device:
@@ -51,24 +47,12 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return self
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Self:
-        """A student in evaluation mode on the CPU, float32, with its tokenizer.
+    def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:
+        """A student in evaluation mode on the CPU, float32, of a folder that `save_pretrained` wrote, or of the hub.
 
-        Args:
-            name: a folder that save_pretrained wrote, or a hub name.
-            revision, token, cache_dir, local_files_only: of the hub, as huggingface_hub takes them.
-
-        Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
+        `of_hub` is huggingface_hub's revision, token, cache_dir and local_files_only. Raises InputError for a folder
+        that does not hold a student, or one of another version, incomplete or spoiled.
         """
-        of_hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls(**vars(read_student(name, **of_hub)))
 
     @classmethod
@@ -77,11 +61,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return cls(**vars(Checkpoint.read(path).student()))
 
     def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
-        """Write the student to a folder, whole; an earlier student there is replaced.
-
-        Raises InputError for a folder with other things in it, or a network with wrapped or quantized layers.
-        (`config` and `model_card_kwargs` are what `push_to_hub` gives, and are not needed.)
-        """
+        """As `write_student`; `push_to_hub` gives the other arguments, which are not needed."""
         write_student(self, Path(folder))
 
     def encode(
@@ -116,18 +96,15 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
-        embeddings = np.empty((0, self.network.config.embedding_size), np.float32)
-        if texts:
-            batches = self._batches(texts, texts)
-            with self._precision(half):
-                distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
-            embeddings = distinct[batches.features.first]
+        batches = self._batches(texts, [])
+        with self._precision(half):
+            distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
+        in_order = distinct[batches.features.first].reshape(len(texts), self.network.config.embedding_size)  # or (0, 0)
+        embeddings = torch.from_numpy(in_order)
         if normalize:
-            lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-            embeddings = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
-        embeddings = embeddings.astype(np.float16 if half else np.float32, copy=False)
-        if convert_to == "tensor":
-            embeddings = torch.from_numpy(embeddings).to(self.device)
+            embeddings = functional.normalize(embeddings, eps=torch.finfo(torch.float32).tiny)
+        embeddings = embeddings.to(torch.float16 if half else torch.float32)
+        embeddings = embeddings.to(self.device) if convert_to == "tensor" else embeddings.numpy()
         if alone:
             return embeddings[0]
         return list(embeddings) if convert_to == "list" else embeddings
@@ -137,7 +114,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
 
         Args:
             pairs: (text, text), or {"text": ..., "text_pair": ...}, each.
-            batch_size, show_progress: as in `encode`.
+            batch_size: pairs of full length that a step may hold; of shorter ones it holds more.
 
         Returns:
             float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
@@ -146,12 +123,11 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         Raises TypeError for what is not a pair of texts, ValueError for wrong arguments.
         """
         _check_batch_size(batch_size)
-        firsts, seconds = _sides(pairs)
-        width = self.network.config.fc_dims[-1]
-        outputs = np.empty((0, width), np.float32)
-        if firsts:
-            batches = self._batches(firsts, seconds)
+        batches, width = self._batches(*_sides(pairs)), self.network.config.fc_dims[-1]
+        if len(batches):
             outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
+        else:
+            outputs = np.empty((0, width), np.float32)
         return outputs[:, 0] if width == 1 else outputs
 
     def predict(
@@ -165,13 +141,11 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         """Labels of pairs; scores for regression.
 
         Args:
-            pairs: as in `score`.
             probabilities: float32 instead of labels. True: of a binary task (pairs,), the probability of the label that
                 ranks (tasks.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
                 (pairs, labels), labels in the task's order. "all": (pairs, labels) for both.
             threshold: binary: a pair has the second label where that one's probability is above it, strictly. None: the
                 one that was best on dev in training (`self.threshold`).
-            batch_size, show_progress: as in `encode`.
 
         Raises ValueError for probabilities of a regression, TypeError as `score` does.
         """
@@ -185,24 +159,21 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             return outputs
         rows = outputs.reshape(len(outputs), self.network.config.fc_dims[-1])
         if not probabilities:
-            threshold = self.threshold if threshold is None else threshold
-            return [task.labels[place] for place in kind.decisions(rows, threshold)]
+            places = kind.decisions(rows, self.threshold if threshold is None else threshold)
+            return [task.labels[place] for place in places]
         of_labels = kind.probabilities(rows)
-        if probabilities == "all" or task.kind == MULTICLASS:
-            return of_labels
-        return of_labels[:, task.labels.index(ranked_label(task))]
+        both = probabilities == "all" or task.kind == MULTICLASS
+        return of_labels if both else of_labels[:, task.labels.index(ranked_label(task))]
 
     def _batches(self, firsts: list[str], seconds: list[str]) -> Batches:
-        texts = firsts if firsts is seconds else firsts + seconds
-        distinct, places = tokenize_texts(texts, self.tokenizer, self.max_seq_length)
-        first, second = places[: len(firsts)], places[-len(seconds) :]
+        distinct, places = tokenize_texts(firsts + seconds, self.tokenizer, self.max_seq_length)
+        first, second = places[: len(firsts)], places[len(firsts) :]
         features = SeparateFeatures(distinct, first, second, None, self.tokenizer.pad_token_id)
         return Batches(features, padding_for(self.device, None), self.max_seq_length)
 
     def _precision(self, half: bool) -> torch.autocast:
         kind, own = self.device.type, next(self.network.parameters()).dtype  # another dtype keeps to its own
-        modules = self.network.modules()
-        quantized = any("quantized" in type(module).__module__ for module in modules)  # these take float32 alone
+        quantized = any("quantized" in type(module).__module__ for module in self.network.modules())  # float32 alone
         enabled = half and own == torch.float32 and not quantized
         return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
 

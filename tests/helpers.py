@@ -108,7 +108,7 @@ def results_of(folder: Path) -> dict[str, str]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Bit for bit the same weights, optimizer, random state and metrics; other times may have passed."""
-    a, b = (Checkpoint.read(path).entries() for path in (first, second))
+    a, b = (vars(Checkpoint.read(path)) for path in (first, second))
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     moments = [

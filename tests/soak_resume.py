@@ -70,7 +70,7 @@ def outcome(folder: Path) -> dict[str, object]:
         "best student": sha256_file(run / "best" / "model.safetensors"),
     }
     for path in sorted(run.glob("*.pt")):
-        checkpoint = Checkpoint.read(path).entries()
+        checkpoint = vars(Checkpoint.read(path))
         trainer = checkpoint["trainer"]
         moments = [tensor for state in trainer["optimizer"]["state"].values() for tensor in state.values()]
         name = path.name.rsplit("_epoch_", 1)[1]

@@ -184,7 +184,7 @@ def test_a_plain_student_stays_packed_after_it_was_padded(student, monkeypatch):
     model = student()
     ids = model.tokenizer("the doctor", return_tensors="pt")
     model.network.embed(ids["input_ids"], ids["attention_mask"])
-    monkeypatch.setattr("dse.networks.student.padded_inputs", None)
+    monkeypatch.setattr("dse.networks.encoder.padded_inputs", None)
     assert model.encode(["the doctor"]).shape == (1, 64)
 
 

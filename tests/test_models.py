@@ -133,7 +133,7 @@ def test_half_computes_with_fewer_bits(student):
 def test_batch_size_is_texts_or_pairs_of_full_length(student):
     """Six texts of 32 tokens."""
     model, seen = student(), []
-    model.network.dse_model.register_forward_pre_hook(
+    model.network.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
     texts = [f"{word} " * 40 for word in ("doctor", "car", "town", "hill", "ring", "boat")]

@@ -1,4 +1,4 @@
-"""The commands of `python -m dse`, a module each: a docstring whose first line is the help, and main(argv)."""
+"""The commands of `python -m dse`, a module each: a docstring whose first line is the help, add_flags and run."""
 
 import argparse
 import logging

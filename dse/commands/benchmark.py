@@ -6,25 +6,18 @@ Prints a table; `--output FILE` writes JSON.
 """
 
 import argparse
-import logging
-from collections.abc import Sequence
 
 from dse import cli
+from dse.commands import logger
 from dse.data.tasks import check_sentence_pairs, get_task
-from dse.data.tokenizers import load_tokenizer
-from dse.networks.config import check_fits_bert
-from dse.networks.pretrained import bert_config, find_bert
+from dse.networks.pretrained import open_bert
 from dse.system.device import describe_device, seed_everything, select_device
 from dse.system.files import check_output_file, write_json
 from dse.training.reporting import check_can_plot
 
-PROG = "python -m dse benchmark"
-logger = logging.getLogger("dse.benchmark")
 
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
     cli.add_task_flags(parser)
@@ -40,12 +33,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plot", default="", help="scoring: PNG of seconds by candidates (needs matplotlib)")
     add("--pairs", type=cli.whole_number(1), default=1000, help="of the training file, for inference")
     cli.add_architecture_flags(parser)
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure what was asked for, print it, and write it to --output."""
-    # 1. Refuse what cannot work.
     task = get_task(args.task_name)
     check_sentence_pairs(task)
     if args.output:
@@ -53,11 +44,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_can_plot("--plot")
         check_output_file(args.plot, "--plot")
-    cli.set_up_logging()
-    folder = find_bert(args.bert_model, "--bert_model")
-    bert = bert_config(folder, "--bert_model")
-    check_fits_bert(bert, args.max_seq_length, args.pooler_num_top_hidden_layers)
-    tokenizer = load_tokenizer(folder, args.do_lower_case, "--bert_model")
+    layers = args.pooler_num_top_hidden_layers
+    bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
 
     # 2. Measure and report.
     import torch
@@ -69,11 +57,8 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(True, 0)
     seed_everything(args.random_seed)
     logger.info("%s of %s on %s, torch %s", args.what, task.name, describe_device(device), torch.__version__)
-    numbers = measures[args.what](args, benchmarks.Given(task, folder, bert, tokenizer))
+    numbers = measures[args.what](args, task, bert)
     if args.output:
         settings = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}
         write_json(args.output, {**numbers, "settings": settings})
         logger.info("written to %s", args.output)
-
-
-main = cli.program(PROG, parse_arguments, run)

@@ -6,44 +6,30 @@ dse_train_runner.py --store_checkpoints makes one for the best epoch by itself: 
 """
 
 import argparse
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 
-from dse import cli
+from dse.commands import logger
 from dse.system.files import check_file, check_writable
 
-PROG = "python -m dse export"
-logger = logging.getLogger("dse.export")
 
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--trainer_checkpoint", required=True, help="a checkpoint of dse_train_runner.py")
     parser.add_argument("--output", required=True, help="the folder; an earlier student's is replaced")
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint's student as a folder that loads."""
-    # 1. Refuse what cannot work.
     check_file(args.trainer_checkpoint, "--trainer_checkpoint", "dse_train_runner.py --store_checkpoints writes it")
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
-    cli.set_up_logging()
+    from dse.models import DSESiameseClassifier
     from dse.storage.student_folder import check_replaceable
 
     check_replaceable(Path(args.output), "--output")
-
-    # 2. Checkpoint to folder.
-    from dse.models import DSESiameseClassifier
 
     model = DSESiameseClassifier.from_checkpoint(args.trainer_checkpoint)
     model.save_pretrained(args.output)
     epoch = model.origin["epoch"]
     when = "within an epoch, without metrics" if epoch is None else f"epoch {epoch}"
     logger.info("student of %s, %s: %s", model.task.name, when, args.output)
-
-
-main = cli.program(PROG, parse_arguments, run)

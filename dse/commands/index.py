@@ -6,23 +6,17 @@ Each line of a UTF-8 file is a candidate, even an empty one; rows are numbered f
 """
 
 import argparse
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
-from dse.commands import load_student
+from dse.commands import load_student, logger
 from dse.system.errors import InputError
 from dse.system.files import check_writable
 from dse.system.text_files import check_texts, texts_of
 
-PROG = "python -m dse index"
-logger = logging.getLogger("dse.index")
 
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
     add("--candidates", required=True, help="file with a candidate per line; - for standard input")
@@ -30,25 +24,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--append", action="store_true", help="add to the index at --output instead")
     add("--half", action="store_true", help="use 16 bits: half the space, scores off by about 0.01 %% of the largest")
     cli.add_inference_flags(parser)
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Embed the candidates into a new index, or append them to one."""
-    # 1. Refuse what cannot work.
     if args.append and args.half:
         raise InputError("--half: is decided when an index is made; leave it out with --append")
     check_texts(args.candidates, "--candidates")
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
-    cli.set_up_logging()
     from dse.index import CandidateIndex
     from dse.storage.index_files import check_index_place
 
     check_index_place(Path(args.output), "--output")
     model = load_student(args)
 
-    # 2. Embed and store.
     texts = texts_of(args.candidates, "--candidates")
     if args.append:
         index = CandidateIndex.open(args.output, model)
@@ -59,6 +49,3 @@ def run(args: argparse.Namespace) -> None:
         dtype = "float16" if args.half else "float32"
         index = CandidateIndex.build(model, texts, args.output, dtype, args.batch_size)
         logger.info("%d candidates, embeddings of %d, %s: %s", len(index), index.width, dtype, args.output)
-
-
-main = cli.program(PROG, parse_arguments, run)

@@ -2,38 +2,33 @@
 
     python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
 
-Writes <output_dir>/MRPC.tsv (CoLA, SST-2, MRPC, QQP, STS-B, MNLI-m for mnli, MNLI-mm for mnli-mm, QNLI, RTE, WNLI, AX
-for diagnostic; a task of your own under its name), with a line per row of the test file, in its order: `index` from 0,
-and `prediction`, the label's name or a score.
+Writes <output_dir>/MRPC.tsv (see GLUE_FILES; a task of your own under its name), with a line per row of the test file,
+in its order: `index` from 0, and `prediction`, the label's name or a score.
 """
 
 import argparse
-import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dse import cli
+from dse.commands import logger
 from dse.data.processors import read_examples
 from dse.data.tasks import BINARY, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, write_text
 
-PROG = "python -m dse predict"
 GLUE_FILES = {
     "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "sts-b": "STS-B", "mnli": "MNLI-m",
     "mnli-mm": "MNLI-mm", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI", "diagnostic": "AX",
 }  # fmt: skip
-logger = logging.getLogger("dse.predict")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
     cli.add_task_flags(parser)
@@ -41,7 +36,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     above = "binary: the second label above this probability; not given: the model's own"
     add("--threshold", type=cli.threshold, help=above)
     cli.add_inference_flags(parser)
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,7 +44,6 @@ def run(args: argparse.Namespace) -> None:
     task = get_task(args.task_name)
     path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
     check_output_file(path, "--output_dir")
-    cli.set_up_logging()
     if task.test is None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
     if args.threshold is not None and task.kind != BINARY:
@@ -58,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     from dse.experiments.predictions import answers, load_scorer
-    from dse.training.metrics import tell_agreement
+    from dse.training.kinds import tell_agreement
 
     # 2. Predict.
     device = select_device(args.disable_gpu, args.gpu_id)
@@ -76,6 +69,3 @@ def run(args: argparse.Namespace) -> None:
     write_text(path, "\n".join(lines) + "\n")
     counts = Counter(predictions).most_common() if task.labels else []
     logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in counts) or f"{len(rows)} scores")
-
-
-main = cli.program(PROG, parse_arguments, run)

@@ -5,34 +5,30 @@ The scripts run through their own `main`, with the flags that the log shows. The
 """
 
 import argparse
-import logging
 import shlex
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from timeit import repeat
 from typing import Any
+
+import numpy as np
 
 import dse_train_runner
 import finetune_bert
 import load_dse_checkpoint_example
 import run_distillation_logits_creator
-from dse import cli
+from dse.commands import logger
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import write_pairs, write_tiny_bert
 from dse.system.files import check_writable
 
-PROG = "python -m dse quickstart"
 TRAIN_PAIRS, DEV_PAIRS = 3000, 600
 REPEATS = 3
-logger = logging.getLogger("dse.quickstart")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--output_dir", default="outputs/quickstart", help="folder of everything that is made")
-    return parser.parse_args(argv)
 
 
 def run_stages(folder: Path) -> Path:
@@ -67,60 +63,43 @@ def run_stages(folder: Path) -> Path:
     return best
 
 
-def rate_of(pairs: int, score: Callable[[], object]) -> float:
-    """Pairs scored per second, best of a few repeats."""
-    return pairs / min(repeat(score, number=1, repeat=REPEATS))
-
-
-def compare(folder: Path, best: Path) -> list[tuple[str, float, float, float | None]]:
-    """Rows of the closing table: name, accuracy, f1 and pairs scored per second, on the dev set."""
+def print_table(folder: Path, best: Path) -> None:
+    """Accuracy, f1 and pairs scored per second, the best of a few repeats, on the dev set."""
     import torch
 
-    from dse.data.features import joint_features, separate_features
-    from dse.networks.batches import Batches, pad
-    from dse.networks.inference import infer
-    from dse.networks.teacher import load_teacher
-    from dse.storage.checkpoint import Checkpoint
-    from dse.training.metrics import measure_student, measure_teacher
+    from dse.experiments.predictions import load_scorer
+    from dse.models import DSESiameseClassifier
+    from dse.networks.inference import score_stored
+    from dse.training.kinds import kind_of
 
-    task = get_task("mrpc")
-    examples = read_examples(task, folder / "data", "dev")
-    cpu = torch.device("cpu")
-    student = Checkpoint.read(best).student()
-    network = student.network
-    teacher = load_teacher(folder / "teacher", task, fine_tuned=True).eval()
-    joint, separate = (make(task, examples, student.tokenizer, 48) for make in (joint_features, separate_features))
-
-    def teach() -> Any:
-        return infer(teacher, Batches(joint), 128, cpu, "teacher")
-
-    with torch.inference_mode():
-        embeddings = network.embed(*pad(separate.texts, separate.first, separate.pad_id))
-        others = network.embed(*pad(separate.texts, separate.second, separate.pad_id))
-        of_teacher = measure_teacher(task)(teach(), joint.labels)
-        of_student = measure_student(task, (0.5,))(network.siamese_head(embeddings, others).numpy(), separate.labels)
-        student_rate = rate_of(len(separate), lambda: network.siamese_head(embeddings, others))
-    positive = float(separate.labels.mean())
-    majority_f1 = 2 * positive / (1 + positive) if positive >= 0.5 else 0.0
-    return [
-        ("majority class", max(positive, 1 - positive), majority_f1, None),
-        ("teacher", of_teacher["acc"], of_teacher["f1"], rate_of(len(joint), teach)),
-        ("student", of_student["accuracy_0.5"], of_student["f1_0.5"], student_rate),
-    ]
+    task, cpu = get_task("mrpc"), torch.device("cpu")
+    rows = read_examples(task, folder / "data", "dev")
+    labels = np.array(rows.labels)
+    student = DSESiameseClassifier.from_checkpoint(best)
+    embeddings, places = student.encode(rows.first + rows.second), np.arange(2 * len(rows)).reshape(2, -1)
+    teacher, _ = load_scorer(str(folder / "teacher"), task, cpu, batch_size=128)
+    ways = {
+        "majority class": lambda: np.full((len(rows), 1), 1 if labels.mean() >= 0.5 else -1),
+        "teacher": lambda: teacher(rows),
+        "student": lambda: score_stored(student.network, embeddings, *places, cpu),
+    }
+    print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
+    for name, score in ways.items():
+        metrics = kind_of(task).metrics(score(), labels)
+        rate = len(rows) / min(repeat(score, number=1, repeat=REPEATS))
+        shown = "-" if name == "majority class" else f"{rate:,.0f}"
+        print(f"{name:<16}{metrics['accuracy_0.5']:>10.3f}{metrics['f1_0.5']:>8.3f}{shown:>24}")
 
 
 def run(args: argparse.Namespace) -> None:
     """Make data and BERT, run the stages, print the table."""
     folder = Path(args.output_dir)
     check_writable(folder, "--output_dir")
-    cli.set_up_logging()
     write_pairs(folder / "data" / "train.tsv", TRAIN_PAIRS, seed=1)
     write_pairs(folder / "data" / "dev.tsv", DEV_PAIRS, seed=2)
     write_tiny_bert(folder / "tiny_bert", seed=3)
     best = run_stages(folder)
-    print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
-    for name, accuracy, f1, rate in compare(folder, best):
-        print(f"{name:<16}{accuracy:>10.3f}{f1:>8.3f}{'-' if rate is None else f'{rate:,.0f}':>24}")
+    print_table(folder, best)
     print(
         "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that the pipeline works, not how good "
         "it is.\nThe student's rate is for stored embeddings, each made once."
@@ -128,6 +107,3 @@ def run(args: argparse.Namespace) -> None:
         f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
         f"\nstudent     {best}\nlogs        {folder / 'logs'}"
     )
-
-
-main = cli.program(PROG, parse_arguments, run)

@@ -8,13 +8,11 @@ installed, plots to --output_dir. It skips what is done there and sound, so it c
 
 import argparse
 import contextlib
-import logging
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from dse import cli
+from dse.commands import logger
 from dse.data.tasks import TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction
@@ -27,14 +25,11 @@ from dse.system.errors import InputError, RunError
 from dse.system.files import check_writable
 from dse.training.reporting import duration
 
-PROG = "python -m dse reproduce"
 GOES_ON = "the same command goes on with what is left"
-logger = logging.getLogger("dse.reproduce")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, and `command`: the line that was typed. Exits with code 2 and one line if a flag is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="small: hours on 2 cores; large: the paper's")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
@@ -42,18 +37,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", default="results", help="where everything goes, and is found again")
     words = "e.g. mrpc,sts-b; not given: the preset's"
     add("--tasks", type=lambda text: [word for word in text.split(",") if word], help=words)
-    add("--seeds", type=fixed_seed, nargs="+", help="for every task; not given: the preset's")
+    # not -1, a new seed each time: the same command must go on with it
+    add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
     cli.add_call_flag(parser)
-    parser.set_defaults(command=shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)]))
-    return parser.parse_args(argv)
-
-
-def fixed_seed(text: str) -> int:
-    """A flag's type: a seed that torch takes; not -1, since the same command must go on with it."""
-    number = cli.seed(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
@@ -74,10 +60,10 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
         found += [(task, seed) for seed in args.seeds or preset.seeds[task.name]]
     if len(set(found)) < len(found):
         raise InputError("--tasks, --seeds: one is given twice; the same run twice has no spread")
-    called = [name for name, _ in args.call]
-    strangers = set(called) - set(TASKS)
-    shown = {dict(args.call).get(name, name.upper()) for name in TASKS}  # of all, since the folder may hold others
-    if strangers or len(set(called)) < len(called) or len(shown) < len(TASKS):
+    called = dict(args.call)
+    strangers = called.keys() - TASKS.keys()
+    shown = {called.get(name, name.upper()) for name in TASKS}  # of all, since the folder may hold others
+    if strangers or len(called) < len(args.call) or len(shown) < len(TASKS):
         raise InputError(f"--call: {', '.join(strangers) or 'a name'} is not a task, or is given twice")
     return found
 
@@ -104,10 +90,9 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
         logger.warning("Sentence-BERT is left out; for its row, pip install sentence-transformers and run this again")
     works = []
     for task, seed in pairs:
-        place = Path(args.output_dir) / f"{task.name}_seed{seed}"
-        works.append(Experiment(preset, task, seed, Path(args.data_dir) / task.folder, encoder, place, stages))
-    for work in works:
-        work.check_settings()
+        data, place = Path(args.data_dir) / task.folder, Path(args.output_dir) / f"{task.name}_seed{seed}"
+        works.append(Experiment(preset, task, seed, data, encoder, place, stages))
+        works[-1].check_settings()
     return works
 
 
@@ -133,7 +118,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("torchrun: this command runs its stages in one process; run the scripts themselves with it")
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
-    cli.set_up_logging()
     works = make_works(args)
     from dse.experiments import results, stages
 
@@ -146,18 +130,18 @@ def run(args: argparse.Namespace) -> None:
         found = results.collect(output_dir, works, left, dict(args.call), about)
         return found["missing"], results.write_results(found, output_dir)
 
+    every = [(work, stage) for work in works for stage in work.stages]
     left = [(work, stage) for work in works for stage in work.left()]
-    for work in works:
-        for stage in work.stages:
-            if (work, stage) not in left:
-                stages.tidy(work, stage)  # in case a kill came before it
+    for work, stage in every:
+        if (work, stage) not in left:
+            stages.tidy(work, stage)  # in case a kill came before it
     for done, (work, stage) in enumerate(left):
         if stage not in work.left():  # what it was made from was made again, to the same bits
             continue
         logger.info(
             "%d of %d stages left, about %s; now: %s of %s with seed %d",
-            len(left) - done, sum(len(work.stages) for work in works),
-            duration(reproduction.seconds_left(works, left[done:])), stage, work.task.name, work.seed,
+            len(left) - done, len(every), duration(reproduction.seconds_left(works, left[done:])),
+            stage, work.task.name, work.seed,
         )  # fmt: skip
         with own_advice(work.folder / stage):
             stages.do(work, stage)
@@ -170,6 +154,3 @@ def run(args: argparse.Namespace) -> None:
         logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds goes on with it",
                        output_dir / name, ", ".join(lacking))  # fmt: skip
     logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", output_dir)
-
-
-main = cli.program(PROG, parse_arguments, run)

@@ -7,27 +7,22 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 """
 
 import argparse
-import logging
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dse import cli
-from dse.commands import load_student
+from dse.commands import load_student, logger
 from dse.data.tasks import REGRESSION
 from dse.networks.pretrained import find_bert
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, write_json
 
-PROG = "python -m dse transfer"
-logger = logging.getLogger("dse.transfer")
 
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Exits with code 2 and one line if one is wrong."""
-    parser = cli.Parser(prog=PROG, description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     add = parser.add_argument
     add("--model", required=True, help="a student's folder (`best` of a run, or `python -m dse export`) or hub name")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
@@ -36,16 +31,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="", help="JSON file for the numbers")
     cli.add_call_flag(parser)
     cli.add_inference_flags(parser)
-    return parser.parse_args(argv)
-
-
-def find_encoder(args: argparse.Namespace, origin: dict[str, Any] | None) -> Path:
-    """The folder of the pre-trained encoder: of --bert_model, or the one that the student's training began with."""
-    commands = (origin or {}).get("commands", [])
-    name = args.bert_model or next((flags["bert_model"] for _, flags in commands[::-1] if "bert_model" in flags), "")
-    if not name:
-        raise InputError("--bert_model: the student does not say which encoder it began with; give it")
-    return find_bert(name, "--bert_model")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,16 +41,19 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--data_dir: {data_dir} is not a folder; expected one with GLUE's folders, MRPC and so on")
     if args.output:
         check_output_file(args.output, "--output")
-    cli.set_up_logging()
     from dse.experiments import transfer
 
     data = transfer.read_tasks(data_dir, args.max_rows)
     if not data:
         raise InputError(f"--data_dir: {data_dir} has no task's train and dev files; download_glue_data.py gets them")
     student = load_student(args)
-    bert = find_encoder(args, student.origin)
+    commands = (student.origin or {}).get("commands", [])
+    began = [flags["bert_model"] for _, flags in commands if "bert_model" in flags]
+    if not (args.bert_model or began):
+        raise InputError("--bert_model: the student does not say which encoder it began with; give it")
+    bert = find_bert(args.bert_model or began[-1], "--bert_model")
     embedders = {
-        "DSE": transfer.student_embedder(student, args.batch_size),
+        "DSE": partial(student.encode, batch_size=args.batch_size),
         "encoder as downloaded": transfer.encoder_embedder(bert, student, args.batch_size),
     }
 
@@ -85,6 +73,3 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         about = {"model": args.model, "task": student.task.name, "max_rows": args.max_rows}
         write_json(args.output, {**about, "results": found})
-
-
-main = cli.program(PROG, parse_arguments, run)

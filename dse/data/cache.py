@@ -1,10 +1,10 @@
 """Caches of arrays that know what they were made from.
 
 A cache is a safetensors file. Its header says what it was made from (for features: data by hash, task, tokenizer by
-content, casing, length, form) and holds the hash of its content; it counts only while all of that is the same. Its
-arrays are mapped from the disk, not loaded.
+content, casing, length, form) and holds the hash of its content; it counts only while all of that is the same.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dse.system.errors import InputError, RunError
 from dse.system.files import atomic_write, check_writable
 
 logger = logging.getLogger(__name__)
 _HEADER = "dse_features"
-_DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, form: str) -> str:
@@ -36,15 +35,11 @@ def check_cache_path(path: str | Path, form: str) -> None:
         return
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected the file of a feature cache, or a name for one")
-    header = _read_header(path)
-    if header is None:
-        raise InputError(
-            f"{path}: is not a feature cache of this project, so it is not overwritten; remove it or name another path"
-        )
-    if header.get("form") != form:
-        raise InputError(
-            f"{path}: holds {header.get('form')} features, and this stage needs {form} ones; give it another path"
-        )
+    if (header := _read_header(path)) is None:
+        what = "is not a feature cache of this project, so it is not overwritten"
+        raise InputError(f"{path}: {what}; remove it or name another path")
+    if (held := header.get("form")) != form:
+        raise InputError(f"{path}: holds {held} features, and this stage needs {form} ones; give it another path")
 
 
 def _read_header(path: Path) -> dict[str, Any] | None:
@@ -59,38 +54,14 @@ def _read_header(path: Path) -> dict[str, Any] | None:
 def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The arrays of a cache that was made from the same; None, with a log line, for another or a spoiled one."""
     header = _read_header(path)
-    if header is None:
-        logger.warning("feature cache %s is spoiled or of another program; remade", path)
-        return None
-    if changed := [key for key in made_from if header.get(key) != made_from[key]]:
+    if header and (changed := [key for key in made_from if header.get(key) != made_from[key]]):
         logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
         return None
-    try:
-        arrays = _mapped(path)
-    except (KeyError, ValueError):  # a dtype or a size that this project does not write
-        arrays = {}
-    if _content_hash(arrays) != header.get("content"):
-        logger.warning("feature cache %s is spoiled (its content does not match its hash); remade", path)
-        return None
-    return arrays
-
-
-def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file whose header is sound, read from the disk as they are used.
-
-    The file begins with the header's length (8 bytes, little-endian) and the header, JSON with dtypes and offsets.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    arrays = {}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        empty = begin == end  # which cannot be mapped
-        arrays[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", 8 + length + begin, shape)
-    return arrays
+    with contextlib.suppress(Exception):  # a dtype that numpy lacks raises what the library trips over
+        if header and _content_hash(arrays := load_file(path, backend="pread")) == header.get("content"):
+            return arrays
+    logger.warning("feature cache %s is spoiled or of another program; remade", path)
+    return None
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, Any], chosen: bool) -> None:

@@ -1,14 +1,11 @@
 """Files from the net that can be trusted: fetched with patience, compared with the record, unpacked within bounds.
 
-`fetch` lets a file grow as NAME.part. NAME.json beside it says which address, and which state of the file there (its
-ETag or date), the bytes came from, so that a later try or run can ask for the missing bytes alone. Only a complete file
-that agrees with its record takes the name; one that does not is kept as NAME.<hash>.bad.
-
-Proxies and certificates are those of requests (HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc). Addresses are logged and
-stored without user names, passwords and queries.
+A file grows as NAME.part. NAME.json beside it says which address, and which state of the file there (its ETag or date),
+the bytes came from, so that a later try or run can ask for the missing bytes alone. Only a complete file that agrees
+with its record takes the name; one that does not is kept as NAME.<hash>.bad. Proxies and certificates are those of
+requests (HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc).
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -17,7 +14,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -25,8 +22,9 @@ from urllib.parse import urljoin, urlsplit
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import requests
-import urllib3.exceptions
+from requests.exceptions import ContentDecodingError, InvalidURL
 from tqdm import tqdm
+from urllib3.exceptions import DecodeError, HTTPError, LocationValueError
 
 from dse.system.errors import InputError, RunError, one_line
 from dse.system.files import read_json, sha256_file, write_text
@@ -37,6 +35,7 @@ TIME_OUT = (20, 60)  # seconds: to connect, and between two pieces
 PAUSES = (1, 2, 4, 8, 16)  # seconds before the next try; from the first again whenever a try got further
 LONGEST_PAUSE = 60  # seconds, when the server asks for one (Retry-After)
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may pass
+LASTING_ERRORS = ValueError, requests.TooManyRedirects, ContentDecodingError, DecodeError  # the others may pass
 MOST_FILES = 1000  # in an archive
 
 
@@ -57,47 +56,10 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def fetch(url: str, path: Path, most: int, size: int | None = None, sha256: str | None = None) -> tuple[str, str]:
-    """Download a file, continuing with what an earlier try left beside `path`.
-
-    Args:
-        url: http or https address.
-        path: where the file goes; its folder exists.
-        most: bytes at which to stop reading: the file cannot be that long.
-        size: recorded bytes; None: no record.
-        sha256: recorded hash; None: no record.
-
-    Returns the SHA-256 of the file, and the address that the bytes came from, after redirects. Raises DownloadError if
-    the file cannot be had, is longer than `most`, or is not the recorded one, and for a redirect from https to http;
-    OSError if it cannot be written or does not fit on the disk.
-    """
-    part = _beside(path, ".part")
-    transfer = _Transfer(url, part, most, size)
-    if path.exists():  # complete, but the run that fetched it ended before it was used
-        path.replace(part)
-    try:
-        found, in_pieces = transfer.receive_patiently()
-        if in_pieces and sha256 not in (None, found):
-            logger.warning("%s: the pieces do not make up the recorded file; trying again from the start", shown(url))
-            part.unlink()
-            found, _ = transfer.receive_patiently()
-        if sha256 not in (None, found):
-            raise DownloadError(
-                f"{_bytes_of(part):,} bytes with SHA-256 {found}, but the record says {size:,} bytes with {sha256}; "
-                f"kept as {keep_aside(part)}; a mirror that repacks its files needs --no_verify"
-            )
-    except DownloadError as error:
-        raise DownloadError(f"{shown(url)}: {error}") from error
-    part.replace(path)
-    return found, transfer.note().get("at", shown(url))
-
-
 def keep_aside(path: Path) -> Path:
-    """Rename a file NAME or NAME.part that must not be used to NAME.<start of its hash>.bad; remove its note."""
-    whole = path.with_name(path.name.removesuffix(".part"))
-    aside = path.replace(_beside(whole, f".{sha256_file(path)[:12]}.bad"))
-    _beside(whole, ".json").unlink(missing_ok=True)
-    return aside
+    """Rename a fetched file that must not be used to NAME.<start of its hash>.bad; remove its note."""
+    _beside(path, ".json").unlink(missing_ok=True)
+    return path.replace(_beside(path, f".{sha256_file(path)[:12]}.bad"))
 
 
 def forget(path: Path) -> None:
@@ -118,23 +80,59 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def _bytes_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 @dataclass(frozen=True)
-class _Transfer:
-    """One file on its way, with `fetch`'s arguments."""
+class Download:
+    """A file to fetch."""
 
-    url: str
-    part: Path  # the file while it grows
-    most: int
-    size: int | None
+    url: str  # http or https
+    path: Path  # where it goes, in a folder that exists
+    most: int  # bytes at which to stop reading: the file cannot be that long
+    size: int | None = None  # recorded bytes, if there is a record
+    sha256: str | None = None  # recorded hash
+
+    def fetch(self) -> tuple[str, str]:
+        """Download the file, continuing with what an earlier try left beside `path`.
+
+        Returns its SHA-256, and the address that the bytes came from, after redirects. Raises DownloadError if the file
+        cannot be had, is longer than `most`, or is not the recorded one, and for a redirect from https to http; OSError
+        if it cannot be written or does not fit on the disk.
+        """
+        if self.path.exists():  # complete, but the run that fetched it ended before it was used
+            self.path.replace(self.part)
+        name, failures = shown(self.url), 0
+        have = furthest = self.progress()[0]
+        while True:
+            try:
+                self.receive()
+                found = self.check(in_pieces=have > 0)
+                self.part.replace(self.path)
+                return found, self.note().get("at", name)
+            except (DownloadError, requests.RequestException, HTTPError, ValueError, TypeError) as cause:
+                error, have = _explained(cause), self.progress()[0]
+                if error.wait is None:
+                    raise DownloadError(f"{name}: {error}") from cause
+                failures = 1 if have > furthest else failures + 1
+                furthest = max(have, furthest)
+                if failures > len(PAUSES):
+                    kept = f", kept {have:,} bytes: run the same command to continue" if have else ""
+                    raise DownloadError(f"{name}: {error}; gave up after {failures} tries{kept}") from cause
+                pause = max(PAUSES[failures - 1], min(error.wait, LONGEST_PAUSE))
+                logger.warning("%s: %s; try %d of %d in %g s", name, error, failures + 1, len(PAUSES) + 1, pause)
+                time.sleep(pause)
+
+    @property
+    def part(self) -> Path:
+        """The file while it grows."""
+        return _beside(self.path, ".part")
+
+    def received(self) -> int:
+        """Bytes of the part."""
+        return self.part.stat().st_size if self.part.exists() else 0
 
     def note(self) -> dict[str, Any]:
         """What is noted about the part's bytes; nothing if the note cannot be read."""
         try:
-            return read_json(self.part.with_suffix(".json"), "a note")
+            return read_json(_beside(self.path, ".json"), "a note")
         except InputError:
             return {}
 
@@ -143,35 +141,22 @@ class _Transfer:
 
         Without that name, only a recorded hash can show that the file changed in between.
         """
-        note, have = self.note(), _bytes_of(self.part)
+        note, have = self.note(), self.received()
         state = str(note.get("state", ""))
         usable = state if self.size is None else have <= self.size
         return (have, state) if usable and note.get("from") == shown(self.url) else (0, "")
 
-    def receive_patiently(self) -> tuple[str, bool]:
-        """Try until the part is complete; return its SHA-256, and whether it took several answers, now or earlier."""
-        failures, furthest = 0, self.progress()[0]
-        in_pieces = furthest > 0
-        while True:
-            try:
-                with _network_errors():
-                    self.receive()
-                return sha256_file(self.part), in_pieces
-            except DownloadError as error:
-                if error.wait is None:
-                    raise
-                have = self.progress()[0]
-                in_pieces |= have > 0
-                if have > furthest:
-                    failures, furthest = 0, have
-                if failures == len(PAUSES):
-                    kept = f", kept {have:,} bytes: run the same command to continue" if have else ""
-                    raise DownloadError(f"{error}; gave up after {failures + 1} tries{kept}") from error
-                pause = max(PAUSES[failures], min(error.wait, LONGEST_PAUSE))
-                failures += 1
-                what = (shown(self.url), error, failures + 1, len(PAUSES) + 1, pause)
-                logger.warning("%s: %s; try %d of %d in %g s", *what)
-                time.sleep(pause)
+    def check(self, in_pieces: bool) -> str:
+        """The part's SHA-256. Raises for another than the recorded one; the bytes of several answers get more tries."""
+        found = sha256_file(self.part)
+        if self.sha256 in (None, found):
+            return found
+        if in_pieces:
+            self.part.unlink()
+            raise DownloadError("the pieces do not make up the recorded file: starting over", wait=0)
+        came, recorded = f"{self.received():,} bytes with SHA-256 {found}", f"{self.size:,} bytes with {self.sha256}"
+        what = f"{came}, but the record says {recorded}; kept as {keep_aside(self.part.replace(self.path))}"
+        raise DownloadError(f"{what}; a mirror that repacks its files needs --no_verify")
 
     def receive(self) -> None:
         """Try once to complete the part."""
@@ -180,7 +165,7 @@ class _Transfer:
             return
         headers = {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
         if have:
-            headers |= {"Range": f"bytes={have}-"} | ({"If-Range": state} if state else {})
+            headers |= {"Range": f"bytes={have}-", "If-Range": state or None}  # requests leaves None out
         options = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
         with requests.get(self.url, headers=headers, **options) as response:
             complete = response.status_code == 416 and response.headers.get("Content-Range", "") == f"bytes */{have}"
@@ -208,20 +193,21 @@ class _Transfer:
     def append(self, response: requests.Response, start: int) -> None:
         """Write an answer's body to the part, after its first `start` bytes. Raises if it is too long or too short."""
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"  # although asked not to
-        length = _number(response, "Content-Length")
-        total = None if length is None or encoded else start + length
+        length, total = _number(response, "Content-Length"), self.size
         if known := re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", "")):
             total = int(known[1])
+        elif length is not None and not encoded:
+            total = start + length
         too_long = DownloadError(f"longer than the {self.most:,} bytes that this file can have: stopped reading")
-        if total is not None and total > self.most:
+        if (total or 0) > self.most:
             raise too_long
-        check_space(self.part.parent, (total or 0) - _bytes_of(self.part))
+        check_space(self.part.parent, (total or 0) - self.received())
         options = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
-        bar = tqdm(desc=self.part.stem, initial=start, total=total, **options)
+        bar = tqdm(desc=self.path.name, initial=start, total=total, **options)
         with bar, open(self.part, "ab" if start else "wb") as file:
             if not start:  # a body that was decoded on the way cannot be continued
                 note = {"from": None if encoded else shown(self.url), "state": _state_of(response)}
-                write_text(self.part.with_suffix(".json"), json.dumps(note | {"at": shown(response.url)}))
+                write_text(_beside(self.path, ".json"), json.dumps(note | {"at": shown(response.url)}))
             # read1 gives what has come: if the connection breaks, nothing that came is lost
             while piece := response.raw.read1(1 << 16, decode_content=True):
                 file.write(piece)
@@ -229,36 +215,30 @@ class _Transfer:
                 if file.tell() > self.most:
                     file.truncate(0)  # leaves nothing to continue
                     raise too_long
-        if length is None and response.headers.get("Transfer-Encoding") != "chunked":
-            total = self.size if total is None else total  # the end of a connection may come too early
-            if total is None:
-                logger.warning("%s: the server did not say how long it is, so it may be cut off", shown(self.url))
-        if total is not None and _bytes_of(self.part) < total:
-            raise DownloadError(f"the answer ended at {_bytes_of(self.part):,} of {total:,} bytes", wait=0)
+        if total is None and length is None and response.headers.get("Transfer-Encoding") != "chunked":
+            logger.warning("%s: the server did not say how long it is, so it may be cut off", shown(self.url))
+        if self.received() < (total or 0):
+            raise DownloadError(f"the answer ended at {self.received():,} of {total:,} bytes", wait=0)
 
 
-@contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
-    """Turn what requests and urllib3 raise into DownloadError."""
-    network = urllib3.exceptions
-    try:
-        yield
-    except (requests.RequestException, network.HTTPError) as error:
-        why = _innermost(error)
-        if "certificate" in why.lower():
-            raise DownloadError(f"{why}; REQUESTS_CA_BUNDLE names the certificates to trust") from error
-        passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-        may_pass = isinstance(error, (*passing, network.ProtocolError, network.TimeoutError, network.SSLError))
-        raise DownloadError(why, wait=0 if may_pass else None) from error
-    except (ValueError, TypeError) as error:  # for addresses, passwords and headers that neither library expects
-        raise DownloadError(f"an address or an answer that cannot be read ({type(error).__name__})") from error
+def _explained(error: Exception) -> DownloadError:
+    """What this module, requests or urllib3 raised, as a DownloadError."""
+    if isinstance(error, DownloadError):
+        return error
+    if not isinstance(error, requests.RequestException | HTTPError):
+        # for addresses, passwords and headers that neither library expects
+        return DownloadError(f"an address or an answer that cannot be read ({type(error).__name__})")
+    why = _innermost(error)
+    if "certificate" in why.lower():
+        return DownloadError(f"{why}; REQUESTS_CA_BUNDLE names the certificates to trust")
+    return DownloadError(why, wait=None if isinstance(error, LASTING_ERRORS) else 0)
 
 
 def _innermost(error: BaseException) -> str:
     """The innermost cause of an error, in one line, without passwords that addresses may carry."""
     while inner := [each for each in (getattr(error, "reason", None), *error.args) if isinstance(each, BaseException)]:
         error = inner[-1]
-    if isinstance(error, requests.exceptions.InvalidURL | urllib3.exceptions.LocationValueError):
+    if isinstance(error, InvalidURL | LocationValueError):
         return "not a valid address"
     return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/\s]*@", "//", one_line(error)))
 
@@ -283,18 +263,11 @@ def _state_of(response: requests.Response) -> str:
 
 
 def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[str] = ()) -> None:
-    """Write an archive's regular files below `folder` to `into`, without that folder's name.
-
-    Args:
-        archive: a zip file, stored or deflated.
-        folder: the one folder of the archive that is wanted; what lies beside it is left out.
-        into: an empty or missing folder.
-        most: bytes that the files may have together.
-        only: names of files right below `folder`, if not all are wanted.
+    """Write the files below `folder` in a zip archive, or `only` those names, to `into`, an empty or missing folder.
 
     Raises DownloadError: before anything is written for absolute paths, `..`, links and other special files anywhere
-    in the archive, and for more bytes than `most`; for damaged contents (CRC) and for two files of one name after some
-    files were written. Raises OSError if the disk has no room.
+    in the archive, and for more than `most` bytes in all; for damaged contents (CRC) and for two files of one name
+    after some files were written. Raises OSError if the disk has no room.
     """
     try:
         with ZipFile(archive) as zipped:
@@ -310,11 +283,11 @@ def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[st
                     os.fsync(file.fileno())
     except (FileExistsError, NotADirectoryError) as error:
         raise DownloadError("archive refused: two of its files have one name") from error
-    except OSError:
-        raise
     except DownloadError as error:
         raise DownloadError(f"archive refused: {error}") from error
     except Exception as error:  # zipfile and zlib raise many kinds for a damaged file
+        if isinstance(error, OSError):
+            raise
         raise DownloadError(f"{archive.name}: not a complete zip archive ({one_line(error)})") from error
 
 

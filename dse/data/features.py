@@ -6,8 +6,6 @@ padding is stored: networks/batches.py lays batches out.
 
     max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
     on a tie the second one does: 4+3 -> 3+3 -> 3+2.
-
-Both are cached (cache.py), each form in a file of its own.
 """
 
 import json
@@ -15,11 +13,11 @@ import logging
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -48,7 +46,7 @@ class Ragged:
 
     ids: np.ndarray  # int32, (total,)
     offsets: np.ndarray  # int64, (rows + 1,)
-    cut: int | None = None  # how many of the rows were cut at max_seq_length; None: not known
+    cut: int | None = None  # how many of the rows were cut at max_seq_length; None: not known, as of older caches
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,23 +57,31 @@ class Ragged:
         """What a cache stores."""
         return {"ids": self.ids, "offsets": self.offsets} | ({} if self.cut is None else {"cut": np.array([self.cut])})
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Ragged":
-        """The rows that `arrays` took apart; older caches do not tell how many were cut."""
-        return cls(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
+
+class Features:
+    """Token ids of a split's pairs, labels and the id of [PAD], in two forms, whose first attribute has the rows."""
+
+    ROWS: ClassVar[str]  # what the rows are
+    PARTS: ClassVar[tuple[str, ...]]  # attributes with an entry per pair, which a cache stores beside the rows
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.PARTS[0]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a cache stores."""
+        rows = getattr(self, fields(self)[0].name)
+        return rows.arrays() | {name: getattr(self, name) for name in self.PARTS}
 
 
 @dataclass
-class JointFeatures:
+class JointFeatures(Features):
     """Both texts of each pair in one row, for a cross-encoder."""
 
+    ROWS, PARTS = "rows", ("first_lengths",)
     tokens: Ragged
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
     labels: np.ndarray | None  # (n,), int64 or, for regression, float32
     pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.first_lengths)
 
     @property
     def costs(self) -> np.ndarray:
@@ -86,28 +92,17 @@ class JointFeatures:
         """Where the token ids of the given pairs are: the rows of `tokens`, and how many of each are of type 0."""
         return self.tokens, pairs, self.first_lengths[pairs]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What a cache stores."""
-        return {**self.tokens.arrays(), "first_lengths": self.first_lengths}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "JointFeatures":
-        """The features that `arrays` took apart."""
-        return cls(Ragged.from_arrays(arrays), arrays["first_lengths"], labels, pad_id)
-
 
 @dataclass
-class SeparateFeatures:
+class SeparateFeatures(Features):
     """Each distinct text once, and which texts make up each pair, for the student."""
 
+    ROWS, PARTS = "distinct texts", ("first", "second")
     texts: Ragged
     first: np.ndarray  # int32, (n,): the row of each pair's first text
     second: np.ndarray  # int32, (n,)
     labels: np.ndarray | None
     pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.first)
 
     @property
     def costs(self) -> np.ndarray:
@@ -118,25 +113,6 @@ class SeparateFeatures:
     def rows_of(self, pairs: np.ndarray) -> tuple[Ragged, np.ndarray]:
         """Where the token ids of the given pairs are: the rows of `texts`, the first texts of all, then the second."""
         return self.texts, np.concatenate([self.first[pairs], self.second[pairs]])
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What a cache stores."""
-        return {**self.texts.arrays(), "first": self.first, "second": self.second}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], labels: np.ndarray | None, pad_id: int) -> "SeparateFeatures":
-        """The features that `arrays` took apart."""
-        return cls(Ragged.from_arrays(arrays), arrays["first"], arrays["second"], labels, pad_id)
-
-
-Features = JointFeatures | SeparateFeatures
-
-
-def label_array(task: Task, examples: Examples) -> np.ndarray | None:
-    """Labels as (n,) int64, or float32 for regression; None where the split has none."""
-    if examples.labels is None:
-        return None
-    return np.array(examples.labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
 
 
 def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
@@ -149,34 +125,19 @@ def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_lengt
     seconds = examples.second if examples.second is not None else [""] * count
     pieces, places = _distinct_pieces(chain(examples.first, seconds), 2 * count, tokenizer)
     first, second = places[:count], places[count:]
-    is_pair = np.fromiter(map(bool, seconds), dtype=bool, count=count)
-    keep_a, keep_b = kept_lengths(pieces.lengths[first], pieces.lengths[second], is_pair, max_seq_length)
-    first_lengths = keep_a + 2
-    tokens = _empty_rows(first_lengths + keep_b + (keep_b > 0))
-    tokens.cut = np.count_nonzero(pieces.lengths[first] + pieces.lengths[second] > keep_a + keep_b)
-    for some in _slices(count):
-        starts = tokens.offsets[:-1][some]
-        tokens.ids[starts] = tokenizer.cls_token_id
-        _copy(pieces, first[some], keep_a[some], tokens, starts + 1)
-        tokens.ids[starts + 1 + keep_a[some]] = tokenizer.sep_token_id
-        _copy(pieces, second[some], keep_b[some], tokens, starts + first_lengths[some])
-        tokens.ids[tokens.offsets[1:][some] - 1] = tokenizer.sep_token_id
-    labels = label_array(task, examples)
-    features = JointFeatures(tokens, first_lengths.astype(np.int32), labels, tokenizer.pad_token_id)
-    _tell(features, examples, tokenizer, max_seq_length)
-    return features
+    a, b, is_pair = pieces.lengths[first], pieces.lengths[second], np.fromiter(map(bool, seconds), bool, count)
+    keep_a, keep_b = kept_lengths(a, b, is_pair, max_seq_length)
+    tokens = _framed(pieces, first, keep_a, second, keep_b, tokenizer)
+    tokens.cut = np.count_nonzero(a + b > keep_a + keep_b)
+    parts = [tokens, (keep_a + 2).astype(np.int32)]
+    return _finished(JointFeatures, parts, task, examples, tokenizer, max_seq_length)
 
 
 def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
     """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
     texts, places = _encode([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
-    first, second = places[: len(examples)], places[len(examples) :]
-    features = SeparateFeatures(texts, first, second, label_array(task, examples), tokenizer.pad_token_id)
-    _tell(features, examples, tokenizer, max_seq_length)
-    return features
-
-
-FORMS = {"joint": (JointFeatures, joint_features), "separate": (SeparateFeatures, separate_features)}
+    parts = [texts, places[: len(examples)], places[len(examples) :]]
+    return _finished(SeparateFeatures, parts, task, examples, tokenizer, max_seq_length)
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
@@ -194,30 +155,46 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) ->
 
 def _encode(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
     pieces, places = _distinct_pieces(texts, len(texts), tokenizer)
-    keep = np.minimum(pieces.lengths, max_seq_length - 2)
-    tokens = _empty_rows(keep + 2)
+    rows, keep = np.arange(len(pieces.lengths)), np.minimum(pieces.lengths, max_seq_length - 2)
+    tokens = _framed(pieces, rows, keep, rows, np.zeros_like(keep), tokenizer)
     tokens.cut = np.count_nonzero(pieces.lengths > keep)
-    for some in _slices(len(keep)):
-        starts = tokens.offsets[:-1][some]
-        tokens.ids[starts] = tokenizer.cls_token_id
-        _copy(pieces, np.arange(len(keep))[some], keep[some], tokens, starts + 1)
-        tokens.ids[starts + 1 + keep[some]] = tokenizer.sep_token_id
     return tokens, places
 
 
-def _tell(features: Features, examples: Examples, tokenizer: Any, max_seq_length: int) -> None:
-    """Log what of a split's files was cut and is unknown; warn above 5 % unknown. Pairs of no file are not told of."""
-    if not examples.files:
-        return
-    tokens, what = (features.tokens, "rows") if hasattr(features, "tokens") else (features.texts, "distinct texts")
-    cut, name = tokens.cut, ", ".join(entry["file"] for entry in examples.files)
-    if cut is None:  # in an older cache; rows of that length may have been, and joint ones lack a [SEP] at times
+def _framed(
+    pieces: Ragged, first: np.ndarray, keep_a: np.ndarray, second: np.ndarray, keep_b: np.ndarray, tokenizer: Any
+) -> Ragged:
+    """`[CLS] a [SEP] b [SEP]`: so many pieces of rows of `pieces`; no second [SEP] where there are none of b."""
+    offsets = _offsets(keep_a + 2 + keep_b + (keep_b > 0))
+    tokens = Ragged(np.empty(offsets[-1], dtype=np.int32), offsets)
+    for start in range(0, len(first), _ROWS_AT_ONCE):  # the places of all rows' tokens would need much memory
+        some = slice(start, start + _ROWS_AT_ONCE)
+        starts, ends_a = offsets[:-1][some], offsets[:-1][some] + 1 + keep_a[some]
+        tokens.ids[starts] = tokenizer.cls_token_id
+        _copy(pieces, first[some], keep_a[some], tokens, starts + 1)
+        tokens.ids[ends_a] = tokenizer.sep_token_id
+        _copy(pieces, second[some], keep_b[some], tokens, ends_a + 1)
+        tokens.ids[offsets[1:][some] - 1] = tokenizer.sep_token_id
+    return tokens
+
+
+def _finished(
+    form: type[Features], parts: list[Any], task: Task, examples: Examples, tokenizer: Any, max_seq_length: int
+) -> Any:
+    """Features with their labels; logs what of a split's files was cut and is unknown, and warns above 5 % unknown."""
+    labels = examples.labels
+    if labels is not None:
+        labels = np.array(labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
+    tokens, cut = parts[0], parts[0].cut
+    if cut is None:  # rows of that length may have been, and joint ones lack a [SEP] at times
         cut = f"at most {np.count_nonzero(tokens.lengths >= max_seq_length - 1)}"
-    share = _unknown_share(tokens, tokenizer)
-    logger.info("%s: %s of %d %s are cut at --max_seq_length %d; %.1f %% of the pieces are [UNK]",
-                name, cut, len(tokens.lengths), what, max_seq_length, 100 * share)  # fmt: skip
-    if share > _MOST_UNKNOWN:
-        logger.warning(_MISFIT, name, 100 * share)
+    if examples.files:
+        name, share = ", ".join(entry["file"] for entry in examples.files), _unknown_share(tokens, tokenizer)
+        logger.info("%s: %s of %d %s are cut at --max_seq_length %d; %.1f %% of the pieces are [UNK]",
+                    name, cut, len(tokens.lengths), form.ROWS, max_seq_length, 100 * share)  # fmt: skip
+        if share > _MOST_UNKNOWN:
+            logger.warning(_MISFIT, name, 100 * share)
+    return form(*parts, labels, tokenizer.pad_token_id)
 
 
 def _unknown_share(tokens: Ragged, tokenizer: Any) -> float:
@@ -232,8 +209,8 @@ def kept_lengths(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pieces kept of each row's two texts, of a and b pieces, which must fit in max_seq_length - 3 together.
 
-    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to. A row that is no
-    pair keeps max_seq_length - 2 of its first text, and nothing else.
+    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to. A row that is
+    not a pair keeps max_seq_length - 2 of its first text, and nothing else.
 
     >>> kept_lengths(np.array([200]), np.array([200]), np.array([True]), 128)
     (array([63]), array([62]))
@@ -263,16 +240,6 @@ def _distinct_pieces(texts: Iterable[str], count: int, tokenizer: Any) -> tuple[
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _empty_rows(lengths: np.ndarray) -> Ragged:
-    offsets = _offsets(lengths)
-    return Ragged(np.empty(offsets[-1], dtype=np.int32), offsets)
-
-
-def _slices(count: int) -> list[slice]:
-    """Rows in parts, so that the places of their tokens need little memory."""
-    return [slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE)]
 
 
 def _copy(source: Ragged, rows: np.ndarray, lengths: np.ndarray, target: Ragged, starts: np.ndarray) -> None:
@@ -330,25 +297,18 @@ def _with_own_alone(content: str, own: tuple[str, ...]) -> Tokenizer:
 
 
 def cached_features(
-    form: str,
-    task: Task,
-    examples: Examples,
-    tokenizer: Any,
-    max_seq_length: int,
-    path: str | Path,
-    chosen: bool,
+    form: str, task: Task, examples: Examples, tokenizer: Any, max_seq_length: int, path: str | Path, chosen: bool
 ) -> Features:
     """Features from the cache at `path` if it was made from the same, else made now and stored there.
 
     Args:
         form: "joint" or "separate".
-        task, examples, tokenizer, max_seq_length: what the features are made from.
-        path: of the cache.
         chosen: did the user name the path? Then another kind of file there is refused, and so is a place
             that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
     """
     path = Path(path)
-    features_class, make = FORMS[form]
+    joint = form == "joint"
+    features_class, make = (JointFeatures, joint_features) if joint else (SeparateFeatures, separate_features)
     made_from = {
         "form": form,
         "task": task_to_dict(task),
@@ -365,13 +325,13 @@ def cached_features(
         arrays = read_cache(path, made_from) if path.exists() else None
         if arrays is not None:
             logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
-            features = features_class.from_arrays(arrays, label_array(task, examples), tokenizer.pad_token_id)
-            _tell(features, examples, tokenizer, max_seq_length)
-        else:
-            features = make(task, examples, tokenizer, max_seq_length)
-            if parallel.is_first():
-                write_cache(path, features.arrays(), made_from, chosen)
-    return features
+            rows = Ragged(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
+            parts = [rows, *(arrays[name] for name in features_class.PARTS)]
+            return _finished(features_class, parts, task, examples, tokenizer, max_seq_length)
+        features = make(task, examples, tokenizer, max_seq_length)
+        if parallel.is_first():
+            write_cache(path, features.arrays(), made_from, chosen)
+        return features
 
 
 def batches_of(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:

@@ -3,14 +3,13 @@
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import filelock
 
-from dse.data.download import DownloadError, fetch, forget, keep_aside, shown, unzip
+from dse.data.download import Download, DownloadError, forget, keep_aside, shown, unzip
 from dse.system.errors import InputError
 from dse.system.files import atomic_write, read_json, sha256_file, utc_stamp, write_json
 from dse.system.text_files import read_lines
@@ -39,8 +38,7 @@ class Source(NamedTuple):
         return 2_000_000_000 if self.size is None else 20 * self.size + 1_000_000
 
 
-@dataclass(frozen=True)
-class Mirror:
+class Mirror(NamedTuple):
     """Where the files come from."""
 
     base_url: str  # of GLUE's files, with a slash at its end
@@ -110,14 +108,10 @@ def get_task(task: str, data_dir: Path, mirror: Mirror) -> tuple[str, str]:
     making = area / f"{task}.making"
     area.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(area / f"{task}.lock"):
-        # 1. Is it there?
         shutil.rmtree(making, ignore_errors=True)  # left by a run that was killed
         outcome, found = "already there", what_is_there(task, folder)
         if found is None:
-            # 2. Fetch and verify; nothing is unpacked before all files are there.
-            raw, origins = fetch_sources(task, area, mirror)
-
-            # 3. Make the folder in the download area; it takes its place as a whole.
+            raw, origins = fetch_sources(task, area, mirror)  # all, before anything is unpacked
             made = making / FOLDERS[task]
             made.mkdir(parents=True)
             try:
@@ -125,8 +119,6 @@ def get_task(task: str, data_dir: Path, mirror: Mirror) -> tuple[str, str]:
                 put_in_place(made, folder)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
-
-        # 4. The downloads are no longer needed.
         for source in SOURCES[task]:
             forget(area / source.name)
     return outcome, found
@@ -178,17 +170,17 @@ def fetch_sources(task: str, area: Path, mirror: Mirror) -> tuple[dict[str, Path
     raw, origins = {}, []
     for source in SOURCES[task]:
         name = SAVED_AS.get(source.name, source.name)
-        path = Path(mirror.path_to_mrpc) / name
+        path = Path(mirror.path_to_mrpc, name)
         if task == "MRPC" and mirror.path_to_mrpc and path.is_file():
             sha256, place = sha256_file(path), name
         else:
             path = area / source.name
             url = mirror.snli_url if task == "SNLI" else urljoin(mirror.base_url, source.place)
             logger.info("%s: from %s", source.name, shown(url))
+            download = Download(url, path, source.most)  # a mirror may have repacked it without compression
             if mirror.verify and source.size is not None:
-                sha256, place = fetch(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
-            else:  # a mirror may have repacked it without compression
-                sha256, place = fetch(url, path, source.most)
+                download = Download(url, path, 2 * source.size + 1_000_000, source.size, source.sha256)
+            sha256, place = download.fetch()
         size = path.stat().st_size
         level = logging.INFO if sha256 == source.sha256 else logging.WARNING
         logger.log(level, "%s: %d bytes, SHA-256 %s, recorded: %s", path, size, sha256, source.sha256 or "none")
@@ -269,22 +261,21 @@ def convert_snli(path: Path) -> Iterator[str]:
     Rows without a gold label are left out; labels of single annotators that a row lacks are empty.
     """
     lines = read_lines(path, "SNLI's text file")
-    names = next(lines, "").split("\t")
-    kept = [*f"captionID pairID {_PARSES}".split(), "gold_label"]
-    needed = [name for name in kept if name in names]
-    lacking = ", ".join(name for name in kept if name not in names)
-    if not {"sentence1", "sentence2", "gold_label"} <= {*needed}:
-        header = "\t".join(names)[:80]
-        raise InputError(f"{path.name}, line 1: no column {lacking} in the header: {header!r}")
+    header = next(lines, "")
+    names, wanted = header.split("\t"), f"captionID pairID {_PARSES}".split()
+    needed = {*wanted, "gold_label"} & {*names}
+    lacking = ", ".join(name for name in (*wanted, "gold_label") if name not in names)
+    if not {"sentence1", "sentence2", "gold_label"} <= needed:
+        raise InputError(f"{path.name}, line 1: no column {lacking} in the header: {header[:80]!r}")
     if lacking:
         logger.warning("%s has no %s: left empty", path.name, lacking)
-    kept = kept[:-1] + [name for name in _LABELS.split() if name in names]
+    kept = wanted + [name for name in _LABELS.split() if name in names]
     yield "\t".join(["index", *kept])
     index = more = 0
     for number, line in enumerate(lines, 2):
         cells = line.split("\t")
         row = dict(zip(names, cells, strict=False))
-        if line and not row.keys() >= {*needed}:
+        if line and not row.keys() >= needed:
             raise InputError(f"{path.name}, line {number}: ends before {names[len(cells)]}: {line[:80]!r}")
         if line and row["gold_label"] != "-":
             yield "\t".join([str(index), *(row.get(name, "") for name in kept)])

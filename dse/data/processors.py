@@ -36,15 +36,11 @@ class Examples:
 
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
-    """Read a split in file order.
+    """Read a split in file order: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
-    Args:
-        task: a line of the task table.
-        data_dir: the folder of the task's files; for allnli the parent of SNLI and MNLI.
-        split: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
-
-    A blank line at the end is not a row. The rows of a user's own task must have as many cells as its header (without a
-    header: as the first row); those of GLUE's files need not, but a warning tells of it.
+    `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. A blank line at the end is not
+    a row. The rows of a user's own task must have as many cells as its header (without a header: as the first row);
+    those of GLUE's files need not, but a warning tells of it.
 
     Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (in a user's own
     task: with too many, too), a label that is not one of the task's, a score that is not a number, bytes that are not
@@ -56,8 +52,15 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     name = dict(task.also_validate).get(split) or getattr(task, split)
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
-    if task.parts:
-        return _read_parts(task, data_dir, split)
+    if task.parts:  # one after the other
+        whole = Examples(second=[], labels=[])
+        for part in (TASKS[name] for name in task.parts):
+            rows = read_examples(part, data_dir / part.folder, split)
+            whole.first += rows.first
+            whole.second += rows.second
+            whole.labels += rows.labels
+            whole.files += [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
+        return whole
     columns: _Columns = (task.text_a, task.text_b, task.label)
     header, own = task.header, task.name not in TASKS
     if split == "test":
@@ -80,23 +83,10 @@ def labelled_test(task: Task, data_dir: Path) -> Examples | None:
     return None
 
 
-def _read_parts(task: Task, data_dir: Path, split: str) -> Examples:
-    """allnli: the corpora one after the other."""
-    whole = Examples(second=[], labels=[])
-    for part in (TASKS[name] for name in task.parts):
-        rows = read_examples(part, data_dir / part.folder, split)
-        whole.first += rows.first
-        whole.second += rows.second
-        whole.labels += rows.labels
-        whole.files += [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
-    return whole
-
-
 def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Examples:
     own = task.name not in TASKS
     lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
-    first = next(lines, None)
-    if first is None:
+    if (first := next(lines, None)) is None:
         raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
     names = first.split("\t")
     place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
@@ -106,7 +96,6 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
     # in GLUE's files, a last column must not be one of those before it
     needed = len(names) if own else max(used) + (2 if -1 in used else 1)
     rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
-    expected = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
     skipped, uneven, text = 0, 0, ""
     for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
         cells = line.split("\t")
@@ -114,7 +103,9 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
             skipped += 1
             continue
         if len(cells) < needed or (own and len(cells) > needed):
-            raise _wrong_count(path, number, line, needed, exact=own)
+            expected = f"{needed} cells expected, as in line 1" if own else f"at least {needed} columns expected"
+            hint = " (is a tab within a text, or does the header lack a name for row names?)" * (len(cells) > needed)
+            raise InputError(f"{path}, line {number}: {expected}, found {len(cells)}{hint}: {line[:80]!r}")
         uneven += len(cells) != len(names)
         if cells[place_a] != text:  # NLI repeats its premises: one string serves all
             text = cells[place_a]
@@ -122,9 +113,10 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
         if place_b is not None:
             rows.second.append(cells[place_b])
         if place_label is not None:
-            if (label := _label(task, cells[place_label])) is None:
-                what = "label" if task.labels else "score"
-                raise InputError(f"{path}, line {number}: {what} {cells[place_label]!r} is not {expected}")
+            if (label := _label(task, cell := cells[place_label])) is None:
+                wanted = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
+                found = f"{'label' if task.labels else 'score'} {cell!r}"
+                raise InputError(f"{path}, line {number}: {found} is not {wanted}")
             rows.labels.append(label)
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
@@ -136,7 +128,7 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
                        "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
     checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
     _check_texts(path, rows, [names[place] for place in places[:2] if checked and place is not None])
-    rows.files = [{"file": path.name, "sha256": sha256_file(path)}]
+    rows.files.append({"file": path.name, "sha256": sha256_file(path)})
     return rows
 
 
@@ -148,13 +140,6 @@ def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
             yield from repeat("", blank)
             yield line
         blank = 0 if line else blank + 1
-
-
-def _wrong_count(path: Path, number: int, line: str, needed: int, exact: bool) -> InputError:
-    found = line.count("\t") + 1
-    expected = f"{needed} cells expected, as in line 1," if exact else f"at least {needed} columns expected,"
-    hint = " (is a tab within a text, or does the header lack a name for row names?)" if found > needed else ""
-    return InputError(f"{path}, line {number}: {expected} found {found}{hint}: {line[:80]!r}")
 
 
 def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
@@ -173,9 +158,8 @@ def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
     columns = [rows.first] if rows.second is None else [rows.first, rows.second]
     for name, texts in zip(names, columns, strict=False):
         if name and name in texts:
-            raise InputError(
-                f"{path}, line 1: a header is expected, but its cell {name!r} is a text of a row too; {_HEADER_HINT}"
-            )
+            found = f"its cell {name!r} is a text of a row too"
+            raise InputError(f"{path}, line 1: a header is expected, but {found}; {_HEADER_HINT}")
     quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in chain.from_iterable(columns))
     if quoted > 0.9 * len(columns) * len(rows):
         logger.warning("%s: nearly all texts begin and end with a quotation mark, which counts as part of the text; "

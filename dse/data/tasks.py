@@ -1,14 +1,11 @@
 """The task table.
 
-A task is a line of the table: its files, the columns of the two texts and of the label, its labels in the order of the
-logits, its kind and its metrics. A column is a number from 0, -1 being the last, or a name in the header. A user's own
-task is the same line in a JSON file (see the README).
+A column is a number from 0, -1 being the last, or a name in the header. A user's own task is the same line in a JSON
+file. This module uses neither torch nor tokenizers, so that bad data is refused before either is loaded.
 
     >>> task = get_task("MRPC")
     >>> task.kind, task.labels, task.text_a, task.text_b, task.label
     ('binary', ('0', '1'), 3, 4, 0)
-
-This module uses neither torch nor tokenizers, so that bad data is refused before either is loaded.
 """
 
 import json
@@ -101,9 +98,8 @@ def get_task(name: str) -> Task:
         return TASKS[name.lower()]
     if name.lower().endswith(".json"):
         return _task_from_json(Path(name))
-    raise InputError(
-        f"--task_name: unknown task {name!r}; known: {', '.join(TASKS)}, or a JSON file that describes your own"
-    )
+    known = ", ".join(TASKS)
+    raise InputError(f"--task_name: unknown task {name!r}; known: {known}, or a JSON file that describes your own")
 
 
 def ranked_label(task: Task, asked: str | None = None) -> str | None:
@@ -120,7 +116,7 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
             raise InputError(f"--rank_label: {task.name} is a regression, whose score ranks; leave it out")
         return None
     usual = ENTAILMENT if ENTAILMENT in task.labels else task.labels[1] if task.kind == BINARY else None
-    label = asked if asked is not None else task.rank_label if task.rank_label is not None else usual
+    label = next((one for one in (asked, task.rank_label) if one is not None), usual)
     if label is None:
         raise InputError(
             f"--rank_label: nothing says which label of {task.name} ranks candidates: give one of "
@@ -134,8 +130,7 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
 def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
     """The task's line as JSON values, for files that must know which task they belong to.
 
-    Args:
-        ranks: include the rank label, which decides how a student is used, but nothing that is read or learned.
+    It has the rank label, which decides nothing that is read or learned, only where the student `ranks` by one.
     """
     line = json.loads(json.dumps(asdict(task)))
     if not ranks or task.rank_label is None:
@@ -152,10 +147,8 @@ def task_from_dict(line: dict[str, Any]) -> Task:
 def check_sentence_pairs(task: Task) -> None:
     """Raise InputError for a task that a Siamese student cannot learn."""
     if task.text_b is None:
-        raise InputError(
-            f"--task_name: {task.name} has one sentence per row, and DSE scores pairs: "
-            "only finetune_bert.py (the teacher) takes it"
-        )
+        why = "has one sentence per row, and DSE scores pairs: only finetune_bert.py (the teacher) takes it"
+        raise InputError(f"--task_name: {task.name} {why}")
 
 
 _COLUMNS = {
@@ -206,7 +199,7 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f"{path}: a {kind} task needs {wanted}, found {labels}")
     if task.rank_label not in (None, *labels):
         raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {labels}")
-    known = (*DEFAULT_METRICS[kind], "mcc") if kind == BINARY else DEFAULT_METRICS[kind]
+    known = DEFAULT_METRICS[kind] + ("mcc",) * (kind == BINARY)
     if not set(task.metrics) <= set(known):
         raise InputError(f"{path}: metrics {list(task.metrics)}: a {kind} task knows {', '.join(known)}")
     if not re.fullmatch(r"[\w.-]+", task.name) or task.name.lower() in TASKS:
@@ -216,10 +209,6 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f'{path}: columns by name need a header line; give numbers from 0, or "header": true')
     if any(isinstance(column, int) and column < -1 for column in columns):
         raise InputError(f"{path}: column numbers start at 0, and -1 is the last; found {columns}")
-
-
-DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
-SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # what ranks checkpoints
 
 
 def winning_threshold(metrics: dict[str, float]) -> float | None:

@@ -11,10 +11,10 @@ from dse.system.files import read_json, sha256_json
 
 logger = logging.getLogger(__name__)
 
-
 # Classes whose ids are those of BERT's WordPiece, and such as leave all rules to tokenizer.json.
 _CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 _FROM_FILE = ("PreTrainedTokenizer", "TokenizersBackend")
+_CASING = ("no --do_lower_case (cased)", "--do_lower_case (uncased)")
 # Rules of tokenizer_config.json that the library no longer reads: the values that mean BERT's.
 _SPLITTING = {
     "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece", "do_word_tokenize": True,
@@ -29,33 +29,23 @@ def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     Raises InputError when the folder's tokenizer is another one, which the flag would not reach. Warns when
     the model was saved with the other casing.
     """
-    from transformers import BertTokenizer
-
     saved = saved_casing(folder, flag)
     check_tokenizer_class(folder, flag)
-    try:
-        tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=do_lower_case)
-    except Exception as error:  # a spoiled vocabulary raises whatever its reader trips over
-        raise InputError(f"{flag}: the tokenizer of {folder} cannot be loaded ({one_line(error)})") from error
+    tokenizer = tokenizer_in(folder, f"{flag}: ", do_lower_case=do_lower_case)
     normalizer = tokenizer.backend_tokenizer.normalizer
     if getattr(normalizer, "lowercase", None) is not do_lower_case:
-        raise InputError(
-            f"{flag}: the tokenizer of {folder} does not honour {_casing_flag(do_lower_case)}: "
-            f"its normalizer is {normalizer}"
-        )
+        unmet = f"does not honour {_CASING[do_lower_case]}: its normalizer is {normalizer}"
+        raise InputError(f"{flag}: the tokenizer of {folder} {unmet}")
     _check_rules(folder, tokenizer, do_lower_case, flag)
     tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.unk_token]
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    vocab_size = read_json(folder / "config.json", "the model's configuration").get("vocab_size", 30522)
-    if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= vocab_size:
-        raise InputError(
-            f"{flag}: the vocabulary of {folder} does not fit its model: {len(vocabulary)} entries for {vocab_size} "
-            f"embeddings, {', '.join(map(str, tokens))} expected among them"
-        )
+    size = read_json(folder / "config.json", "the model's configuration").get("vocab_size", 30522)
+    if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= size:
+        found = f"{len(vocabulary)} entries for {size} embeddings, {', '.join(map(str, tokens))} expected among them"
+        raise InputError(f"{flag}: the vocabulary of {folder} does not fit its model: {found}")
     if saved is not None and saved != do_lower_case:
-        logger.warning(
-            "%s was saved with %s, and this run uses %s", folder, _casing_flag(saved), _casing_flag(do_lower_case)
-        )
+        was, now = _CASING[bool(saved)], _CASING[do_lower_case]
+        logger.warning("%s was saved with %s, and this run uses %s", folder, was, now)
     return tokenizer
 
 
@@ -65,23 +55,17 @@ def check_tokenizer_class(folder: Path, flag: str) -> None:
     transformers would take the vocabulary and put BERT's rules around it, with a warning at most.
     """
     known = _CLASSES + _FROM_FILE * (folder / "tokenizer.json").is_file()
-    for name in ("tokenizer_config.json", "config.json"):
-        if not (folder / name).is_file():
-            continue
-        config = read_json(folder / name, "a configuration")
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        config = _json_in(path)
         named = config.get("tokenizer_class")
         if named is not None and str(named).removesuffix("Fast") not in known:
-            raise InputError(
-                f"{flag}: {folder / name} names the tokenizer {named}; expected BERT's: {', '.join(known)}"
-            )
-        for key, expected in _SPLITTING.items() if name == "tokenizer_config.json" else ():
-            value = config.get(key)
-            some = isinstance(expected, list) and isinstance(value, list) and set(map(str, value)) <= set(expected)
-            if value not in (None, expected, {}) and not some:
-                raise InputError(
-                    f"{flag}: {folder / name}: {key} is {value!r}, and BERT's WordPiece has {expected!r}; "
-                    "take a model whose tokenizer is BERT's"
-                )
+            raise InputError(f"{flag}: {path} names the tokenizer {named}; expected BERT's: {', '.join(known)}")
+    for key, expected in _SPLITTING.items():
+        value = config.get(key)
+        some = isinstance(expected, list) and isinstance(value, list) and set(map(str, value)) <= set(expected)
+        if value not in (None, expected, {}) and not some:
+            differs = f"{key} is {value!r}, and BERT's WordPiece has {expected!r}"
+            raise InputError(f"{flag}: {path}: {differs}; take a model whose tokenizer is BERT's")
 
 
 def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -> None:
@@ -99,12 +83,9 @@ def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -
 
     used = rules_of(json.loads(tokenizer.backend_tokenizer.to_str()))
     if (folder / "tokenizer.json").is_file():
-        said = rules_of(read_json(folder / "tokenizer.json", "the tokenizer"))
-    elif (folder / "added_tokens.json").is_file():  # beside vocab.txt
-        added = read_json(folder / "added_tokens.json", "the added tokens")
-        said = {f"id of {token!r}": place for token, place in added.items()}
-    else:
-        said = {}
+        said = rules_of(_json_in(folder / "tokenizer.json"))
+    else:  # vocab.txt, and what was added to it
+        said = {f"id of {token!r}": place for token, place in _json_in(folder / "added_tokens.json").items()}
     for key, value in said.items():
         if used.get(key) != value:
             raise InputError(
@@ -113,28 +94,24 @@ def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -
             )
 
 
-def _casing_flag(do_lower_case: bool) -> str:
-    return "--do_lower_case (uncased)" if do_lower_case else "no --do_lower_case (cased)"
+def _json_in(path: Path) -> dict[str, Any]:
+    """The JSON object of one of a model's files; an empty one where there is no such file."""
+    return read_json(path, "a file of the model") if path.is_file() else {}
 
 
 def saved_casing(folder: Path, flag: str) -> bool | None:
     """The casing that the folder's files tell, if they do. Raises InputError for a tokenizer that is not BERT's."""
-    casing = None
-    if (folder / "tokenizer.json").is_file():
-        whole = read_json(folder / "tokenizer.json", "the tokenizer")
-        model, normalizer = whole.get("model") or {}, whole.get("normalizer") or {}
-        # transformers would take the vocabulary and silently put BERT's own rules around it.
-        if model.get("type", "WordPiece") != "WordPiece" or normalizer.get("type") != "BertNormalizer":
-            raise InputError(
-                f"{flag}: {folder} has a {model.get('type')} tokenizer with normalizer {normalizer.get('type')}, which "
-                "does not honour --do_lower_case; expected BERT's (WordPiece, BertNormalizer)"
-            )
-        casing = normalizer.get("lowercase")
-    if (folder / "tokenizer_config.json").is_file():
-        casing = read_json(folder / "tokenizer_config.json", "the tokenizer's configuration").get(
-            "do_lower_case", casing
+    whole = _json_in(folder / "tokenizer.json")
+    model, normalizer = whole.get("model") or {}, whole.get("normalizer") or {}
+    # transformers would take the vocabulary and silently put BERT's own rules around it.
+    if (folder / "tokenizer.json").is_file() and (
+        model.get("type", "WordPiece") != "WordPiece" or normalizer.get("type") != "BertNormalizer"
+    ):
+        raise InputError(
+            f"{flag}: {folder} has a {model.get('type')} tokenizer with normalizer {normalizer.get('type')}, which "
+            "does not honour --do_lower_case; expected BERT's (WordPiece, BertNormalizer)"
         )
-    return casing
+    return _json_in(folder / "tokenizer_config.json").get("do_lower_case", normalizer.get("lowercase"))
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -152,20 +129,18 @@ def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:
 
 
 def tokenizer_from_files(files: dict[str, str]) -> Any:
-    """The tokenizer that `tokenizer_to_files` took apart."""
-    from transformers import BertTokenizer
-
+    """The tokenizer that `tokenizer_to_files` took apart. Raises InputError where it cannot be loaded."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return BertTokenizer.from_pretrained(folder)
+        return tokenizer_in(Path(folder), "a checkpoint's tokenizer: ")
 
 
-def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer that a student's folder holds. Raises InputError where it cannot be loaded."""
+def tokenizer_in(folder: Path, where: str = "", **options: Any) -> Any:
+    """A folder's BertTokenizer. Raises InputError, which begins with `where`, if it cannot be loaded."""
     from transformers import BertTokenizer
 
     try:
-        return BertTokenizer.from_pretrained(folder)
+        return BertTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # a spoiled one raises whatever its reader trips over
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
+        raise InputError(f"{where}{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error

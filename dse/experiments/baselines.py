@@ -4,8 +4,8 @@
     regression   CosineSimilarityLoss on scores scaled to [0, 1]; the score is the cosine
     multiclass   SoftmaxLoss: a linear layer on [u, v, |u - v|]
 
-Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; the losses are the ones that
-sentence-transformers' own examples use for such data). AdamW with linear warm-up and decay, as its `fit` does.
+Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP 2019; losses as in the examples of
+sentence-transformers). AdamW with linear warm-up and decay, as its `fit` does.
 """
 
 from pathlib import Path
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 
+from dse.data.features import in_batches
 from dse.data.processors import Examples
-from dse.data.tasks import BINARY, REGRESSION, Task
+from dse.data.tasks import BINARY, MULTICLASS, REGRESSION, Task
 from dse.experiments.presets import SENTENCE_BERT
 from dse.system.files import load_tensors, save_tensors
-from dse.training.epoch_plan import epoch_order
+from dse.training.epoch_plan import count_updates, epoch_order
 from dse.training.optimization import NO_DECAY
 
 EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = SENTENCE_BERT.values()
@@ -38,9 +40,7 @@ def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "
 
 
 class SentenceBert:
-    """An encoder and its loss, trained on a task's pairs; `seed` decides the order of the rows, dropout and the layer
-    of SoftmaxLoss.
-    """
+    """An encoder and its loss; `seed` decides the order of the rows, dropout and the layer of SoftmaxLoss."""
 
     def __init__(self, bert_folder: Path, task: Task, max_seq_length: int, seed: int, device: torch.device) -> None:
         from sentence_transformers.sentence_transformer import losses
@@ -61,14 +61,10 @@ class SentenceBert:
         groups: dict[float, list[nn.Parameter]] = {DECAY: [], 0.0: []}
         for name, parameter in self.loss.named_parameters():
             groups[0.0 if any(part in name for part in NO_DECAY) else DECAY].append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=RATE
-        )
-        total = epochs * -(-pairs // PAIRS_PER_UPDATE)
-        warmup = int(WARMUP * total)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda n: n / warmup if n < warmup else (total - n) / max(1, total - warmup)
-        )
+        by_decay = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
+        self.optimizer = torch.optim.AdamW(by_decay, lr=RATE)
+        updates = epochs * count_updates(pairs, PAIRS_PER_UPDATE, 1)
+        self.schedule = get_linear_schedule_with_warmup(self.optimizer, int(WARMUP * updates), updates)
 
     @property
     def rate(self) -> float:
@@ -93,14 +89,11 @@ class SentenceBert:
         from sentence_transformers import util
 
         self.loss.train()
-        order, sum_of_losses = epoch_order(len(examples), self.seed, epoch), 0.0
-        labels = torch.tensor(examples.labels)
+        labels, losses = torch.tensor(examples.labels), []
         if self.task.kind == REGRESSION:
-            low, high = labels.min(), labels.max()
-            labels = (labels - low) / (high - low)
-        starts = range(0, len(order), PAIRS_PER_UPDATE)
-        for start in tqdm(starts, desc=f"Sentence-BERT, epoch {epoch}", disable=None, leave=False):
-            rows = order[start : start + PAIRS_PER_UPDATE]
+            labels = (labels - labels.min()) / (labels.max() - labels.min())
+        batches = in_batches(epoch_order(len(examples), self.seed, epoch), PAIRS_PER_UPDATE)
+        for rows in tqdm(batches, desc=f"Sentence-BERT, epoch {epoch}", disable=None, leave=False):
             sides = [
                 util.batch_to_device(self.model.preprocess([texts[row] for row in rows]), self.device)
                 for texts in (examples.first, examples.second)
@@ -111,8 +104,8 @@ class SentenceBert:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.schedule.step()
-            sum_of_losses += loss.item()
-        return sum_of_losses / len(starts)
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
 
     @torch.inference_mode()
     def score(self, examples: Examples) -> np.ndarray:
@@ -122,6 +115,6 @@ class SentenceBert:
         place = {text: i for i, text in enumerate(texts)}
         embeddings = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
         u, v = (embeddings[[place[text] for text in side]] for side in (examples.first, examples.second))
-        if self.task.kind in (BINARY, REGRESSION):
+        if self.task.kind != MULTICLASS:
             return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
         return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).cpu().numpy()

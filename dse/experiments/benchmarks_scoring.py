@@ -1,8 +1,8 @@
 """Measuring what the student is for: one query against very many stored candidates.
 
 One run has the same query and candidates for the cross-encoder, which reads every pair (measured on a part, per pair);
-for the head on concatenated blocks of stored embeddings, as in training; and for the index. They take turns, and the
-fastest turn of each counts. Embedding the candidates happens once and is reported apart.
+for the head on blocks of stored embeddings, as in training; and for the index. Embedding the candidates happens once
+and is reported apart.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from dse.data.features import joint_features
 from dse.data.processors import Examples, read_examples
-from dse.experiments.benchmarks import Given, take_turns
+from dse.data.tasks import Task
+from dse.experiments.benchmarks import take_turns
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import infer
+from dse.networks.pretrained import OpenedBert
 from dse.networks.student import new_network
 from dse.networks.teacher import load_teacher
 from dse.storage.index_files import BLOCK
@@ -41,56 +44,43 @@ CROSS_ENCODER_PAIRS = 512
 TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
 
 
-def naive_scores(model: DSESiameseClassifier, query: Tensor, index: CandidateIndex) -> np.ndarray:
+@torch.inference_mode()
+def naive_outputs(query: str, index: CandidateIndex) -> Tensor:
     """The head as it is trained, [u, v, u * v, |u - v|] made for every pair, a block of candidates at a time."""
-    outputs = []
-    with torch.inference_mode():
-        for start in range(0, len(index), BLOCK):
-            v = index.block(start)
-            outputs.append(model.network.siamese_head(query.expand_as(v), v).numpy())
-    return np.concatenate(outputs)
+    head, u = index.model.network.siamese_head, index.model.encode(query, convert_to="tensor")
+    blocks = (index.block(start) for start in range(0, len(index), BLOCK))
+    return torch.cat([head(u.expand_as(v), v) for v in blocks])
 
 
-def repeated(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """`count` candidates: the sentences over and over, each embedded once."""
-    for start in range(0, count, len(sentences)):
-        some = min(len(sentences), count - start)
-        yield embeddings[:some], sentences[:some]
-
-
-def memory_above(run: Callable[[], object]) -> float:
-    """The most anonymous memory that `run` takes above that at its start, MiB, looked at every few milliseconds."""
-    before, done, found = anonymous_memory(), threading.Event(), [0.0]
+def watched(memory: dict[str, float], name: str, run: Callable[..., object], *args: object) -> None:
+    """Run, and keep in `memory` the most anonymous memory taken above that at its start, MiB, as far as seen."""
+    before, done = anonymous_memory(), threading.Event()
+    memory.setdefault(name, 0.0)
 
     def look() -> None:
         while not done.wait(0.003):
-            found.append(anonymous_memory() - before)
+            memory[name] = max(memory[name], anonymous_memory() - before)
 
     watch = threading.Thread(target=look, daemon=True)
     watch.start()
-    run()
+    run(*args)
     done.set()
     watch.join()
-    return max(found)
 
 
-def student_of(args: argparse.Namespace, given: Given) -> DSESiameseClassifier:
-    """The student of --model, or an untrained one with the architecture flags, which takes as long."""
+def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
+    """Measure each number of candidates, the task's training sentences over and over; print the table."""
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
-        if model.task != given.task:
-            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {given.task.name}")
-        return model
-    network = new_network(given.folder, DSEConfig.from_flags(args, given.bert)).eval()
-    return DSESiameseClassifier(network, given.tokenizer, given.task, args.max_seq_length)
-
-
-def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
-    """Measure each number of candidates, the task's training sentences over and over; print the table."""
-    model = student_of(args, given)
-    examples = read_examples(given.task, args.data_dir, "train")
+        if model.task != task:
+            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {task.name}")
+    else:  # an untrained one takes as long
+        network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
+        model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
+    examples = read_examples(task, args.data_dir, "train")
     query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
-    seconds_per_pair = cross_encoder_seconds(args, given, query, sentences)
+    some = sentences[:CROSS_ENCODER_PAIRS]
+    seconds_per_pair = cross_encoder_seconds(args, task, bert, Examples([query] * len(some), some))
     sentences = sentences[: max(args.candidates)]
     started = time.perf_counter()
     embeddings = model.encode(sentences, show_progress=False)
@@ -99,13 +89,13 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     print(f"\n{'candidates':>10}  {'way':<16}{'seconds':>12}{'pairs a second':>17}{'ours is':>10}{'memory above':>15}")
     with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
         for count in args.candidates:
-            candidates, place = repeated(embeddings, sentences, count), Path(folder) / str(count)
-            index = CandidateIndex.from_embeddings(model, candidates, place)
-            numbers["candidates"][count] = one_size(args, model, index, query, seconds_per_pair)
-            if index.model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
+            parts = [(embeddings[:left], sentences[:left]) for left in range(count, 0, -len(sentences))]
+            index = CandidateIndex.from_embeddings(model, parts, Path(folder) / str(count))
+            numbers["candidates"][count] = one_size(args, index, query, seconds_per_pair)
+            if model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
                 numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
-                halved = CandidateIndex.from_embeddings(model, repeated(embeddings, sentences, count), dtype="float16")
+                halved = CandidateIndex.from_embeddings(model, parts, dtype="float16")
                 half = relative_difference(halved.score(query), index.score(query))
                 numbers["max_relative_difference_float16"] = half
     numbers |= numbers["candidates"][max(args.candidates)]
@@ -116,19 +106,15 @@ def scoring(args: argparse.Namespace, given: Given) -> dict[str, Any]:
     return numbers
 
 
-def cross_encoder_seconds(args: argparse.Namespace, given: Given, query: str, sentences: list[str]) -> float:
-    """Seconds per pair of a cross-encoder of --bert_model on the query with some sentences, packed and by length."""
-    some = sentences[:CROSS_ENCODER_PAIRS]
-    features = joint_features(given.task, Examples([query] * len(some), some), given.tokenizer, args.max_seq_length)
+def cross_encoder_seconds(args: argparse.Namespace, task: Task, bert: OpenedBert, pairs: Examples) -> float:
+    """Seconds per pair of a cross-encoder of --bert_model, packed and by length."""
+    features = joint_features(task, pairs, bert.tokenizer, args.max_seq_length)
     batches = Batches(features, "packed", args.max_seq_length)
-    bert = load_teacher(given.folder, given.task, fine_tuned=False)  # untrained takes as long
-
-    def read() -> None:
-        infer(bert, batches, 10**6, torch.device("cpu"), "teacher")
-
+    teacher = load_teacher(bert.folder, task, fine_tuned=False)  # untrained takes as long
+    read = partial(infer, teacher, batches, 10**6, torch.device("cpu"), "teacher")
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]
-    logger.info("cross-encoder: %d pairs, %.0f a second", len(some), len(some) / seconds)
-    return seconds / len(some)
+    logger.info("cross-encoder: %d pairs, %.0f a second", len(pairs), len(pairs) / seconds)
+    return seconds / len(pairs)
 
 
 def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
@@ -136,27 +122,19 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(scores - expected).max() / np.abs(expected).max())
 
 
-def one_size(
-    args: argparse.Namespace, model: DSESiameseClassifier, index: CandidateIndex, query: str, per_pair: float
-) -> dict[str, Any]:
+def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
     """Measure one number of candidates: print its rows, and return its numbers."""
-
-    def naive() -> np.ndarray:
-        return naive_scores(model, model.encode(query, convert_to="tensor"), index)
-
     count, memory = len(index), {}
-    expected = rank_scores(torch.from_numpy(naive()), model.task).numpy()
+    expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
-
-    def remembered(name: str, run: Callable[[], object]) -> Callable[[], None]:
-        """`run`, which also records the most memory that it took."""
-        return lambda: memory.update({name: max(memory.get(name, 0.0), memory_above(run))})
-
-    variants = {NAIVE: remembered(NAIVE, naive), OURS: remembered(OURS, lambda: index.search(query, 10))}
+    variants = {
+        NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
+        OURS: partial(watched, memory, OURS, index.search, query, 10),
+    }
     seconds, *_ = take_turns(variants, args.rounds)
     # In fewer rounds, as it takes 64 times as long.
-    of_many, *_ = take_turns({"many": remembered("many", lambda: index.search(many, 10))}, min(2, args.rounds))
+    of_many, *_ = take_turns({"many": partial(watched, memory, "many", index.search, many, 10)}, min(2, args.rounds))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
     for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
         took = seconds[name]
@@ -193,8 +171,7 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds per query")
     for name in (TEACHER, NAIVE, OURS):
         points = [(count, each["seconds"][name]) for count, each in numbers["candidates"].items()]
-        if all(np.isfinite(seconds) for _, seconds in points):
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.3)
     with atomic_write(path) as beside:

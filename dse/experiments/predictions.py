@@ -1,7 +1,7 @@
 """Outputs of a trained teacher or student, told apart by its folder, on a task's rows; its answers in GLUE's words.
 
 Outputs have a student's form: in binary tasks one logit of "positive" (for a teacher, the difference of its two), else
-a logit per label, or a score. Teachers are packed on CPU, and students embed each text once.
+a logit per label, or a score.
 """
 
 import logging
@@ -13,7 +13,7 @@ import torch
 
 from dse.data.features import joint_features, separate_features
 from dse.data.processors import Examples
-from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task
+from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches, padding_for
@@ -33,14 +33,10 @@ MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not 
 
 
 def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> tuple[Scorer, float]:
-    """A function from the rows of a task to a model's outputs, and the model's threshold: a student's is that of its
-    training, a teacher's is 0.5.
+    """A model's outputs on the rows of a task, and its threshold: of a student that of its training, of a teacher 0.5.
 
-    Args:
-        name: folder of a student (or its hub name), or of a teacher that finetune_bert.py made.
-        batch_size: pairs of full length per step.
-
-    Raises InputError for a folder that is neither, and for a model of other labels or of another order of them.
+    `name` is the folder of a student (or its hub name), or of a teacher that finetune_bert.py made. A step has
+    `batch_size` pairs of full length. Raises InputError for a folder that is neither, and for other labels.
     """
     folder = Path(name).expanduser()
     config = folder / "config.json"
@@ -54,8 +50,7 @@ def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 3
 def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32) -> Scorer:
     """A student's outputs on a task, which must have the labels of the student's own."""
     own = model.task
-    if task.text_b is None:
-        raise InputError(f"--task_name: {task.name} has one sentence per row, and a student scores pairs")
+    check_sentence_pairs(task)
     if (own.kind, own.labels) != (task.kind, task.labels):
         raise InputError(
             f"--model: a student of {own.name} ({own.kind}, {list(own.labels)}), which does not "
@@ -84,18 +79,17 @@ def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: i
 
     def score(rows: Examples) -> np.ndarray:
         batches = Batches(joint_features(task, rows, tokenizer, length), padding_for(device, None))
-        logits = infer(teacher, batches, batch_size, device, "teacher")
-        return kind_of(task).targets(torch.from_numpy(logits)).numpy()
+        logits = torch.from_numpy(infer(teacher, batches, batch_size, device, "teacher"))
+        return kind_of(task).targets(logits).numpy()
 
     return score
 
 
 def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[str]:
-    """The outputs as GLUE wants them: names of labels, or a score with three decimals (for STS-B within 0 to 5). In a
-    binary task, a probability strictly above the threshold is positive.
+    """The outputs in GLUE's words: names of labels, or scores with three decimals (STS-B's within 0 to 5).
 
-    Raises InputError for NaN or infinite outputs, of a model whose training diverged: the leaderboard takes no NaN,
-    and a label made from one would mean nothing.
+    In a binary task, a probability strictly above the threshold is positive. Raises InputError for outputs that are NaN
+    or infinite, as those of a model whose training diverged.
 
     >>> from dse.data.tasks import TASKS
     >>> answers(TASKS["rte"], np.array([[-0.1], [0.1]], np.float32))

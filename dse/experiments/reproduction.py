@@ -3,9 +3,8 @@
     <output_dir>/mrpc_seed1/teacher.json   the record of a finished stage: settings, results, hashes of inputs and files
     <output_dir>/mrpc_seed1/teacher/       what its script wrote
 
-This module knows what is done and what is left; stages.py does it. A stage counts as done while its record has the same
-settings and inputs and its files have their hashes. It is done again when the files that it was made from have changed.
-A folder that was made with other settings is refused.
+This module knows what is left; stages.py does it. A stage is done while its record has the same inputs and its files
+have their hashes. A folder that was made with other settings is refused.
 """
 
 import importlib.util
@@ -70,17 +69,14 @@ class Experiment:
         self.sets = {"dev": read_examples(self.task, self.data_dir, "dev"), **({} if test is None else {"test": test})}
         others = [read_examples(self.task, self.data_dir, split).files for split, _ in self.task.also_validate]
         self.data = sum(others, self.train.files + self.sets["dev"].files)  # what the scripts read
-        self.data_dir, self.folder = (
-            self.data_dir.resolve(),
-            self.folder.resolve(),
-        )  # however they are spelled next time
+        self.data_dir = self.data_dir.resolve()  # however it is spelled next time, and the folder too
+        self.folder = self.folder.resolve()
 
     def settings(self, stage: str) -> dict[str, Any]:
         """All that the user chose and that decides what a stage gives: flags, data, encoder."""
-        about = {"task": self.task.name, "seed": self.seed, "data": self.data, "bert": self.encoder.hashes,
-                 "do_lower_case": self.encoder.lower_case}  # fmt: skip
         chosen = SENTENCE_BERT if stage == "sentence_bert" else {"flags": self.preset.flags(stage, self.task)}
-        return {**about, **chosen}
+        return {"task": self.task.name, "seed": self.seed, "data": self.data, "bert": self.encoder.hashes,
+                "do_lower_case": self.encoder.lower_case, **chosen}  # fmt: skip
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a stage; None if it is not done."""
@@ -95,13 +91,10 @@ class Experiment:
 
     def check_settings(self) -> None:
         """Raise InputError, naming both values, if a finished stage had other settings."""
-        for stage in self.stages:
-            record = self.record(stage)
-            if record is None:
-                continue
+        done = {stage: record for stage in self.stages if (record := self.record(stage))}
+        for stage, record in done.items():
             for key, value in self.settings(stage).items():
-                there = record["settings"].get(key)
-                if there != value:
+                if (there := record["settings"].get(key)) != value:
                     raise InputError(
                         f"--output_dir: {self.folder / stage} was made with {key} {there}, and now it is {value}; "
                         "name another --output_dir, or remove what is there"
@@ -117,8 +110,8 @@ class Experiment:
             if record is None or set(STAGES[stage]) & set(left) or record["inputs"] != self.inputs(stage):
                 left.append(stage)
                 continue
-            files = [(self.folder / name, expected) for name, expected in record["files"].items()]
-            if not all(path.is_file() and sha256_file(path) == expected for path, expected in files):
+            files = {name: sha256_file(path) for name in record["files"] if (path := self.folder / name).is_file()}
+            if files != record["files"]:
                 left.append(stage)
         return left
 
@@ -142,9 +135,7 @@ def seconds_left(works: list[Experiment], left: Left) -> float:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record of a stage; None if there is none."""
-    if not path.is_file():
-        return None
-    record = read_json(path, "the record of a stage")
-    if record.get("format") != FORMAT:
+    record = read_json(path, "the record of a stage") if path.is_file() else None
+    if record is not None and record.get("format") != FORMAT:
         raise InputError(f"{path}: not a record that this version reads; name another --output_dir, or move it away")
     return record

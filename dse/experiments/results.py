@@ -6,8 +6,9 @@ columns of a row are means over the same seeds: a seed that lacks a column which
 """
 
 import importlib.util
-import math
 import platform
+from functools import partial
+from itertools import product
 from operator import sub
 from pathlib import Path
 from statistics import mean, stdev
@@ -50,41 +51,35 @@ _COMPARISONS = {  # by key: heading, the two models, whether dev chooses their t
 
 
 def headline(task: Task, tuned: bool = False) -> str:
-    """The metric that degradation is measured on: f1 for mrpc and qqp, Pearson for regressions, else accuracy.
-    `tuned` takes the one above the threshold chosen on dev, if there is one.
-    """
+    """The metric of degradation: f1, Pearson or accuracy; with `tuned`, above the threshold of dev if there is one."""
     if task.kind == REGRESSION:
         return "pearson"
     name = "f1" if "f1" in task.metrics else "accuracy"
     return f"tuned_{name}" if tuned and task.kind == BINARY else name
 
 
-def spreads(columns: dict[Any, list[float | None]]) -> tuple[dict[Any, Spread | None], set[int]]:
-    """Each column's spread over the seeds that all non-empty columns have, and the places of the seeds left out.
+def spreads(columns: dict[Any, list[float | None]], left_out: set[int]) -> dict[Any, Spread | None]:
+    """Each column's spread over the seeds that all non-empty columns have; the places of others join `left_out`.
 
-    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]})[0]["teacher"]
+    >>> spreads({"teacher": [0.5, 0.75], "dse": [0.5, None], "sentence_bert": [None, None]}, set())["teacher"]
     {'mean': 0.5, 'sd': None, 'n': 1}
     """
-    found = [values for values in columns.values() if any(value is not None for value in values)]
-    by_seed = list(zip(*found, strict=True))
-    whole = [place for place, values in enumerate(by_seed) if None not in values]
-    begun = {place for place, values in enumerate(by_seed) if any(value is not None for value in values)}
+    found = [values for values in columns.values() if set(values) - {None}]
+    by_seed = list(enumerate(zip(*found, strict=True)))
+    whole = [place for place, values in by_seed if None not in values]
+    left_out.update(place for place, values in by_seed if None in values and set(values) - {None})
 
     def spread(values: list[float | None]) -> Spread | None:
         kept = [values[place] for place in whole if values[place] is not None]
         return {"mean": mean(kept), "sd": stdev(kept) if len(kept) > 1 else None, "n": len(kept)} if kept else None
 
-    return {column: spread(values) for column, values in columns.items()}, begun - set(whole)
+    return {column: spread(values) for column, values in columns.items()}
 
 
 def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     """The numbers of a task from the records of each seed."""
     seeds, left_out = list(by_seed.values()), set()
-
-    def row(columns: dict[Any, list[float | None]]) -> dict[Any, Spread | None]:
-        found, out = spreads(columns)
-        left_out.update(out)
-        return found
+    row = partial(spreads, left_out=left_out)
 
     def values(stage: str, split: str, name: str) -> list[float | None]:
         return [records.get(stage, {}).get("metrics", {}).get(split, {}).get(name) for records in seeds]
@@ -118,20 +113,12 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def average_degradation(tasks: dict[str, dict[str, Any]], split: str) -> float | None:
-    """The mean over the tasks that have it."""
-    found = [task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
-    return mean(found) if found else None
-
-
 def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]:
     """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
     preset, encoder = works[0].preset, works[0].encoder
     runs = []
-    for folder in sorted(output_dir.glob("*_seed*")):
-        for stage in STAGES:
-            if (record := read_record(folder / f"{stage}.json")) is None:
-                continue
+    for folder, stage in product(sorted(output_dir.glob("*_seed*")), STAGES):
+        if record := read_record(folder / f"{stage}.json"):
             settings = record["settings"]
             flags = preset.flags(stage, get_task(settings["task"]))
             if settings["bert"] == encoder.hashes and settings.get("flags", flags) == flags:
@@ -162,13 +149,7 @@ def missing_stages(
 def collect(
     output_dir: Path, works: list[Experiment], left: Left, names: dict[str, str], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """All of results.json, from the records in `output_dir`.
-
-    Args:
-        works, left: the experiments of this call, and their stages that are not done.
-        names: the names of tasks that are shown under another one.
-        about: command and preset.
-    """
+    """All of results.json, from the records in `output_dir`; `names` of tasks that are shown under another one."""
     runs = read_runs(output_dir, works)
     missing = missing_stages(output_dir, works, left, runs)
     by_task: dict[str, dict[int, Records]] = {}
@@ -177,10 +158,12 @@ def collect(
     tasks = {
         names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
     }
+    dev, test = ([task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
+                 for split in SPLITS)  # fmt: skip
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return without_nan({
-        "average_relative_degradation": average_degradation(tasks, "dev"),
-        "average_relative_degradation_test": average_degradation(tasks, "test"),
+        "average_relative_degradation": mean(dev) if dev else None,
+        "average_relative_degradation_test": mean(test) if test else None,
         "paper": PAPER,
         **about,
         "complete": not missing,
@@ -197,31 +180,20 @@ def can_plot() -> bool:
 
 
 def write_results(results: dict[str, Any], folder: Path) -> bool:
-    """Write results.json, results.md and, once all is done and if matplotlib is installed, the plots.
-
-    Returns whether the plots were drawn.
-    """
+    """Write results.json and results.md; draw the plots, and return True, once all is done and matplotlib is there."""
     write_json(folder / "results.json", results)
     write_text(folder / "results.md", to_markdown(results))
-    draws = results["complete"] and can_plot()
-    if draws:
+    if draws := results["complete"] and can_plot():
         draw(results, folder)
     return draws
 
 
-def show(value: Spread | None, percent: bool = False) -> str:
-    """ "0.861 ± 0.004", "+1.2 % ± 0.3 %", or "-" for nothing."""
+def show(value: Spread | None, form: str = ".3f") -> str:
+    """ "0.861 ± 0.004", with the form "+.1%" "+1.2 % ± 0.3 %"; "-" for nothing."""
     if value is None:
         return "-"
-    numbers = [value["mean"], *([] if value["sd"] is None else [value["sd"]])]
-    if percent:
-        return " ± ".join(f"{100 * number:{'' if i else '+'}.1f} %" for i, number in enumerate(numbers))
-    return " ± ".join(f"{number:.3f}" for number in numbers)
-
-
-def signed(value: Spread | None) -> str:
-    """A difference, with its sign."""
-    return show(value) if value is None or value["mean"] < 0 else f"+{show(value)}"
+    spread = [] if value["sd"] is None else [format(value["sd"], form.lstrip("+"))]
+    return " ± ".join([format(value["mean"], form), *spread]).replace("%", " %")
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -233,19 +205,18 @@ def to_markdown(results: dict[str, Any]) -> str:
         for split, metrics in task["table"].items()
         for metric, values in metrics.items()
     ]
-    differences = [key for key in _COMPARISONS if key != "degradation"]
+    forms = {key: "+.1%" if key == "degradation" else "+.3f" for key in _COMPARISONS}
     compared = [
-        (name, *(show(task["degradation"][split], percent=True) for split in SPLITS),
-         *(signed(task[key][split]) for key in differences for split in SPLITS))
+        (name, *(show(task[key][split], form) for key, form in forms.items() for split in SPLITS))
         for name, task in tasks.items()
-    ]  # fmt: skip
-    averages = [results["average_relative_degradation"], results["average_relative_degradation_test"]]
+    ]
+    averages = [results[f"average_relative_degradation{end}"] for end in ("", "_test")]
     shown = ["-" if value is None else f"{100 * value:+.1f} %" for value in averages]
     of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in SPLITS]
     compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
     compared.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", "", "", "", "", ""))
     minutes = [
-        (name, *("-" if task["minutes"][stage] is None else f"{task['minutes'][stage]['mean']:.1f}" for stage in TIMED))
+        (name, *(show(each and {**each, "sd": None}, ".1f") for each in task["minutes"].values()))
         for name, task in tasks.items()
     ]
     headings = [f"{heading}, {split}" for heading, *_ in _COMPARISONS.values() for split in SPLITS]
@@ -259,11 +230,11 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 def introduction(results: dict[str, Any]) -> str:
     """What was run, where, with which seeds, and how long all of it took."""
-    runs, seeds = results["runs"], {}
-    for run in runs:
-        seeds.setdefault(run["task"], {})[str(run["seed"])] = None
-    names = {task["task"]: name for name, task in results["tasks"].items()}
-    of_tasks = "; ".join(f"{names[task]} {', '.join(of_task)}" for task, of_task in seeds.items())
+    runs, tasks = results["runs"], results["tasks"]
+    seeds = "; ".join(
+        f"{name} {', '.join(dict.fromkeys(str(run['seed']) for run in runs if run['task'] == task['task']))}"
+        for name, task in tasks.items()
+    )
     versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
     took = duration(sum(run["seconds"] for run in runs))
     where = results["machine"]["gpu"] or f"CPU, {results['machine']['threads']} threads"
@@ -271,12 +242,12 @@ def introduction(results: dict[str, Any]) -> str:
     state = f"Not complete: {'; '.join(lacks)}. " if lacks else ""
     left_out = [
         f"{name} {seed} (without {', '.join(MODELS[stage] for stage in lacking) or 'some metric'})"
-        for name, task in results["tasks"].items() for seed, lacking in task["left_out"].items()
+        for name, task in tasks.items() for seed, lacking in task["left_out"].items()
     ]  # fmt: skip
     of_all = f"Rows are means over the seeds that have all their columns: {'; '.join(left_out)} left out. "
     return (
         f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
-        f"seeds ({of_tasks}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
+        f"seeds ({seeds}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
         "teacher's is its last."
     )
 
@@ -287,13 +258,16 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 
     (folder / "plots").mkdir(exist_ok=True)
     for name, task in results["tasks"].items():
-        metric, runs = task["metric"], [run for run in results["runs"] if run["task"] == task["task"]]
+        metric = task["metric"]
+        keys = (metric, f"{metric}_0.5", f"tuned_{metric}", "acc")  # as the stages name it; "acc": a teacher's accuracy
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=f"{metric} on dev", title=name)
-        for run in (run for run in runs if run["stage"] in MODELS):
-            points = [(epoch["epoch"], on_dev(epoch["validation"], metric) or math.nan) for epoch in run["history"]]
+        for run in (run for run in results["runs"] if run["task"] == task["task"] and run["stage"] in MODELS):
+            on_dev = [next(epoch["validation"][key] for key in keys if key in epoch["validation"])
+                      for epoch in run["history"]]  # fmt: skip
             color = f"C{list(MODELS).index(run['stage'])}"
-            axes.plot(*zip(*points, strict=True), marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
+            # A value that is undefined is None here, and leaves a gap.
+            axes.plot(range(len(on_dev)), on_dev, marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
         axes.xaxis.get_major_locator().set_params(integer=True)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of all seeds
         axes.legend(handles.values(), handles.keys())
@@ -302,15 +276,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="pairs scored per second", ylabel=f"{metric} on dev", title=name, xscale="log")
         for stage, rate in task["pairs_per_second"].items():
-            value = task["table"]["dev"][metric][stage]
-            if value is None:  # NaN
-                continue
-            axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
+            if value := task["table"]["dev"][metric][stage]:  # None: undefined
+                axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
         axes.legend()
         figure.savefig(folder / "plots" / f"{name}_speed.png", dpi=100)
-
-
-def on_dev(metrics: dict[str, float], metric: str) -> float:
-    """A metric of an epoch's record, which teachers, students and Sentence-BERT name differently."""
-    names = (metric, f"{metric}_0.5", f"tuned_{metric}", {"accuracy": "acc"}.get(metric))
-    return next(metrics[name] for name in names if name in metrics)

@@ -1,13 +1,7 @@
 """Doing the stages of a reproduction; reproduction.py knows which are left.
 
-    teacher, logits        finetune_bert.py, run_distillation_logits_creator.py
-    dse                    dse_train_runner.py with the preset's coefficient
-    labels_only            the same with coefficient 0: without teacher
-    logits_only            the same with coefficient 1: without labels
-    sentence_bert          baselines.py, if sentence-transformers is installed
-    rates                  pairs scored per second, of teacher and students side by side
-
-A finished student keeps its best epoch, as a folder that loads, and no checkpoints.
+Each runs its script, but for `sentence_bert` (baselines.py) and `rates`: pairs scored per second, of teacher and
+students side by side. A finished student keeps its best epoch, as a folder that loads, and no checkpoints.
 """
 
 import logging
@@ -16,12 +10,13 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
-import torch
 
 import dse_train_runner
 import finetune_bert
@@ -41,8 +36,7 @@ from dse.storage.student_folder import best_folders, read_config, told_by
 from dse.system.device import select_device
 from dse.system.errors import InputError
 from dse.system.files import sha256_file, utc_stamp, write_json, write_text
-from dse.training.kinds import kind_of
-from dse.training.metrics import best_threshold
+from dse.training.kinds import best_threshold, kind_of
 from dse.training.reporting import format_record
 
 logger = logging.getLogger(__name__)
@@ -62,7 +56,7 @@ def do(work: Experiment, stage: str) -> None:
     inputs, started = work.inputs(stage), time.monotonic()
     before = float(spent.read_text()) if spent.is_file() else 0.0
     try:
-        result, files = _DO[stage](work, stage)
+        result, files = _DO[stage](work, place)
     except BaseException:
         write_text(spent, str(before + time.monotonic() - started))
         raise
@@ -85,12 +79,10 @@ def tidy(work: Experiment, stage: str) -> None:
 
 
 def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
-    """Run a script on an experiment's data. Returns the command line; raises InputError, naming the script, if the
-    script refuses.
-    """
-    common = ["--task_name", work.task.name, "--data_dir", work.data_dir]
+    """Run a script on an experiment's data and return its command line. Raises InputError where the script refuses."""
     casing = ["--do_lower_case"] if work.encoder.lower_case else []
-    argv = [str(flag) for flag in (*common, *casing, "--max_seq_length", work.preset.max_seq_length, *flags)]
+    common = ["--task_name", work.task.name, "--data_dir", work.data_dir, *casing]
+    argv = [*map(str, common), "--max_seq_length", str(work.preset.max_seq_length), *map(str, flags)]
     logger.info("python %s %s", script.PROG, shlex.join(argv))
     try:
         script.run(script.parse_arguments(argv))
@@ -99,22 +91,17 @@ def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
     return [script.PROG, *argv]
 
 
-def _teacher(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
-    folder = work.folder / stage
+def _teacher(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         finetune_bert, work, "--bert_model", work.encoder.folder, "--output_dir", folder, "--do_train", "--do_eval",
-        "--seed", work.seed, *work.preset.flags(stage, work.task), "--resume",
+        "--seed", work.seed, *work.preset.flags("teacher", work.task), "--resume",
     )  # fmt: skip
-    training = read_training(folder)
-    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
-    result = {
-        "command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets),
-    }  # fmt: skip
+    training, (score, _) = read_training(folder), load_scorer(str(folder), work.task, select_device(False, 0))
+    result = {"command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets)}
     return result, [folder / name for name in (*training["sha256"], TRAINING)]
 
 
-def _logits(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
-    folder = work.folder / stage
+def _logits(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         run_distillation_logits_creator, work, "--train_features_path", folder / "features",
         "--bert_checkpoint_dir", work.folder / "teacher", "--output_dir", folder,
@@ -123,37 +110,37 @@ def _logits(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
     return {"command": command}, [folder / f"teacher_logits.{end}" for end in ("pt", "json")]
 
 
-def _student(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+def _student(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     command = _call(
         dse_train_runner, work, "--bert_model", work.encoder.folder, "--random_seed", work.seed,
         "--distillation_logits_path", work.folder / "logits" / "teacher_logits.pt",
-        *work.preset.flags(stage, work.task),
-        "--experiment_name", stage, "--checkpoint_dir", work.folder / stage, "--store_checkpoints", "--resume",
+        *work.preset.flags(folder.name, work.task),
+        "--experiment_name", folder.name, "--checkpoint_dir", folder, "--store_checkpoints", "--resume",
     )  # fmt: skip
-    folder = student_folder(work.folder, stage)
-    newest = max(folder.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    score, _ = load_scorer(str(folder), work.task, select_device(False, 0))
+    best = student_folder(work.folder, folder.name)
+    newest = max(best.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    score, _ = load_scorer(str(best), work.task, select_device(False, 0))
     result = {
         "command": command, "history": Checkpoint.read(newest).trainer["history"],
-        "metrics": measure(work.task, score, work.sets), "best_epoch": read_config(folder)["origin"]["epoch"],
+        "metrics": measure(work.task, score, work.sets), "best_epoch": read_config(best)["origin"]["epoch"],
     }  # fmt: skip
-    return result, sorted(path for path in folder.iterdir() if path.name != "README.md")
+    return result, sorted(path for path in best.iterdir() if path.name != "README.md")
 
 
-def _sentence_bert(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     """Like a student: the epoch with the best f1, accuracy or Pearson on dev counts, the first of equals."""
-    epochs, state = SENTENCE_BERT["epochs"], work.folder / stage / "state.pt"
+    epochs, state = SENTENCE_BERT["epochs"], folder / "state.pt"
     device = select_device(False, 0)
     baseline = SentenceBert(work.encoder.folder, work.task, work.preset.max_seq_length, work.seed, device)
     baseline.prepare(len(work.train))
     history: list[dict[str, Any]] = baseline.load(state) if state.is_file() else []
     for epoch in range(len(history), epochs):
         started = time.monotonic()
-        loss = baseline.train_epoch(work.train, epoch)
+        train = {"loss": baseline.train_epoch(work.train, epoch)}
         metrics = measure(work.task, baseline.score, work.sets)
         if work.task.kind == BINARY:  # a cosine above 0 means nothing
             metrics = {split: {n: v for n, v in found.items() if "tuned_" in n} for split, found in metrics.items()}
-        history.append({"epoch": epoch, "train": {"loss": loss}, "metrics": metrics, "validation": metrics["dev"],
+        history.append({"epoch": epoch, "train": train, "metrics": metrics, "validation": metrics["dev"],
                         "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
         baseline.save(state, history)
         logger.info("Sentence-BERT, epoch %d of 0 to %d: %s", epoch, epochs - 1, format_record(history[-1]))
@@ -162,22 +149,21 @@ def _sentence_bert(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
     return {"history": history, "best_epoch": best["epoch"], "metrics": best["metrics"]}, []
 
 
-def _rates(work: Experiment, stage: str) -> tuple[Result, list[Path]]:
+def _rates(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     """Pairs scored per second on dev: a teacher reads each pair, a student's head takes stored embeddings."""
-    rows, rates, device = work.sets["dev"], {}, select_device(False, 0)
-    variants = {"teacher": load_scorer(str(work.folder / "teacher"), work.task, device)[0]}
-    variants |= {name: _stored_scorer(student_folder(work.folder, name), rows, device) for name in STUDENTS}
-    for _ in range(_RATE_REPEATS):
-        for name, score in variants.items():
-            started = time.perf_counter()
-            score(rows)
-            rate = len(rows) / (time.perf_counter() - started)
-            rates[name] = max(rates.get(name, 0.0), rate)
-    return {"pairs_per_second": rates}, []
+    rows, device = work.sets["dev"], select_device(False, 0)
+    first, second = np.arange(2 * len(rows)).reshape(2, -1)
+    variants = {"teacher": partial(load_scorer(str(work.folder / "teacher"), work.task, device)[0], rows)}
+    for name in STUDENTS:
+        model = DSESiameseClassifier.from_pretrained(student_folder(work.folder, name)).to(device)
+        embeddings = model.encode([*rows.first, *rows.second])
+        variants[name] = partial(score_stored, model.network, embeddings, first, second, device)
+    turns = [{name: timeit(score, number=1) for name, score in variants.items()} for _ in range(_RATE_REPEATS)]
+    return {"pairs_per_second": {name: len(rows) / min(turn[name] for turn in turns) for name in variants}}, []
 
 
-# How each stage is done: gives what its record says, and the files that it made.
-_DO: dict[str, Callable[[Experiment, str], tuple[Result, list[Path]]]] = {
+# How each stage is done in its folder: gives what its record says, and the files that it made.
+_DO: dict[str, Callable[[Experiment, Path], tuple[Result, list[Path]]]] = {
     "teacher": _teacher, "logits": _logits, **dict.fromkeys(STUDENTS, _student),
     "sentence_bert": _sentence_bert, "rates": _rates,
 }  # fmt: skip
@@ -192,28 +178,22 @@ def student_folder(folder: Path, stage: str) -> Path:
     raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
 
 
-def _stored_scorer(folder: Path, rows: Examples, device: torch.device) -> Scorer:
-    """A student's head on embeddings of the rows that are stored already."""
-    model = DSESiameseClassifier.from_pretrained(folder).to(device)
-    embeddings, places = model.encode([*rows.first, *rows.second]), np.arange(2 * len(rows))
-    return lambda _: score_stored(model.network, embeddings, places[: len(rows)], places[len(rows) :], device)
-
-
 def measure(task: Task, score: Scorer, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
     """Metrics of what `score` says of each split's rows.
 
     Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
     on dev. Multiclass: accuracy. Regression: pearson, spearman.
     """
-    labels = {split: np.array(rows.labels) for split, rows in sets.items()}
-    outputs = {split: score(rows) for split, rows in sets.items()}
+    found = {split: (score(rows), np.array(rows.labels)) for split, rows in sets.items()}
     if task.kind != BINARY:
-        return {split: kind_of(task).metrics(outputs[split], labels[split]) for split in sets}
-    found: dict[str, dict[str, float]] = {split: {} for split in sets}
-    for name in ("f1", "accuracy"):
-        chosen = best_threshold(name, outputs["dev"][:, 0], labels["dev"])
-        for split in sets:
-            for prefix, above in (("", 0.0), ("tuned_", chosen)):
-                logits = outputs[split].astype(np.float64) - above
-                found[split][prefix + name] = kind_of(task).metrics(logits, labels[split])[f"{name}_0.5"]
-    return found
+        return {split: kind_of(task).metrics(*of_split) for split, of_split in found.items()}
+    outputs, labels = found["dev"]
+    thresholds = {name: best_threshold(name, outputs[:, 0], labels) for name in ("f1", "accuracy")}
+    return {
+        split: {
+            prefix + name: kind_of(task).metrics(outputs.astype(np.float64) - above, labels)[f"{name}_0.5"]
+            for name, chosen in thresholds.items()
+            for prefix, above in (("", 0.0), ("tuned_", chosen))
+        }
+        for split, (outputs, labels) in found.items()
+    }

@@ -6,6 +6,7 @@ five concepts differ. Nothing learned here says anything about real language.
 """
 
 import random
+from itertools import chain
 from pathlib import Path
 
 from dse.system.files import write_text
@@ -27,7 +28,6 @@ FORMS = (
     "in the {where} a {what} was {did} by the {who} {when} .",
     "{when} a {what} was {did} in the {where} by the {who} .",
 )
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def _sentence(concepts: list[int], rng: random.Random) -> str:
@@ -48,18 +48,16 @@ def make_pair(rng: random.Random) -> tuple[int, str, str]:
 def write_pairs(path: Path, rows: int, seed: int) -> None:
     """Write pairs in MRPC's layout: Quality, #1 ID, #2 ID, #1 String, #2 String."""
     rng = random.Random(seed)
-    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
-    for i in range(rows):
-        label, first, second = make_pair(rng)
-        lines.append(f"{label}\t{2 * i}\t{2 * i + 1}\t{first}\t{second}")
-    write_text(path, "\n".join(lines) + "\n")
+    pairs = (make_pair(rng) for _ in range(rows))
+    lines = (f"{label}\t{2 * i}\t{2 * i + 1}\t{first}\t{second}\n" for i, (label, first, second) in enumerate(pairs))
+    write_text(path, "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "".join(lines))
 
 
 def vocabulary() -> list[str]:
     """BERT's special tokens, then every word of the sentences."""
-    words = {word for slot in SLOTS for concept in slot for word in concept}
-    words |= {word for form in FORMS for word in form.split() if "{" not in word}
-    return [*SPECIAL, *sorted(words)]
+    words = {word for form in FORMS for word in form.split() if "{" not in word}
+    words.update(*chain.from_iterable(SLOTS))
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
 
 
 def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
@@ -73,18 +71,17 @@ def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    words = vocabulary()
+    place = {word: i for i, word in enumerate(vocabulary())}
     config = BertConfig(
-        vocab_size=len(words), hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=len(place), hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=2 * hidden_size, max_position_embeddings=64, initializer_range=0.1,
         hidden_dropout_prob=0.05, attention_probs_dropout_prob=0.05,
     )  # fmt: skip
     torch.manual_seed(seed)
     bert = BertModel(config)
-    place = {word: i for i, word in enumerate(words)}
     with torch.no_grad():
         vectors = bert.embeddings.word_embeddings.weight.normal_(std=0.3)
-        for concept in (concept for slot in SLOTS for concept in slot):
+        for concept in chain.from_iterable(SLOTS):
             vectors[[place[word] for word in concept]] += torch.randn(hidden_size)
         bert.embeddings.token_type_embeddings.weight.normal_(std=0.5)
         attention = bert.encoder.layer[0].attention.self

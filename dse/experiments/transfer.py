@@ -1,17 +1,15 @@
 """Measuring sentence embeddings beyond the task that made them (the paper's claim of universal embeddings).
 
-    cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set; nothing is trained
-    probe        logistic regression on frozen embeddings, as SentEval does it: on [|u - v|, u * v] for pairs, on u for
-                 single sentences; cross-validation on the training set chooses the penalty
-
-An embedder is a function from texts to rows: a student, the encoder as downloaded (mean over all tokens of its last
-layer), or a bag of words (counts of the words of the task's training texts, a sparse matrix).
+cosine       Pearson and Spearman of cos(u, v) with the similarity scores of STS-B's dev set; nothing is trained
+probe        logistic regression on frozen embeddings, as SentEval does it: on [|u - v|, u * v] for pairs, on u for
+             single sentences; cross-validation on the training set chooses the penalty
 """
 
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +35,16 @@ from dse.training.reporting import markdown_table
 
 logger = logging.getLogger(__name__)
 
-Embedder = Callable[[list[str]], Any]  # texts to (texts, size), an array or a sparse matrix
+Embedder = Callable[[list[str]], Any]  # texts to (texts, size), an array or a sparse matrix; such as a student's encode
 PENALTIES = np.logspace(-4, 1, 6)  # the regression's C, inverse strengths
 FOLDS, STEPS = 5, 200
 COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 
-def student_embedder(model: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """A student's embeddings, computed in steps of `batch_size` sentences of full length."""
-    return lambda texts: model.encode(texts, batch_size)
-
-
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """The mean over all tokens of the last layer's states, of a BERT as downloaded.
+    """The mean over all tokens of the last layer's states, of a BERT as downloaded, with its own casing if it says so.
 
-    Texts are cut where the student cuts them, or where this BERT has no more positions. The casing is the folder's, or
-    the student's if the folder does not say.
+    Texts are cut where the student cuts them, or where this BERT has no more positions.
     """
     bert = bert_config(folder, "--bert_model")
     network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
@@ -60,7 +52,7 @@ def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: in
     lower_case = student.tokenizer.backend_tokenizer.normalizer.lowercase if casing is None else casing
     length = min(student.max_seq_length, bert.get("max_position_embeddings", student.max_seq_length))
     tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
-    return student_embedder(DSESiameseClassifier(network, tokenizer, student.task, length), batch_size)
+    return partial(DSESiameseClassifier(network, tokenizer, student.task, length).encode, batch_size=batch_size)
 
 
 def bag_of_words(training_texts: list[str]) -> Embedder:
@@ -96,11 +88,9 @@ def probe_features(embed: Embedder, rows: Examples) -> Any:
 
 
 def probe(embed: Embedder, task: Task, train: Examples, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
-    """Accuracy, and f1 of binary tasks, by split, of a logistic regression on frozen embeddings.
-
-    Each feature is brought to variance 1 (of a bag of words: to at most 1), which the penalty needs.
-    """
+    """Accuracy, and f1 of binary tasks, by split, of a logistic regression on frozen embeddings."""
     features = probe_features(embed, train)
+    # The penalty needs features of one variance, or in a bag of words of one maximum.
     scaler = MaxAbsScaler() if sparse.issparse(features) else StandardScaler()
     regression = LogisticRegressionCV(
         Cs=PENALTIES, cv=FOLDS, l1_ratios=(0.0,), scoring="accuracy", max_iter=STEPS, use_legacy_attributes=False
@@ -141,43 +131,40 @@ def check_trainable(task: Task, train: Examples) -> None:
         )
 
 
-def is_at_hand(task: Task, data_dir: Path) -> bool:
-    """Whether a task's training and dev sets are there, or a regression's dev set. Warns of a folder that lacks one."""
-    folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing and folder.is_dir():
-        logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
-    return not missing
-
-
 def tasks_at_hand(data_dir: Path) -> list[Task]:
-    """The classification tasks whose training and dev sets are there."""
-    return [
-        task
-        for task in TASKS.values()
-        if task.kind != REGRESSION and task.name not in COUNTED_TWICE and is_at_hand(task, data_dir)
-    ]  # fmt: skip
+    """STS-B if its dev set is there, and the classification tasks whose training and dev sets are there.
+
+    Warns of a folder that lacks one of them.
+    """
+    found = []
+    for task in (TASKS["sts-b"], *(task for task in TASKS.values() if task.kind != REGRESSION)):
+        if task.name in COUNTED_TWICE:
+            continue
+        folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
+        if not (missing := [file for file in files if not (folder / file).is_file()]):
+            found.append(task)
+        elif folder.is_dir():
+            logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
+    return found
 
 
 def read_tasks(data_dir: Path, max_rows: int) -> dict[Task, tuple[Examples, dict[str, Examples]]]:
-    """The tasks at hand, STS-B first: the rows to learn words and labels from, and by split the rows to measure on."""
-    data, sts = {}, TASKS["sts-b"]
-    if is_at_hand(sts, data_dir):
-        similar = read_examples(sts, data_dir / sts.folder, "dev")
-        data[sts] = similar, {"dev": similar}
+    """The tasks at hand: the rows to learn words and labels from, and by split the rows to measure on."""
+    data = {}
     for task in tasks_at_hand(data_dir):
         folder = data_dir / task.folder
-        train = first_rows(read_examples(task, folder, "train"), max_rows)
-        check_trainable(task, train)
+        train = dev = read_examples(task, folder, "dev")
         test = labelled_test(task, folder)
-        data[task] = train, {"dev": read_examples(task, folder, "dev"), **({} if test is None else {"test": test})}
+        if task.kind != REGRESSION:
+            train = first_rows(read_examples(task, folder, "train"), max_rows)
+            check_trainable(task, train)
+        data[task] = train, {"dev": dev, **({} if test is None else {"test": test})}
     return data
 
 
 def first_rows(rows: Examples, count: int) -> Examples:
     """At most `count` rows, from the start."""
-    second = None if rows.second is None else rows.second[:count]
-    return Examples(rows.first[:count], second, rows.labels[:count], rows.files)
+    return Examples(rows.first[:count], rows.second and rows.second[:count], rows.labels[:count], rows.files)
 
 
 def to_markdown(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:

@@ -6,7 +6,7 @@ max       padded to max_seq_length
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,6 @@ class Group:
 
     rows: int
     length: int  # of the longest row
-    tokens: slice  # where its rows lie in the batch
     place: Tensor  # int64, (rows * length,): the token of each place; for padding, any of the group's
     back: Tensor  # int64, (tokens,): the place of each token
     mask: Tensor  # int64, (rows, length): 1 for tokens and 0 for padding
@@ -97,22 +96,18 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device."""
-        groups = [_moved(group, device) for group in self.groups]
-        return replace(_moved(self, device), groups=groups)
+        groups = [replace(group, **_tensors(group, device)) for group in self.groups]
+        return replace(self, groups=groups, **_tensors(self, device))
 
 
-def _moved(record: Any, device: torch.device) -> Any:
-    tensors = {each.name: getattr(record, each.name) for each in fields(record)}
-    return replace(record, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
+def _tensors(record: Group | PackedBatch, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in vars(record).items() if isinstance(x, Tensor)}
 
 
 def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
-    """Pack rows of token ids.
+    """Pack the given rows, int, of `tokens`; a row may come several times.
 
-    Args:
-        tokens: all rows.
-        rows: which of them, int; may name one several times.
-        first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
+    first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
     """
     order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
     rows = rows[order]
@@ -124,18 +119,14 @@ def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = No
     ids[:count] = tokens.ids[np.repeat(tokens.offsets[rows], lengths) + positions[:count]]
     if first_lengths is not None:
         types[:count] = positions[:count] >= np.repeat(first_lengths[order], lengths)
-    return PackedBatch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        None if first_lengths is None else torch.from_numpy(types),
-        torch.from_numpy(starts),
-        torch.from_numpy(np.argsort(order)),
-        [_group(lengths[some], starts[some.start]) for some in _cut(lengths)],
-    )
+    ids, positions, types, starts, back = map(torch.from_numpy, (ids, positions, types, starts, np.argsort(order)))
+    return PackedBatch(ids, positions, None if first_lengths is None else types, starts, back, list(_groups(lengths)))
 
 
 def _few_sizes(count: int) -> int:
     """`count` rounded up to one of 32 sizes between a power of 2 and the next.
+
+    oneDNN keeps a compiled product, a megabyte or so, for each number of rows. The idle tokens reach no output.
 
     >>> [_few_sizes(count) for count in (9, 63, 65, 1000, 1025)]
     [9, 63, 66, 1008, 1056]
@@ -144,39 +135,23 @@ def _few_sizes(count: int) -> int:
     return -(-count // step) * step
 
 
-def _cut(lengths: np.ndarray) -> list[slice]:
-    """Where to cut rows of falling length into groups.
+def _groups(lengths: np.ndarray) -> Iterator[Group]:
+    """Cut rows of falling length into groups.
 
-    >>> [(some.start, some.stop) for some in _cut(np.array([9] * 10 + [5] * 40))]
-    [(0, 10), (10, 42), (42, 50)]
+    >>> [group.rows for group in _groups(np.array([9] * 10 + [5] * 40))]
+    [10, 32, 8]
     """
-    cuts, start = [], 0
-    while start < len(lengths):
-        similar = int((lengths[start : start + _MOST] >= _SHORTEST * lengths[start]).sum())
-        stop = min(start + max(similar, _FEWEST), len(lengths))
-        cuts.append(slice(start, stop))
-        start = stop
-    return cuts
-
-
-def _group(lengths: np.ndarray, start: int) -> Group:
-    rows, length, count = len(lengths), int(lengths[0]), int(lengths.sum())
-    mask = np.arange(length) < lengths[:, None]
-    back = np.flatnonzero(mask)
-    place = np.zeros(rows * length, dtype=np.int64)
-    place[back] = np.arange(count)
-    bias = None
-    if count < rows * length:
-        bias = torch.from_numpy(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, :])
-    return Group(
-        rows,
-        length,
-        slice(int(start), int(start) + count),
-        torch.from_numpy(place),
-        torch.from_numpy(back),
-        torch.from_numpy(mask.astype(np.int64)),
-        bias,
-    )
+    while len(lengths):
+        similar = int((lengths[:_MOST] >= _SHORTEST * lengths[0]).sum())
+        some, lengths = np.split(lengths, [max(similar, _FEWEST)])
+        mask = np.arange(some[0]) < some[:, None]
+        back = np.flatnonzero(mask)
+        place = np.zeros(mask.size, dtype=np.int64)
+        place[back] = np.arange(len(back))
+        bias = None
+        if len(back) < mask.size:
+            bias = torch.from_numpy(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, :])
+        yield Group(*mask.shape, *map(torch.from_numpy, (place, back, mask.astype(np.int64))), bias)
 
 
 class _Pad(torch.autograd.Function):
@@ -195,15 +170,15 @@ class _Pad(torch.autograd.Function):
 
 def padded_inputs(batch: PackedBatch) -> Iterator[dict[str, Tensor]]:
     """Each group's rows as transformers' BertModel takes them, (rows, length), int64; results need `batch.order`."""
-    for group in batch.groups:
-        entries = {"input_ids": batch.ids} | ({} if batch.types is None else {"token_type_ids": batch.types})
-        inputs = {name: padded(x[group.tokens, None], group)[..., 0] for name, x in entries.items()}
+    entries = {"input_ids": batch.ids} | ({} if batch.types is None else {"token_type_ids": batch.types})
+    for group, *parts in zip(batch.groups, *(by_group(x[:, None], batch) for x in entries.values()), strict=True):
+        inputs = {name: padded(part, group)[..., 0] for name, part in zip(entries, parts, strict=True)}
         yield {**inputs, "attention_mask": group.mask}
 
 
 def by_group(states: Tensor, batch: PackedBatch) -> list[Tensor]:
     """(tokens, width) cut into each group's tokens; a split, whose gradient is put together in one pass."""
-    sizes = [group.tokens.stop - group.tokens.start for group in batch.groups]
+    sizes = [len(group.back) for group in batch.groups]
     return list(states.split([*sizes, len(states) - sum(sizes)]))[:-1]
 
 

@@ -1,6 +1,6 @@
 """What a student is made of: the names a user may choose, and the checks that need no tensor.
 
-Kept apart from models.py so that flags are refused before torch is loaded.
+The module loads no torch, so that flags are refused at once.
 """
 
 import argparse
@@ -12,18 +12,15 @@ from dse.networks.poolers import POOLERS, Pooler
 from dse.system.errors import InputError
 
 HEAD_TYPES = ("concat", "dot")  # heads.HEADS has a class for each
-MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packing.py)
-PADDINGS = ("packed", "batch", "max")  # how batches are laid out (features.py)
+MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packed_bert.py)
+PADDINGS = ("packed", "batch", "max")  # how batches are laid out (batches.py)
 
 
 @dataclass(frozen=True)
 class DSEConfig:
-    """A student's architecture; a checkpoint carries it, so that loading needs no flags.
+    """A student's architecture; a checkpoint carries it, so that loading needs no flags."""
 
-    `bert` is the encoder's configuration, as in its config.json.
-    """
-
-    bert: dict[str, Any]
+    bert: dict[str, Any]  # the encoder's configuration, as in its config.json
     pooler_type: str = "concat_top_mean"
     pooler_num_top_hidden_layers: int = 4
     siamese_head_type: str = "concat"
@@ -34,8 +31,8 @@ class DSEConfig:
     @classmethod
     def from_flags(cls, args: argparse.Namespace, bert: dict[str, Any]) -> "DSEConfig":
         """The architecture that cli.add_architecture_flags asked for, over that BERT."""
-        names = {field.name for field in fields(cls)} - {"bert", "fc_dims"}
-        return cls(bert=bert, fc_dims=tuple(args.fc_dims), **{name: getattr(args, name) for name in names})
+        flags = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "bert"}
+        return cls.from_dict({**flags, "bert": bert})
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> "DSEConfig":
@@ -75,12 +72,9 @@ def check_fc_dims(fc_dims: list[int] | tuple[int, ...], task: Task) -> None:
 def check_fits_bert(bert: dict[str, Any], max_seq_length: int, num_top_layers: int = 1) -> None:
     """Raise InputError when a length or a number of layers is more than this BERT has."""
     positions, layers = bert.get("max_position_embeddings", 512), bert.get("num_hidden_layers", 12)
-    if max_seq_length > positions:
-        raise InputError(
-            f"--max_seq_length: {max_seq_length} is above the model's {positions} positions: give {positions} or less"
-        )
-    if num_top_layers > layers:
-        raise InputError(
-            f"--pooler_num_top_hidden_layers: {num_top_layers} is above the model's {layers} layers: "
-            f"give {layers} or less"
-        )
+    for flag, asked, most, what in (
+        ("--max_seq_length", max_seq_length, positions, "positions"),
+        ("--pooler_num_top_hidden_layers", num_top_layers, layers, "layers"),
+    ):
+        if asked > most:
+            raise InputError(f"{flag}: {asked} is above the model's {most} {what}: give {most} or less")

@@ -1,11 +1,7 @@
-"""Heads: from two embeddings u and v to a pair's outputs, in two ways.
+"""Heads: from two embeddings u and v to a pair's outputs, through linear layers with ReLU between them.
 
-    head(u, v)              the blocks of the two, then linear layers with ReLU between them; pair by pair, in training
-    head.factorised()       the same for few queries and many stored candidates
-
-    concat    [u, v, u * v, |u - v|]        dot    u . v
-
-A head is a class here, with both ways, and its name in config.HEAD_TYPES.
+`head(u, v)` scores pair by pair, as in training; `head.factorised()` does so for few queries and many stored
+candidates. A head is a class here, with both ways, and its name in config.HEAD_TYPES.
 """
 
 from collections.abc import Callable
@@ -25,12 +21,10 @@ _Layer = tuple[Tensor, Tensor]  # weight and bias
 class SiameseHead(nn.Module):
     """What heads share: the linear layers `fc_layers`; a subclass makes their input."""
 
-    blocks_per_pair: int | None = None  # of the embedding's size in the first layer's input; None: a single number
-
     def __init__(self, config: DSEConfig) -> None:
         super().__init__()
-        first = 1 if self.blocks_per_pair is None else self.blocks_per_pair * config.embedding_size
-        sizes = (first, *config.fc_dims)
+        none = torch.empty(0, config.embedding_size)
+        sizes = (self.blocks(none, none).shape[1], *config.fc_dims)
         self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
@@ -76,8 +70,6 @@ class ConcatHead(SiameseHead):
 
     has a constant, one matrix for v, and |u - v| as the only thing to make for each pair; v alone is stored.
     """
-
-    blocks_per_pair = 4
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
         """(batch, embedding_size) twice to (batch, 4 * embedding_size)."""

@@ -3,17 +3,18 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dse.data.features import in_batches
-from dse.networks.batches import Batches, Inputs
+from dse.networks.batches import Batches
 from dse.networks.student import SiameseNetwork
 from dse.system import parallel, signals
 from dse.system.errors import InputError, RunError
@@ -35,32 +36,28 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
     [[1], [2, 3], [0]]
     """
     order = np.argsort(-costs, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        rows = max(1, tokens // int(costs[order[start]]))
-        batches.append(order[start : start + rows])
-        start += rows
+    batches = []
+    while len(order):
+        rows = max(1, tokens // int(costs[order[0]]))
+        batches.append(order[:rows])
+        order = order[rows:]
     return batches
 
 
+@dataclass
 class PartialOutputs:
-    """The outputs of a long inference so far, in a file from which another run goes on.
+    """The outputs of a long inference so far, in a file from which another run goes on."""
 
-    Args:
-        path: of the file; one that is there counts if it is whole and of the same work.
-        work: all that decides the outputs; a value that JSON can hold. How rows are cut into steps is added.
-        every: steps between two writes; None: a minute.
-    """
-
-    def __init__(self, path: Path, work: dict[str, Any], every: int | None = None) -> None:
-        self.path, self.work, self.every = path, work, every
-        self._identity, self._started = "", time.monotonic()
+    path: Path  # a file that is there counts if it is whole and of the same work
+    work: dict[str, Any]  # all that decides the outputs, but for how rows are cut into steps; JSON values
+    every: int | None = None  # steps between two writes; None: a minute
+    _identity: str = ""
+    _started: float = field(default_factory=time.monotonic)
 
     def find(self, steps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the file has of the work that is cut into these steps of rows; None where it has nothing.
+        """Which rows are done, (n,), bool, and the outputs, (n, width), float32, NaN where they are not.
 
-        Returns:
-            Which rows are done, (n,), bool, and the outputs, (n, width), float32, NaN where they are not.
+        None where the file has nothing of the work that is cut into these steps of rows.
         """
         self._identity = sha256_json([self.work, [rows.tolist() for rows in steps]])
         if not self.path.exists():
@@ -78,10 +75,9 @@ class PartialOutputs:
         return done, outputs
 
     def after(self, steps: int, outputs: np.ndarray | None, done: np.ndarray) -> None:
-        """So many steps are done, and of the rows those that `done` (n,) names are this process's.
+        """Write, when it is time, what is done after so many steps: the rows that `done`, (n,), names in any process.
 
-        Writes when it is time; raises Stopped, after writing, when a signal asks for it. All processes call it at each
-        step.
+        All processes call it at each step. Raises Stopped, after writing, when a signal asks for it.
         """
         if steps % parallel.size():  # some processes have a step more than others
             return
@@ -111,45 +107,70 @@ def infer(
     device: torch.device,
     what: str,
     partial: PartialOutputs | None = None,
+    show: bool | None = None,
+    texts: bool = False,
 ) -> np.ndarray:
-    """Outputs for all rows, in file order, without dropout.
+    """Outputs for all rows, (n, width), float32, in file order, without dropout; each process computes some steps.
 
     Args:
-        model: a network of `batches`; in evaluation mode for the while, and in its own after it.
+        model: a network of `batches`; it is in evaluation mode meanwhile.
         batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
-        what: name of the progress bar.
+        what, show: name of the progress bar; None: where the output is a terminal.
         partial: where the outputs so far are written, and found.
-
-    Returns:
-        (n, width), float32. Steps are made of rows of similar length, which changes no number but rounding.
+        texts: are the rows a student's distinct texts, and not pairs?
     """
-    costs, tokens = batches.features.costs, _tokens_per_step(batch_size, batches, device)
-    return _by_steps(model, model, batches.of_pairs, costs, tokens, device, what, partial=partial)
+    costs, inputs_of = batches.features.costs, batches.of_pairs
+    if texts:
+        costs, inputs_of = batches.features.texts.lengths, batches.of_texts
+    places = min(batch_size * batches.max_seq_length, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
+    steps, count = by_length(costs, places), len(costs)
+    before, outputs = (partial and partial.find(steps)) or (np.zeros(count, dtype=bool), None)
+    done = before.copy() if parallel.is_first() else np.zeros_like(before)  # by this process
+    hidden = True if not parallel.is_first() else None if show is None else not show  # None: where there is no terminal
+    with _inference(model), tqdm(total=count, desc=what, unit="row", disable=hidden, leave=False) as bar:
+        for step, rows in enumerate(steps):
+            if not before[rows].all():
+                with contextlib.nullcontext() if partial is None else signals.deferred():
+                    if step % parallel.size() == parallel.rank() % parallel.size():
+                        inputs = {name: tensor.to(device) for name, tensor in inputs_of(rows).items()}
+                        some = model(**inputs).float().cpu().numpy()
+                        if outputs is None:
+                            outputs = np.full((count, some.shape[1]), np.nan, dtype=np.float32)
+                        outputs[rows], done[rows] = some, True
+                    if partial is not None:
+                        partial.after(step + 1, outputs, done)
+            bar.update(len(rows))
+    width = parallel.highest(0 if outputs is None else outputs.shape[1])
+    if outputs is None:  # fewer steps than processes
+        outputs = np.zeros((count, width), dtype=np.float32)
+    outputs, done = _of_all(outputs, done)
+    if not done.all():
+        raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as {done.argmin()}; run it again")
+    return outputs
+
+
+def embed_texts(
+    network: SiameseNetwork, rows: Batches, batch_size: int, device: torch.device, what: str, show: bool | None = None
+) -> np.ndarray:
+    """Embeddings of a student's distinct texts, (texts, embedding_size), float32; arguments as of `infer`."""
+    return infer(network.dse_model.bert, rows, batch_size, device, what, show=show, texts=True)
 
 
 def infer_pairs(
-    network: SiameseNetwork, batches: Batches, batch_size: int, device: torch.device, what: str,
-    show: bool | None = None,
-) -> np.ndarray:  # fmt: skip
-    """The student's outputs for all pairs, in file order, without dropout; each distinct text is embedded once.
+    network: SiameseNetwork, rows: Batches, batch_size: int, device: torch.device, what: str, show: bool | None = None
+) -> np.ndarray:
+    """What `infer` gives of a student's pairs, (n, fc_dims[-1]), float32; each distinct text is embedded once.
 
-    Args:
-        batch_size: pairs of texts of max_seq_length that a step may hold; of shorter texts it holds more.
-        what, show: name of the progress bar; None: where the output is a terminal.
-
-    Returns:
-        (n, fc_dims[-1]), float32.
+    batch_size counts pairs of texts.
     """
-    embeddings = embed_texts(network, batches, 2 * batch_size, device, what, show)
-    return score_stored(network, embeddings, batches.features.first, batches.features.second, device)
+    embeddings = embed_texts(network, rows, 2 * batch_size, device, what, show)
+    return score_stored(network, embeddings, rows.features.first, rows.features.second, device)
 
 
 def score_stored(
     network: SiameseNetwork, embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """The head's outputs (n, fc_dims[-1]), float32, on embeddings (texts, size) of which `first` and `second` (n,) name
-    each pair's rows.
-    """
+    """The head's outputs (n, fc_dims[-1]), float32, of rows `first` and `second` (n,) of (texts, size) embeddings."""
     outputs = []
     with _inference(network):
         for pairs in in_batches(np.arange(len(first)), _PAIRS_PER_STEP):
@@ -158,69 +179,15 @@ def score_stored(
     return np.concatenate(outputs)
 
 
-def embed_texts(
-    network: SiameseNetwork, batches: Batches, batch_size: int, device: torch.device, what: str,
-    show: bool | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Embeddings of all distinct texts, (texts, embedding_size), float32, without dropout."""
-    costs, tokens = batches.features.texts.lengths, _tokens_per_step(batch_size, batches, device)
-    return _by_steps(network, network.embed, batches.of_texts, costs, tokens, device, what, show)
-
-
-def _tokens_per_step(batch_size: int, batches: Batches, device: torch.device) -> int:
-    return min(batch_size * batches.max_seq_length, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
-
-
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def _inference(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without gradients, and the mode from before at the end."""
     was_training = model.training
-    model.eval()
     try:
         with torch.inference_mode():
-            yield
+            yield model.eval()
     finally:
         model.train(was_training)
-
-
-def _by_steps(
-    model: nn.Module,
-    forward: Callable[..., Tensor],
-    inputs_of: Callable[[np.ndarray], Inputs],
-    costs: np.ndarray,
-    tokens: int,
-    device: torch.device,
-    what: str,
-    show: bool | None = None,
-    partial: PartialOutputs | None = None,
-) -> np.ndarray:
-    """The outputs of rows of those costs, (n, width), float32; each process computes its share of the steps."""
-    steps, count = by_length(costs, tokens), len(costs)
-    before, outputs = (partial and partial.find(steps)) or (np.zeros(count, dtype=bool), None)
-    done = before.copy() if parallel.is_first() else np.zeros_like(before)  # by this process
-    hidden = True if not parallel.is_first() else None if show is None else not show  # None: where there is no terminal
-    with _inference(model), tqdm(total=count, desc=what, unit="row", disable=hidden, leave=False) as bar:
-        for step, rows in enumerate(steps):
-            if before[rows].all():
-                bar.update(len(rows))
-                continue
-            with contextlib.nullcontext() if partial is None else signals.deferred():
-                if step % parallel.size() == parallel.rank() % parallel.size():
-                    inputs = {name: tensor.to(device) for name, tensor in inputs_of(rows).items()}
-                    some = forward(**inputs).float().cpu().numpy()
-                    if outputs is None:
-                        outputs = np.full((count, some.shape[1]), np.nan, dtype=np.float32)
-                    outputs[rows], done[rows] = some, True
-                bar.update(len(rows))
-                if partial is not None:
-                    partial.after(step + 1, outputs, done)
-    width = parallel.highest(0 if outputs is None else outputs.shape[1])
-    if outputs is None:  # fewer steps than processes
-        outputs = np.zeros((count, width), dtype=np.float32)
-    outputs, done = _of_all(outputs, done)
-    if not done.all():
-        raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as {done.argmin()}; run it again")
-    return outputs
 
 
 def _of_all(outputs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

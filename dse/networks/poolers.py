@@ -1,13 +1,8 @@
 """From the hidden states of a BERT's last layers to one vector per sentence.
 
-A pooler says three things. How layers come together: `concat_top` puts the k last layers side by side, the lowest
-first, and `mean_top` averages them. What is taken over the tokens: `mean`, `sqrt_mean` or `max`. Whether position 0,
-`[CLS]`, counts: only in the forms `…_with_cls`. `[SEP]` always counts. `cls` is BERT's own tanh pooler.
-
-    >>> import torch
-    >>> hidden = [torch.tensor([[[9.0], [1.0], [3.0], [7.0]]])]  # [CLS] x [SEP] [PAD]
-    >>> POOLERS["concat_top_mean"].pool(hidden, torch.tensor([[1, 1, 1, 0]]))  # (1 + 3) / 2
-    tensor([[2.]])
+A pooler says how layers come together (`concat_top` puts them side by side, the lowest first, `mean_top` averages
+them), what is taken over the tokens (`mean`, `sqrt_mean` or `max`), and whether position 0, `[CLS]`, counts: only in
+the forms `…_with_cls`. `[SEP]` always counts. `cls` is BERT's own tanh pooler.
 
 A new pooler is a line here, and a branch of `_over_tokens` where it takes something else over the tokens. The module
 loads no torch at import, so that the flags that name poolers are quick.
@@ -35,14 +30,16 @@ class Pooler:
         return not self.over_tokens
 
     def pool(self, layers: "Sequence[Tensor]", attention_mask: "Tensor") -> "Tensor":
-        """Pool hidden states into sentence vectors.
+        """Sentence vectors, (batch, k * hidden) side by side, (batch, hidden) otherwise.
 
         Args:
             layers: the k last layers' hidden states, lowest first, each (batch, length, hidden), float.
             attention_mask: (batch, length), 1 for tokens and 0 for padding.
 
-        Returns:
-            (batch, k * hidden) side by side, (batch, hidden) otherwise.
+        >>> import torch
+        >>> hidden = [torch.tensor([[[9.0], [1.0], [3.0], [7.0]]])]  # [CLS] x [SEP] [PAD]
+        >>> POOLERS["concat_top_mean"].pool(hidden, torch.tensor([[1, 1, 1, 0]]))  # (1 + 3) / 2
+        tensor([[2.]])
         """
         import torch
 

@@ -45,19 +45,13 @@ class OpenedBert(NamedTuple):
 
 
 def open_bert(
-    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, cache_dir: str = "",
-    hub: bool = True,
-) -> OpenedBert:  # fmt: skip
-    """Find a BERT and check it before torch is loaded.
+    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, cache_dir: str = ""
+) -> OpenedBert:
+    """Find a BERT, and load its tokenizer, before torch is loaded.
 
-    Args:
-        name, flag, cache_dir, hub: as in `find_bert`.
-        do_lower_case: the casing of its tokenizer.
-        max_seq_length, top_layers: token ids per row, and layers, that it must have.
-
-    Raises InputError, naming the flag, for what cannot be used.
+    Raises InputError, naming the flag, where `find_bert`, `check_fits_bert` or `load_tokenizer` refuse it.
     """
-    folder = find_bert(name, flag, cache_dir, hub)
+    folder = find_bert(name, flag, cache_dir)
     config = bert_config(folder, flag)
     check_fits_bert(config, max_seq_length, top_layers)
     return OpenedBert(folder, config, load_tokenizer(folder, do_lower_case, flag))
@@ -66,13 +60,9 @@ def open_bert(
 def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Path:
     """The local folder of a BERT, with its weights.
 
-    Args:
-        name: a folder as `save_pretrained` writes it, or a hub name, which is downloaded to the hub's cache.
-        flag: the flag that gave the name, for error messages.
-        cache_dir: where downloads are kept; empty: the hub library's own place.
-        hub: whether hub names are allowed.
-
-    Raises InputError when it is neither, or no BERT, or its weights are missing or spoiled.
+    The name is that of a folder or, with `hub`, one on the hub, which is downloaded to cache_dir, or to the hub
+    library's own place. Raises InputError, naming the flag, for what is not a BERT, or lacks weights or has spoiled
+    ones.
     """
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
@@ -80,11 +70,24 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
         if folder.exists():
             raise InputError(f"{flag}: {name} is a file; expected the folder of a BERT, with config.json and weights")
         if looks_local or not hub:
-            raise InputError(
-                f"{flag}: there is no folder {name}; expected a folder with config.json, weights and vocabulary"
-            )
+            raise InputError(f"{flag}: there is no folder {name}; expected one with config.json, weights, vocabulary")
         folder = _download(name, flag, cache_dir)
-    _check_folder(folder, flag)
+    bert_config(folder, flag)
+    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not weights:
+        raise InputError(f"{flag}: {folder} has no weights; expected {_WEIGHTS[0]} or {_WEIGHTS[2]} in it")
+    if weights[0].suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            safe_open(weights[0], framework="numpy")  # reads the header and compares the size
+        except (SafetensorError, OSError) as error:
+            what = "is truncated or not a safetensors file"
+            raise InputError(f"{flag}: {weights[0]} {what} ({error}); fetch it again") from error
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{flag}: {folder} has adapters, adapter_config.json: merge them into the weights")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
     check_hashes(folder, flag)
     return folder
 
@@ -104,18 +107,17 @@ def read_training(folder: Path) -> dict[str, Any] | None:
 
 def files_of_teacher(folder: Path) -> set[str]:
     """The files of the teacher that is in a folder, as its training.json lists them."""
-    return set((read_training(folder) or {"sha256": {}})["sha256"])
+    return set((read_training(folder) or {}).get("sha256", ()))
 
 
 def check_hashes(folder: Path, flag: str) -> None:
     """Raise InputError where a teacher's files are not those that its training.json names."""
-    for name, expected in (read_training(folder) or {"sha256": {}})["sha256"].items():
+    advice = f"make the teacher again, or remove {TRAINING} if you changed the file yourself"
+    for name, expected in (read_training(folder) or {}).get("sha256", {}).items():
         path = folder / name
-        if not path.is_file() or sha256_file(path) != expected:
-            raise InputError(
-                f"{flag}: {path} is {'spoiled' if path.is_file() else 'missing'}: its SHA-256 in {TRAINING} is "
-                f"{expected}; make the teacher again, or remove {TRAINING} if you changed the file yourself"
-            )
+        wrong = "missing" if not path.is_file() else "spoiled" if sha256_file(path) != expected else ""
+        if wrong:
+            raise InputError(f"{flag}: {path} is {wrong}: its SHA-256 in {TRAINING} is {expected}; {advice}")
 
 
 def _download(name: str, flag: str, cache_dir: str) -> Path:
@@ -130,33 +132,9 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{flag}: {name} is no local folder, and the hub did not give it ({one_line(error)}): "
-            "check the name or the network"
-        ) from error
+        what = f"is not a local folder, and the hub did not give it ({one_line(error)})"
+        raise InputError(f"{flag}: {name} {what}: check the name or the network") from error
     return folder
-
-
-def _check_folder(folder: Path, flag: str) -> None:
-    bert_config(folder, flag)
-    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    if not weights:
-        raise InputError(f"{flag}: {folder} has no weights; expected {_WEIGHTS[0]} or {_WEIGHTS[2]} in it")
-    if weights[0].suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            safe_open(weights[0], framework="numpy")  # reads the header and compares the size
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{flag}: {weights[0]} is truncated or no safetensors file ({error}); fetch it again"
-            ) from error
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{flag}: {folder} has adapters, adapter_config.json, which are not used here: merge them into the weights"
-        )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -171,9 +149,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     lost = [name for name in names if "\0" in name or not (folder / name).is_file()]
     if lost or not names:
-        raise InputError(
-            f"{first}: the shards {', '.join(lost[:3]) or 'that it should name'} are missing; fetch them again"
-        )
+        which = ", ".join(lost[:3]) or "that it should name"
+        raise InputError(f"{first}: the shards {which} are missing; fetch them again")
     return [first, *(folder / name for name in names)]
 
 
@@ -183,25 +160,21 @@ def bert_hashes(folder: Path) -> dict[str, str]:
 
 
 def bert_config(folder: Path, flag: str) -> dict[str, Any]:
-    """The config.json of a BERT folder. Raises InputError when it is another model's, or none."""
+    """The config.json of a folder.
+
+    Raises InputError where there is none, it is not a plain BERT's, or it has a value that no BERT can have.
+    """
     if not (folder / "config.json").is_file():
-        raise InputError(f"{flag}: {folder} is no model folder: no config.json in it")
+        raise InputError(f"{flag}: {folder} is not a model folder: no config.json in it")
     config = read_json(folder / "config.json", "the model's configuration")
     # Folders of 2019 have no model_type.
     if config.get("model_type", "bert") != "bert" or "hidden_size" not in config:
-        raise InputError(
-            f"{flag}: {folder} holds a {config.get('model_type', 'model of unknown kind')}; expected a BERT"
-        )
-    _check_config(config, f"{flag}: {folder / 'config.json'}")
-    return config
-
-
-def _check_config(config: dict[str, Any], where: str) -> None:
-    """Raise InputError for a configuration that is not a plain BERT's, or has a value that no BERT can have."""
+        kind = config.get("model_type", "model of unknown kind")
+        raise InputError(f"{flag}: {folder} holds a {kind}; expected a BERT")
 
     def check(key: str, right: bool, expected: str) -> None:
         if not right:
-            raise InputError(f"{where}: {key} is {config[key]!r}; expected {expected}")
+            raise InputError(f"{flag}: {folder / 'config.json'}: {key} is {config[key]!r}; expected {expected}")
 
     numbers = (int, float)  # and not bool, which is a kind of int
     for key, plain in _PLAIN.items():
@@ -226,6 +199,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 
         known = isinstance(activation, str) and activation in ACT2FN
         check("hidden_act", known, f"an activation that transformers knows: {', '.join(ACT2FN)}")
+    return config
 
 
 def last_part(name: str) -> str:
@@ -236,29 +210,28 @@ def last_part(name: str) -> str:
 def load_bert(bert_class: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
     """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
 
-    Warns of weights that have no place in it, but for the heads that other trainings leave on a BERT.
+    Warns where the tanh pooler is among them, and of weights that have no place in the BERT, but for the heads that
+    other trainings leave on one.
     """
-    import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # its load report and bars; what matters is said here
     transformers_logging.disable_progress_bar()
     try:
         model, info = bert_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # a spoiled file raises whatever its reader trips over
         raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
     if encoder:
-        raise InputError(
-            f"{folder}: not a whole BERT: {len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
-        )
+        what = f"{len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
+        raise InputError(f"{folder}: not a whole BERT: {what}")
+    if any("pooler." in name for name in new):
+        logger.warning("%s has no tanh pooler, which is used here: training starts from a random one", folder)
     unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))
     if unused:
-        logger.warning(
-            "%s: %d weights have no place in the BERT that its config.json describes and are not used, e.g. %s",
-            folder, len(unused), unused[0],
-        )  # fmt: skip
+        what = "weights have no place in the BERT that its config.json describes and are not used, e.g."
+        logger.warning("%s: %d %s %s", folder, len(unused), what, unused[0])
     return model, new

@@ -2,27 +2,26 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertForSequenceClassification
 
 from dse.data.tasks import Task
-from dse.networks.batches import PackedBatch, padded_inputs
-from dse.networks.kernels import is_plain
-from dse.networks.packed_bert import first_states
+from dse.networks.encoder import PooledBert
+from dse.networks.poolers import POOLERS
 from dse.networks.pretrained import bert_config, load_bert
 from dse.system.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-class Teacher(nn.Module):
-    """The parts of a BertForSequenceClassification, under their names in its state dict, on padded or packed inputs."""
+class Teacher(PooledBert):
+    """The parts of a BertForSequenceClassification, under their names in its state dict: row to logits."""
 
     def __init__(self, model: BertForSequenceClassification) -> None:
-        super().__init__()
-        self.bert, self.dropout, self.classifier = model.bert, model.dropout, model.classifier
+        super().__init__(model.bert, POOLERS["cls"], 1, model.dropout, model.classifier)
         self.save_pretrained = model.save_pretrained  # to a folder that transformers loads
 
     @property
@@ -30,66 +29,38 @@ class Teacher(nn.Module):
         """Where the weights are."""
         return self.classifier.weight.device
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        packed: PackedBatch | None = None,
-    ) -> Tensor:
-        """(batch, length) ids, mask and types, int64, or the same pairs packed, to logits (batch, labels), float32."""
-        if packed is None:
-            pooled = self.bert(
-                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-            ).pooler_output
-        elif is_plain(self):
-            pooled = self.bert.pooler(first_states(self.bert, packed).unsqueeze(1))
-        else:
-            parts = [self.bert(**inputs).pooler_output for inputs in padded_inputs(packed)]
-            pooled = torch.cat(parts).index_select(0, packed.order)
-        return self.classifier(self.dropout(pooled))
-
 
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
-    """A cross-encoder, float32: BERT, its tanh pooler, dropout and a linear layer to the task's logits.
+    """A cross-encoder, float32, from the folder of a BERT; the task's labels name its logits.
 
     Args:
-        folder: of a BERT.
-        task: its labels name the logits.
         fine_tuned: True for a folder that finetune_bert.py made for this task, whose classifier is used as it
             is; raises InputError for any other. False for training: the classifier starts from
             N(0, initializer_range), bias 0, even where the folder has one.
     """
-    labels = list(task.labels) or ["score"]
-    types = bert_config(folder, "the teacher").get("type_vocab_size", 2)
-    if types < 2 and task.text_b is not None:
-        raise InputError(f"{folder}: type_vocab_size is {types}, and a teacher of pairs needs 2: take another BERT")
+    config, labels = bert_config(folder, "the teacher"), list(task.labels) or ["score"]
+    if config.get("type_vocab_size", 2) < 2 and task.text_b is not None:
+        raise InputError(f"{folder}: type_vocab_size is 1, and a teacher of pairs needs 2: take another BERT")
     if fine_tuned:
-        _check_teacher_task(folder, task, labels)
+        _check_teacher_task(folder, config, task, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model, new = load_bert(BertForSequenceClassification, folder, num_labels=len(labels), **names)
     model.config.finetuning_task = task.name
-    if fine_tuned:
-        if new:
-            raise InputError(
-                f"{folder}: not a fine-tuned teacher: {', '.join(sorted(new))} missing; finetune_bert.py makes one"
-            )
-        return Teacher(model)
-    if any("pooler." in name for name in new):
-        logger.warning("%s has no tanh pooler: the teacher starts from a random one", folder)
-    nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
-    nn.init.zeros_(model.classifier.bias)
+    if fine_tuned and new:
+        missing = ", ".join(sorted(new))
+        raise InputError(f"{folder}: not a fine-tuned teacher: {missing} missing; finetune_bert.py makes one")
+    if not fine_tuned:
+        nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
     return Teacher(model)
 
 
-def _check_teacher_task(folder: Path, task: Task, labels: list[str]) -> None:
+def _check_teacher_task(folder: Path, config: dict[str, Any], task: Task, labels: list[str]) -> None:
     """Raise InputError for labels in another order, whose logits would mean something else."""
-    config = bert_config(folder, "the teacher")
     names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     if names and len(names) != len(labels):
-        raise InputError(
-            f"{folder}: gives {len(names)} logits, and {task.name} needs {len(labels)}: {', '.join(labels)}"
-        )
+        needs = f"{len(labels)}: {', '.join(labels)}"
+        raise InputError(f"{folder}: gives {len(names)} logits, and {task.name} needs {needs}")
     if all(name.startswith("LABEL_") for name in names):  # or none: transformers leaves out LABEL_0 and LABEL_1
         if task.labels:
             logger.warning("%s does not name its labels: whether they are in the order %s is not known", folder, labels)

@@ -1,7 +1,7 @@
 """A student's checkpoint: everything to go on training, and everything to use it without flags.
 
 One file per epoch, or within one (states.py), a dict of tensors, numbers, strings, lists and dicts that
-`weights_only=True` reads: `format`, `version`, and the fields of `Checkpoint` under their names.
+`weights_only=True` reads: the fields of `Checkpoint` under their names.
 """
 
 import math
@@ -14,16 +14,14 @@ import torch
 from dse.data.tasks import DEFAULT_THRESHOLD, Task, task_from_dict, winning_threshold
 from dse.data.tokenizers import tokenizer_from_files
 from dse.networks.config import DSEConfig
-from dse.networks.student import Student, empty_network
+from dse.networks.student import SiameseNetwork, Student, empty_network
 from dse.system.errors import InputError, one_line
 from dse.system.files import check_file, load_tensors
-
-FORMAT, VERSION = "dse checkpoint", 2
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds."""
+    """What a checkpoint holds; the file is the dict of its fields."""
 
     model: dict[str, Any]  # state dict of the SiameseNetwork
     architecture: dict[str, Any]  # DSEConfig's fields; `bert` is the encoder's whole configuration
@@ -34,75 +32,57 @@ class Checkpoint:
     trainer: dict[str, Any]  # optimizer, position, random states, history (Trainer.state_dict)
     stamp: str  # start of the run
     best: dict[str, Any] | None  # file, epoch and threshold of the best epoch so far; None before the first validation
-
-    def entries(self) -> dict[str, Any]:
-        """What is stored."""
-        return {"format": FORMAT, "version": VERSION, **vars(self)}
+    format: str = "dse checkpoint"
+    version: int = 2
 
     @classmethod
     def read(cls, path: str | Path) -> "Checkpoint":
         """Read a checkpoint onto the CPU. Raises InputError for a missing, truncated or foreign file."""
         path, flag = Path(path), "--trainer_checkpoint"
         check_file(path, flag, "dse_train_runner.py --store_checkpoints writes it")
-        refusal = f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py; take another one"
-        entries = load_tensors(path, refusal)
-        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+        entries = load_tensors(path, f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py")
+        if not isinstance(entries, dict) or entries.get("format") != cls.format:
             raise InputError(f"{flag}: {path} was not written by dse_train_runner.py, which is expected here")
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in entries]
-        if entries.get("version") != VERSION or missing:
-            raise InputError(
-                f"{flag}: {path} has format version {entries.get('version')}"
-                f"{' and lacks ' + ', '.join(missing) if missing else ''}; this program reads version {VERSION}"
-            )
-        return cls(**{name: entries[name] for name in names})
+        missing = [field.name for field in fields(cls) if field.name not in entries]
+        if entries.get("version") != cls.version or missing:
+            found = f"version {entries.get('version')}{' and lacks ' if missing else ''}{', '.join(missing)}"
+            raise InputError(f"{flag}: {path} has format {found}; this program reads version {cls.version}")
+        return cls(**{field.name: entries[field.name] for field in fields(cls)})
 
     def check_task(self, task: Task) -> None:
         """Raise InputError for a checkpoint of another task: another name, other labels, or another order of them."""
-        if (self.task["name"], tuple(self.task["labels"])) != (task.name, task.labels):
-            raise InputError(
-                f"--task_name: {task.name} {list(task.labels)} was given, but the checkpoint is of "
-                f"{self.task['name']} {self.task['labels']}"
-            )
+        given, own = f"{task.name} {list(task.labels)}", f"{self.task['name']} {self.task['labels']}"
+        if given != own:
+            raise InputError(f"--task_name: {given} was given, but the checkpoint is of {own}")
 
-    def student(self) -> Student:
-        """The student, in evaluation mode on the CPU; no pre-trained weights are needed."""
-        try:
-            network = empty_network(DSEConfig.from_dict(self.architecture))
-            network.load_state_dict(self.model)
-        except (RuntimeError, TypeError, KeyError) as error:
-            why = f"its weights and its architecture differ ({one_line(error)})"
-            raise InputError(f"--trainer_checkpoint: {why}") from error
+    def student(self, network: SiameseNetwork | None = None, tokenizer: Any = None) -> Student:
+        """The student, with what is known of its training, of which the last epoch counts.
+
+        Args:
+            network, tokenizer: those at hand, used as they are. None: made of what the checkpoint holds, in evaluation
+                mode on the CPU; no pre-trained weights are needed.
+        """
+        if network is None:
+            try:
+                network = empty_network(DSEConfig.from_dict(self.architecture)).eval()
+                network.load_state_dict(self.model)
+            except (RuntimeError, TypeError, KeyError) as error:
+                why = f"its weights and its architecture differ ({one_line(error)})"
+                raise InputError(f"--trainer_checkpoint: {why}") from error
         history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
-        return trained_student(
-            network.eval(), tokenizer_from_files(self.tokenizer), task_from_dict(self.task), self.run,
-            self.trainer["seed"], history, self.data, self.stamp,
+        record = history[-1] if history else {"epoch": None}
+        metrics, flags = record.get("validation", {}), {**self.run, "random_seed": self.trainer["seed"]}
+        origin = {
+            "epoch": record["epoch"],
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+            "commands": [*self.data["commands"], ["dse_train_runner.py", flags]],
+            "logits_sha256": self.data["logits"],
+            "stamp": self.stamp,
+        }
+        return Student(
+            network, tokenizer or tokenizer_from_files(self.tokenizer), task_from_dict(self.task),
+            self.run["max_seq_length"], winning_threshold(metrics) or DEFAULT_THRESHOLD, origin,
         )  # fmt: skip
-
-
-def trained_student(
-    network: Any, tokenizer: Any, task: Task, run: dict[str, Any], seed: int, history: list[dict[str, Any]],
-    data: dict[str, Any], stamp: str,
-) -> Student:  # fmt: skip
-    """A student with what is known of its training, of which the last epoch counts.
-
-    Args:
-        network, tokenizer, task: its parts.
-        run: the flags of the run; seed: the one that was used.
-        history: the records of all epochs.
-        data, stamp: a checkpoint's entries.
-    """
-    record = history[-1] if history else {"epoch": None}
-    metrics = record.get("validation", {})
-    origin = {
-        "epoch": record["epoch"],
-        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "commands": [*data["commands"], ["dse_train_runner.py", {**run, "random_seed": seed}]],
-        "logits_sha256": data["logits"],
-        "stamp": stamp,
-    }
-    threshold = winning_threshold(metrics) or DEFAULT_THRESHOLD
-    return Student(network, tokenizer, task, run["max_seq_length"], threshold, origin)
 
 
 def stamp_in(path: Path) -> str | None:

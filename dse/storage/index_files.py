@@ -1,146 +1,181 @@
-"""The files of an index of candidates."""
+"""The files of an index of candidates, which know no model.
+
+A folder holds vectors.bin (rows of float32 or float16, little-endian), ends.bin (int64: where each text ends),
+texts.bin (UTF-8, end to end) and index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows
+in each file. A block is compared with its sum when it is first read. Appending writes behind what is there and then
+replaces index.json, so a stop in between leaves the index as it was.
+"""
 
 import contextlib
-import itertools
 import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from filelock import FileLock
 
+from dse.storage.folder_format import FolderFormat
 from dse.system.errors import InputError
-from dse.system.files import check_ours, json_text, read_json, sha256_json, write_text
+from dse.system.files import remove_stale_parts, replace_folder, write_text
 from dse.system.text_files import checked_texts, elements
 
-FORMAT, VERSION = "dse index", 1
-INDEX = "index.json"
-_LOCK = ".lock"  # held while an append writes, or another index takes the folder's place
-_FILES = ("vectors.bin", "ends.bin", "texts.bin")
-_KINDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-_ENDS = np.dtype("<i8")
 BLOCK = 4096  # rows that are scored, and checked, at once
+_INDEX, _LOCK = "index.json", ".lock"  # locked while an append writes, or another index takes the folder's place
+_FILES = VECTORS, _ENDS, _TEXTS = ("vectors.bin", "ends.bin", "texts.bin")
+_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_INT64 = np.dtype("<i8")
 _ATTEMPTS = 5  # to open one that is replaced meanwhile
+_FORMAT = FolderFormat(
+    "index of candidates", "dse index", 1, _INDEX, (*_FILES, _LOCK), "build the index anew with `python -m dse index`"
+)
+check_index_place, _read_content = _FORMAT.check_place, _FORMAT.read
+
+Part = tuple[np.ndarray, list[str]]  # embeddings (n, width), and their n texts
 
 
-def _extend(folder: Path, content: dict[str, Any], parts: Iterable[tuple[np.ndarray, list[str]]]) -> None:
-    """Write embeddings and texts behind what `content` counts, and count them in."""
-    kind = _KINDS[content["dtype"]]
+class IndexFiles:
+    """An index's files, mapped: they stay what they were opened as when another index takes their place.
+
+    `content` has the entries of index.json. Raises InputError where files are missing or too short.
+    """
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self.folder, self.content = folder, content
+        self.arrays, self._checked = {}, set()  # files by name; the blocks that were compared, by first row and file
+        for name, (dtype, shape) in _shapes(content).items():
+            try:
+                with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
+                    empty = 0 in shape
+                    self.arrays[name] = np.empty(shape, dtype) if empty else np.memmap(file, dtype, "r", shape=shape)
+            except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
+                raise InputError(f"{folder / name}: missing or truncated; {_FORMAT.mend}") from error
+            except OSError as error:
+                raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+
+    def __len__(self) -> int:
+        return self.content["count"]
+
+    @classmethod
+    def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
+        """Write an index, whole or not at all. Raises InputError for a folder with other things, or NaN embeddings."""
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: {dtype!r} is none of {', '.join(_DTYPES)}")
+        check_index_place(folder, str(folder))
+        content = {"model": model, "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
+        with contextlib.ExitStack() as held, replace_folder(folder) as beside:
+            _extend(beside, content, parts)
+            files = cls(beside, content)
+            if folder.is_dir():  # the two change places when no append is under way
+                held.enter_context(_locked(folder))
+        files.folder = folder
+        return files
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The files of one index, also while others take its place. Raises InputError where they are spoiled."""
+        for _ in range(_ATTEMPTS):
+            before = _number(folder)
+            try:
+                files = cls(folder, _read_content(folder))
+            except InputError:
+                if _number(folder) == before:
+                    raise
+            else:
+                if _number(folder) == before:  # all of it was read from one folder
+                    return files
+        raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
+
+    def append(self, model: str, parts: Iterable[Part]) -> Self:
+        """The index with more rows; a stop in between leaves it as it was. Raises InputError for another model's."""
+        with _locked(self.folder):
+            remove_stale_parts(self.folder, _INDEX, 0.0)  # nobody else writes it now
+            content = _read_content(self.folder)  # another process may have added some
+            if content["model"] != model:
+                raise InputError(f"{self.folder}: was replaced by an index of another model")
+            _extend(self.folder, content, parts)
+            return type(self)(self.folder, content)
+
+    def save(self, folder: Path) -> None:
+        """Copy what was opened, whatever has come to that place since, as `create` writes it."""
+        check_index_place(folder, str(folder))
+        with replace_folder(folder) as beside:
+            for name, array in self.arrays.items():
+                array.tofile(beside / name)
+            write_text(beside / _INDEX, _FORMAT.text(self.content))
+
+    def block(self, start: int, file: str = VECTORS, places: slice | None = None) -> np.ndarray:
+        """Up to BLOCK rows of a file from row `start` on, a multiple of BLOCK, compared with their sum once.
+
+        `places` is where they are in texts.bin. Raises InputError where they are spoiled.
+        """
+        content = self.arrays[file][places or slice(start, start + BLOCK)]
+        if (start, file) not in self._checked:
+            if zlib.crc32(content) != self.content["sums"][start // BLOCK][_FILES.index(file)]:
+                rows = f"{start} to {min(start + BLOCK, len(self)) - 1}"
+                raise InputError(f"{self.folder / file}: spoiled, in rows {rows} (CRC-32 differs); {_FORMAT.mend}")
+            self._checked.add((start, file))
+        return content
+
+    def text(self, row: int) -> str:
+        """The text of a row. Raises IndexError for a row that is not there."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row}: there are {len(self)} candidates")
+        start = row // BLOCK * BLOCK
+        first = int(self.arrays[_ENDS][start - 1]) if start else 0
+        ends = self.block(start, _ENDS)
+        texts = self.block(start, _TEXTS, slice(first, int(ends[-1])))
+        begin = int(ends[row - start - 1]) if row > start else first
+        return texts[begin - first : int(ends[row - start]) - first].tobytes().decode()
+
+
+def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> None:
+    """Write embeddings and texts behind what `content` counts, count them in, and then replace index.json."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / name, "ab")) for name in _FILES]
-        sizes = [_bytes(*shape) for shape in _shapes(content).values()]
-        for file, size in zip(files, sizes, strict=True):
-            file.truncate(size)  # what an append left that did not end
+        for file, (dtype, shape) in zip(files, _shapes(content).values(), strict=True):
+            file.truncate(dtype.itemsize * math.prod(shape))  # what an append left that did not end
         for part in elements(parts, "parts", "a list of (embeddings, texts) parts"):
             if not (isinstance(part, tuple | list) and len(part) == 2):
-                raise TypeError(
-                    f"parts: got {type(part).__name__}, expected (embeddings, texts): [(E, texts)] is one part"
-                )
+                raise TypeError(f"parts: got {type(part).__name__}, expected (embeddings, texts), as in [(E, texts)]")
             vectors, texts = np.asarray(part[0]), list(checked_texts(part[1], "parts, texts"))
             if vectors.shape != (len(texts), content["width"]):
                 raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
-            encoded = [text.encode() for text in texts]
-            ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_ENDS)
             with np.errstate(over="ignore"):
-                stored = np.ascontiguousarray(vectors, dtype=kind)
+                stored = np.ascontiguousarray(vectors, dtype=_DTYPES[content["dtype"]])
             if not np.isfinite(stored).all():
                 raise InputError(
                     f"{folder}: embeddings with NaN, infinite numbers or, for float16, numbers above 65504; "
                     "store float32, or train a sound student"
                 )
-            for some in _within_blocks(content["count"], len(texts)):
-                pieces = (stored[some].tobytes(), ends[some].tobytes(), b"".join(encoded[some]))
-                _count_in(content, some.stop - some.start, pieces)
-                for file, piece in zip(files, pieces, strict=True):
+            encoded = [text.encode() for text in texts]
+            ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
+            start = 0
+            while start < len(texts):
+                place = content["count"] % BLOCK
+                if place == 0:
+                    content["sums"].append([0] * len(_FILES))
+                some, sums = slice(start, min(start + BLOCK - place, len(texts))), content["sums"][-1]
+                pieces = (stored[some], ends[some], b"".join(encoded[some]))
+                for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
                     file.write(piece)
+                    sums[i] = zlib.crc32(piece, sums[i])
+                content["count"] += some.stop - start
+                content["text_bytes"] += len(pieces[-1])
+                start = some.stop
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-
-
-def _within_blocks(count: int, more: int) -> list[slice]:
-    """Rows `count` and on, cut where blocks end.
-
-    >>> _within_blocks(BLOCK - 2, 5)
-    [slice(0, 2, None), slice(2, 5, None)]
-    """
-    cuts = [0, *range(-count % BLOCK or BLOCK, more, BLOCK), more]
-    return [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-
-
-def _count_in(content: dict[str, Any], rows: int, pieces: tuple[bytes, ...]) -> None:
-    if content["count"] % BLOCK == 0:
-        content["sums"].append([0] * len(_FILES))
-    content["sums"][-1] = [zlib.crc32(piece, old) for piece, old in zip(pieces, content["sums"][-1], strict=True)]
-    content["count"] += rows
-    content["text_bytes"] += len(pieces[-1])
+    write_text(folder / _INDEX, _FORMAT.text(content))
 
 
 def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Type and shape of each file."""
-    count = content["count"]
-    return {
-        "vectors.bin": (_KINDS[content["dtype"]], (count, content["width"])),
-        "ends.bin": (_ENDS, (count,)),
-        "texts.bin": (np.dtype("u1"), (content["text_bytes"],)),
-    }
-
-
-def _bytes(kind: np.dtype, shape: tuple[int, ...]) -> int:
-    return kind.itemsize * math.prod(shape)
-
-
-def _write_content(folder: Path, content: dict[str, Any]) -> None:
-    """Replace index.json: from then on what was written counts."""
-    whole = {"format": FORMAT, "version": VERSION, **content}
-    write_text(folder / INDEX, json_text({**whole, "sha256": sha256_json(whole)}) + "\n")
-
-
-def _read_content(folder: Path) -> dict[str, Any]:
-    """index.json. Raises InputError where it is missing, spoiled or another program's."""
-    if not (folder / INDEX).is_file():
-        raise InputError(f"{folder}: no index of candidates ({INDEX} is missing); `python -m dse index` makes one")
-    whole = read_json(folder / INDEX, "the index")
-    if whole.get("format") != FORMAT or whole.get("version") != VERSION:
-        raise InputError(
-            f"{folder}: expected {FORMAT} {VERSION}, found {whole.get('format')} {whole.get('version')}; build it anew"
-        )
-    if whole.pop("sha256", None) != sha256_json(whole):
-        raise InputError(f"{folder / INDEX}: spoiled (its hash differs); build the index anew")
-    return {key: value for key, value in whole.items() if key not in ("format", "version")}
-
-
-def _mapped(folder: Path, content: dict[str, Any]) -> list[np.ndarray]:
-    """The files as far as `content` counts them. Raises InputError where they are missing or too short."""
-    arrays = []
-    for name, (kind, shape) in _shapes(content).items():
-        try:
-            with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
-                arrays.append(np.memmap(file, kind, "r", shape=shape) if math.prod(shape) else np.empty(shape, kind))
-        except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
-            raise InputError(f"{folder / name}: missing or truncated; build the index anew") from error
-        except OSError as error:
-            raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
-    return arrays
-
-
-def _opened(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """index.json and its files, mapped, of one index, also while others take its place."""
-    for _ in range(_ATTEMPTS):
-        before, refusal = _number(folder), None
-        try:
-            content = _read_content(folder)
-            mapped = _mapped(folder, content)
-        except InputError as error:
-            refusal = error
-        if _number(folder) == before:  # all of it was read from one folder
-            if refusal is not None:
-                raise refusal
-            return content, mapped
-    raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
+    rows, dtype = content["count"], _DTYPES[content["dtype"]]
+    shapes = (dtype, (rows, content["width"])), (_INT64, (rows,)), (np.dtype("u1"), (content["text_bytes"],))
+    return dict(zip(_FILES, shapes, strict=True))
 
 
 @contextlib.contextmanager
@@ -156,12 +191,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _number(folder: Path) -> int | None:
     """What tells a folder from the one that took its place."""
-    try:
+    with contextlib.suppress(OSError):
         return folder.stat().st_ino
-    except OSError:
-        return None
-
-
-def check_index_place(folder: Path, what: str) -> None:
-    """Raise InputError when a folder to be written is a file, or holds something else than an index."""
-    check_ours(folder, what, INDEX, FORMAT, {*_FILES, INDEX, _LOCK})
+    return None

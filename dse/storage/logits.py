@@ -41,44 +41,27 @@ def logits_identity(task: Task, files: list[dict[str, str]], rows: int) -> dict[
 def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
     """Read a logits file, float32, (rows, width), after checking that it belongs to this training.
 
-    `expected` is the training's `logits_identity`. Raises InputError, naming both sides, for logits of another
-    data file, row count, task, labels or width, and for a file that is no whole tensor. A tensor without
-    JSON, as the original writes it, is taken with a warning where rows and width fit.
+    `expected` is the training's `logits_identity`. Raises InputError, naming both sides, for logits of another one, and
+    for a file that is not a whole tensor. A tensor without JSON, as the original writes it, is taken with a warning.
     """
-    path = Path(path)
-    about_path = path.with_suffix(".json")
-    if about_path.is_file():
-        _check_identity(path, read_json(about_path, "the description of the logits"), expected)
+    path, again = Path(path), "make the logits again with run_distillation_logits_creator.py"
+    beside = path.with_suffix(".json")
+    if beside.is_file():
+        about = read_json(beside, "the description of the logits")
+        for key, value in expected.items():
+            if about.get(key) != value:
+                raise InputError(
+                    f"{path}: made for another training ({key}: {about.get(key)} there, {value} here); {again}"
+                )
+        if about.get("sha256") != sha256_file(path):
+            raise InputError(f"{path}: not the tensor that {beside.name} describes; {again}")
     else:
-        logger.warning("%s: no %s beside it, so only rows and width can be checked", path, about_path.name)
-    logits = load_tensors(path, f"{path}: no whole logits file; make it again with run_distillation_logits_creator.py")
+        logger.warning("%s: no %s beside it, so only rows and width can be checked", path, beside.name)
+    logits = load_tensors(path, f"{path}: no whole logits file; {again}")
     wanted = (expected["rows"], expected["width"])
-    found = f"a tensor of {logits.dtype}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise InputError(f"{path}: expected a tensor of floats of shape {wanted}, found {found}")
-    if tuple(logits.shape) != wanted:
-        raise InputError(
-            f"{path}: logits of shape {tuple(logits.shape)}, but the training data needs {wanted} "
-            "(rows, labels): use the logits made from this data"
-        )
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or tuple(logits.shape) != wanted:
+        found = (logits.dtype, tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"{path}: expected floats of shape {wanted}, (rows, labels), found {found}; {again}")
     if not bool(logits.isfinite().all()):
-        raise InputError(f"{path}: holds NaN or infinite logits; make it again from a sound teacher")
+        raise InputError(f"{path}: holds NaN or infinite logits; {again} from a sound teacher")
     return logits.to(torch.float32)
-
-
-_MEANING = {
-    "task": "the task", "labels": "the labels in order", "columns": "the columns of the two texts and the label",
-    "rows": "the number of rows", "width": "the number of logits per row",
-    "data": "the training data (files and their SHA-256)",
-}  # fmt: skip
-
-
-def _check_identity(path: Path, about: dict[str, Any], expected: dict[str, Any]) -> None:
-    for key, value in expected.items():
-        if about.get(key) != value:
-            raise InputError(
-                f"{path}: made for another training: {_MEANING[key]}: {about.get(key)} there, {value} here; "
-                "make the logits again with run_distillation_logits_creator.py"
-            )
-    if about.get("sha256") != sha256_file(path):
-        raise InputError(f"{path}: not the tensor that {path.with_suffix('.json').name} describes; make both again")

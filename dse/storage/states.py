@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Position = tuple[int, int]  # epochs that are done, updates made in the one under way
 _KEPT = 2
-_IN_NAME = re.compile(r"_state_epoch_(\d+)_update_(\d+)\.pt$|_epoch_(\d+)\.pt$")
+_STATE, _CHECKPOINT = re.compile(r"_state_epoch_(\d+)_update_(\d+)\.pt$"), re.compile(r"_epoch_(\d+)\.pt$")
 
 
 def position_of(name: str) -> Position | None:
@@ -31,16 +31,10 @@ def position_of(name: str) -> Position | None:
     >>> position_of("x_state_epoch_3_update_200.pt"), position_of("x_f1_0.861_epoch_3.pt"), position_of("x.pt")
     ((3, 200), (4, 0), None)
     """
-    match = _IN_NAME.search(name)
-    if match is None:
-        return None
-    epoch, update, done = match.groups()
-    return (int(done) + 1, 0) if epoch is None else (int(epoch), int(update))
-
-
-def _is_state(name: str) -> bool:
-    match = _IN_NAME.search(name)
-    return match is not None and match.group(1) is not None
+    if state := _STATE.search(name):
+        return int(state[1]), int(state[2])
+    checkpoint = _CHECKPOINT.search(name)
+    return checkpoint and (int(checkpoint[1]) + 1, 0)
 
 
 class States:
@@ -49,22 +43,17 @@ class States:
     Args:
         stem: with which its files' names begin.
         own: was the folder made for the run? Then it goes when it ends up empty.
-        mine: tells which of the files are the run's, where other runs' may be among them.
+        mine: tells which of the files are the run's; None: all.
     """
 
-    def __init__(
-        self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] = lambda path: True
-    ) -> None:
+    def __init__(self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] | None = None) -> None:
         self.folder, self.stem, self.own = folder, stem, own
-        paths = [path for path in sorted(folder.glob(f"{glob.escape(stem)}_*.pt")) if mine(path)]
+        paths = [path for path in sorted(folder.glob(f"{glob.escape(stem)}_*.pt")) if mine is None or mine(path)]
         self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
         self._spoiled: list[Path] = []
 
     def newest(self, load: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest state that `load` takes, which raises InputError for a spoiled one; None where there is none.
-
-        Raises InputError when all are spoiled.
-        """
+        """The newest state that `load` can read; None where there is none. Raises InputError when all are spoiled."""
         for position in sorted(self.files, reverse=True):
             path = self.files[position]
             try:
@@ -73,9 +62,7 @@ class States:
                 logger.warning("%s; looking for the state before it", error)
                 self._spoiled.append(self.files.pop(position))
         if self._spoiled:
-            raise InputError(
-                f"--resume: none of the states in {self.folder} can be read; leave the flag out to start anew"
-            )
+            raise InputError(f"--resume: none of the states in {self.folder} can be read; leave it out to start anew")
         return None
 
     def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:
@@ -96,17 +83,16 @@ class States:
             self._remove_parts()
             save_tensors(path, entries)
         self.files[position] = path
-        self._remove_but({*sorted(self.files)[-_KEPT:], _after(best_epoch)})
-        for spoiled in self._spoiled:
-            if spoiled not in self.files.values():
-                self._unlink(spoiled)
+        self._remove_but(sorted(self.files)[-_KEPT:], best_epoch)
+        for spoiled in set(self._spoiled) - set(self.files.values()):
+            self._unlink(spoiled)
         self._spoiled.clear()
         return path
 
     def finish(self, best_epoch: int | None = None) -> None:
         """The run is at its end: keep its newest and its best checkpoint, or, without a best epoch, nothing."""
-        checkpoints = [position for position, path in self.files.items() if not _is_state(path.name)]
-        self._remove_but(set() if best_epoch is None else {max(checkpoints), _after(best_epoch)})
+        checkpoints = [position for position, path in self.files.items() if not _STATE.search(path.name)]
+        self._remove_but(sorted(checkpoints)[-1:] if best_epoch is not None else [], best_epoch)
         if self.own and parallel.is_first() and self.folder.is_dir():
             self._remove_parts()
             if not any(self.folder.iterdir()):
@@ -116,14 +102,11 @@ class States:
         """Remove what this run left of states and students when it was killed; in a folder of its own, at once."""
         remove_stale_parts(self.folder, *(("*", 0.0) if self.own else (f"{glob.escape(self.stem)}_*",)))
 
-    def _remove_but(self, kept: set[Position | None]) -> None:
-        for position in set(self.files) - kept:
+    def _remove_but(self, kept: list[Position], best_epoch: int | None) -> None:
+        """Remove the files of all other positions but the one after the best epoch."""
+        for position in self.files.keys() - {*kept, None if best_epoch is None else (best_epoch + 1, 0)}:
             self._unlink(self.files.pop(position))
 
     def _unlink(self, path: Path) -> None:
         if parallel.is_first() and path.name.startswith(f"{self.stem}_"):
             path.unlink(missing_ok=True)
-
-
-def _after(epoch: int | None) -> Position | None:
-    return None if epoch is None else (epoch + 1, 0)

@@ -10,10 +10,8 @@ Hashes of weights and tokenizer are compared at loading, so a spoiled file is fo
 
 import contextlib
 import hashlib
-import json
 import logging
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,22 @@ from dse.data.tokenizers import tokenizer_in, tokenizer_key
 from dse.networks.config import DSEConfig
 from dse.networks.kernels import is_plain
 from dse.networks.student import SiameseNetwork, Student, empty_network
+from dse.storage.checkpoint import Checkpoint
+from dse.storage.folder_format import FolderFormat
 from dse.system.errors import InputError, RunError, one_line
-from dse.system.files import check_ours, json_text, read_json, replace_folder, sha256_file, sha256_json
+from dse.system.files import replace_folder, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "dse student", 2
+FORMAT = "dse student"
 BEST = "best"  # folder of the best epoch's student, in a run's
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_FILES = [CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
-STUDENT_FILES = [*_FILES[1:], CARD, "added_tokens.json"]  # that may lie beside config.json
+_LOADED = (WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_FORMAT = FolderFormat(
+    "student", FORMAT, 2, CONFIG, (*_LOADED, CARD, "added_tokens.json"),
+    "fetch the folder again, or make one of a checkpoint with `python -m dse export`",
+)  # fmt: skip
+check_replaceable, read_config = _FORMAT.check_place, _FORMAT.read
 
 
 def write_student(student: Student, folder: Path) -> None:
@@ -54,8 +58,6 @@ def write_student(student: Student, folder: Path) -> None:
         save_file(_weights_of(network), beside / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(beside)
         about = {
-            "format": FORMAT,
-            "version": VERSION,
             "dse_version": __version__,
             "architecture": network.config.to_dict(),
             "task": task_to_dict(task, ranks=True),
@@ -68,30 +70,39 @@ def write_student(student: Student, folder: Path) -> None:
             "tokenizer_sha256": tokenizer_key(tokenizer),
             "origin": student.origin,
         }
-        about = json.loads(json_text(about))  # as it will be read
-        about["sha256"] = sha256_json(about)
-        (beside / CONFIG).write_text(json_text(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (beside / CARD).write_text(model_card(about), encoding="utf-8")
+        (beside / CONFIG).write_text(_FORMAT.text(about, indent=2, ensure_ascii=False), encoding="utf-8")
+        (beside / CARD).write_text(model_card(student), encoding="utf-8")
 
 
-def read_student(name: str | Path, **of_hub: Any) -> Student:
-    """A student in evaluation mode on the CPU, float32.
-
-    Args:
-        name: a folder that `write_student` wrote, or a hub name.
-        of_hub: huggingface_hub's revision, token, cache_dir, local_files_only.
+def read_student(
+    name: str | Path, revision: str | None = None, token: str | bool | None = None,
+    cache_dir: str | Path | None = None, local_files_only: bool = False,
+) -> Student:  # fmt: skip
+    """A student in evaluation mode on the CPU, float32, of a folder that `write_student` wrote, or of the hub.
 
     Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
     """
     folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{name}: no folder of a student, but a file; {_FORMAT.mend}")
     if not folder.is_dir():
-        folder = _download(str(name), **of_hub)
-    config, tokenizer = read_config(folder), tokenizer_in(folder)
+        try:
+            folder = Path(snapshot_download(
+                str(name), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+                allow_patterns=[CONFIG, *_LOADED],
+            ))  # fmt: skip
+        except (OSError, ValueError) as error:  # ValueError: it cannot be a name on the hub
+            raise InputError(f"{name}: no folder of a student, and not on the hub ({one_line(error)})") from error
+    config, tokenizer, weights = read_config(folder), tokenizer_in(folder), folder / WEIGHTS
     if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
         raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
+    if not weights.is_file():
+        raise InputError(f"{folder}: {WEIGHTS} is missing; {_FORMAT.mend}")
+    if sha256_file(weights) != config["weights_sha256"]:
+        raise InputError(f"{weights}: spoiled or of another student (its SHA-256 differs); {_FORMAT.mend}")
     try:
         network = empty_network(DSEConfig.from_dict(config["architecture"]))
-        network.load_state_dict(_read_weights(folder, config["weights_sha256"]))
+        network.load_state_dict(load_file(weights))
         task = task_from_dict(config["task"])
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
@@ -104,9 +115,7 @@ def _weights_of(network: SiameseNetwork) -> dict[str, torch.Tensor]:
     state = network.state_dict()
     for name, tensor in state.items():
         if type(tensor) is not torch.Tensor or tensor.is_quantized:
-            raise InputError(
-                f"{name}: not a plain tensor, so the student cannot be stored or indexed: do that before quantizing it"
-            )
+            raise InputError(f"{name}: not a plain tensor, so the student cannot be stored or indexed once quantized")
     return {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
@@ -121,59 +130,17 @@ def fingerprint(student: Student) -> str:
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     about = [architecture, bert, tokenizer_key(student.tokenizer), student.max_seq_length]
     if not is_plain(student.network):
-        logger.warning(
-            "the student has hooks or wrapped layers: an index cannot tell whether they are the same when it is opened"
-        )
+        logger.warning("the student has hooks or wrapped layers: an index cannot tell whether they are the same later")
         about.append("not plain")
     digest.update(sha256_json(about).encode())
     return digest.hexdigest()
 
 
-def _download(name: str, **options: Any) -> Path:
-    """The local copy of a student on the hub."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists():
-        raise InputError(
-            f"{name}: no folder of a student; expected what save_pretrained or `python -m dse export` made"
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, **options))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name}: no local folder, and the hub did not give it ({one_line(error)}): check the name or the network"
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a student's folder. Raises InputError where it is missing, another program's or incomplete."""
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder}: no student: {CONFIG} is missing; `python -m dse export` makes such a folder")
-    config = read_json(folder / CONFIG, "the student's configuration")
-    if config.get("format") != FORMAT:
-        raise InputError(
-            f"{folder}: holds no student of this project; `python -m dse export` makes one of a checkpoint"
-        )
-    if config.get("version") != VERSION:
-        raise InputError(f"{folder}: its format is version {config.get('version')}; this program reads {VERSION}")
-    if config.pop("sha256", None) != sha256_json(config):
-        raise InputError(f"{folder / CONFIG}: spoiled or changed (its hash differs); fetch or export the folder again")
-    return config
-
-
-def _read_weights(folder: Path, expected: str) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{folder}: {WEIGHTS} is missing; fetch or export the folder again")
-    if sha256_file(path) != expected:
-        raise InputError(f"{path}: spoiled or of another student (SHA-256 is not {expected}); fetch the folder again")
-    return load_file(path)
-
-
 def told_by(folder: Path) -> dict[str, Any]:
     """A student's `origin`, as its folder tells it; {} for another folder, or one that tells nothing."""
-    try:
+    with contextlib.suppress(InputError):
         return read_config(folder).get("origin") or {}
-    except InputError:
-        return {}
+    return {}
 
 
 def best_folders(run: Path) -> list[Path]:
@@ -182,125 +149,107 @@ def best_folders(run: Path) -> list[Path]:
 
 
 def save_best(student: Student, run: Path) -> None:
-    """Write the best epoch's student into a run's folder, as `best`, or as `best_epoch_<n>` where that cannot be.
+    """Write the best epoch's student into a run's folder, in the place of those of earlier epochs.
 
-    That is so where others' files are in `best`, or another student. What this run wrote of earlier epochs goes.
+    It is `best` there, or `best_epoch_<n>` where `best` holds others' files or another run's student.
     """
     origin = student.origin
     for place in (run / BEST, run / f"{BEST}_epoch_{origin['epoch']}"):
         told = told_by(place)
         # What was written before there were stamps is this run's if the same command wrote it.
         key = "stamp" if "stamp" in told else "commands"
-        if (place / CONFIG).exists() and told.get(key) != origin[key]:
-            logger.warning("%s holds another run's student and stays: the best epoch goes elsewhere", place)
-            continue
         try:
+            if (place / CONFIG).exists() and told.get(key) != origin[key]:
+                raise InputError(f"{place} holds another run's student and stays")
             write_student(student, place)
         except (InputError, RunError) as error:
             logger.warning("the best epoch so far, %d, goes elsewhere: %s", origin["epoch"], error)
-            continue
-        remove_older_best(run, place, origin["stamp"])
-        logger.info("best epoch so far, %d: %s", origin["epoch"], place)
-        return
-
-
-def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path, read: Callable[[Path], Student]) -> None:
-    """Write `best` where it is missing, of another epoch or run, as after a stop or with others' checkpoints.
-
-    Args:
-        epoch, stamp: of the best epoch, and of the run.
-        checkpoint: of that epoch; where it is gone, nothing is written.
-        read: the student of a checkpoint.
-    """
-    for place in best_folders(run):
-        told = told_by(place)
-        if (told.get("epoch"), told.get("stamp")) == (epoch, stamp):
-            remove_older_best(run, place, stamp)
+        else:
+            _remove_older_best(run, place, origin["stamp"])
+            logger.info("best epoch so far, %d: %s", origin["epoch"], place)
             return
-    if checkpoint.is_file():
-        save_best(read(checkpoint), run)
 
 
-def remove_older_best(run: Path, newest: Path, stamp: str) -> None:
+def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
+    """Write the best epoch's student of a run, unless it is there or that epoch's checkpoint is gone.
+
+    It is not there after a stop, or where others' checkpoints changed which epoch is the best.
+    """
+    wanted = {"epoch": epoch, "stamp": stamp}.items()
+    found = [place for place in best_folders(run) if wanted <= told_by(place).items()]
+    if found:
+        _remove_older_best(run, found[0], stamp)
+    elif checkpoint.is_file():
+        save_best(Checkpoint.read(checkpoint).student(), run)
+
+
+def _remove_older_best(run: Path, newest: Path, stamp: str) -> None:
     """Remove a run's students of earlier epochs that could not be replaced, so that none is taken for the best."""
     for place in best_folders(run):
         if place != newest and told_by(place).get("stamp") == stamp:
             with contextlib.suppress(OSError):
-                for name in (*STUDENT_FILES, CONFIG):  # without which it is not a student's folder
+                for name in (*_FORMAT.others, CONFIG):  # without which it is not a student's folder
                     (place / name).unlink(missing_ok=True)
                 place.rmdir()  # unless others' files are in it
 
 
-def check_replaceable(folder: Path, what: str) -> None:
-    """Raise InputError when a folder to be written is a file, or holds something else than a student."""
-    check_ours(folder, what, CONFIG, FORMAT, {CONFIG, *STUDENT_FILES})
-
-
-def model_card(config: dict[str, Any]) -> str:
+def model_card(student: Student) -> str:
     """README.md of a student: YAML for the hub, metrics, use, commands."""
-    task, architecture, origin = config["task"], config["architecture"], config["origin"] or {}
-    labels = f", labels in order: {', '.join(config['labels'])}" if config["labels"] else ""
-    metrics = at_threshold(origin.get("metrics") or {})
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    commands = [command_line(script, _without_places(flags)) for script, flags in origin.get("commands", [])]
-    use = "\n".join([
-        "from dse.models import DSESiameseClassifier", "",
-        'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")',
-        'embeddings = model.encode(["A sentence.", "Another one."])',
-        'scores = model.score([("A sentence.", "Another one.")])',
-    ])  # fmt: skip
+    origin = student.origin or {}
     parts = [
         "---\nlibrary_name: dse\npipeline_tag: sentence-similarity\ntags:\n- sentence-similarity\n"
         "- distilled-sentence-embedding\n- knowledge-distillation\n---",
-        f"# A DSE student for {task['name']}",
+        f"# A DSE student for {student.task.name}",
         "It embeds each sentence alone and scores a pair with a small head over the two embeddings (Barkan et al., "
         '"Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020).',
-        f"- task: {task['name']} ({task['kind']}{labels})\n"
-        f"- encoder: BERT, {architecture['bert']['num_hidden_layers']} layers of "
-        f"{architecture['bert']['hidden_size']}, {'uncased' if config['do_lower_case'] else 'cased'}; "
-        f"at most {config['max_seq_length']} tokens per sentence\n"
-        f"- pooler {architecture['pooler_type']} over {architecture['pooler_num_top_hidden_layers']} layers; head "
-        f"{architecture['siamese_head_type']}, layers {architecture['fc_dims']}" + _meaning(config),
-        f"## Use\n\n```python\n{use}\n```",
+        "\n".join(f"- {fact}" for fact in _facts(student)),
+        "## Use\n\n```python\nfrom dse.models import DSESiameseClassifier\n\n"
+        'model = DSESiameseClassifier.from_pretrained("FOLDER_OR_HUB_NAME")\n'
+        'embeddings = model.encode(["A sentence.", "Another one."])\n'
+        'scores = model.score([("A sentence.", "Another one.")])\n```',
     ]
-    if table:
-        title = f"## Metrics on the validation data, epoch {origin.get('epoch')}"
-        parts.append(f"{title}\n\n| metric | value |\n| --- | --- |\n{table}")
-    if commands:
-        lines = "\n".join(commands)
+    if metrics := at_threshold(origin.get("metrics") or {}):
+        parts.append(f"## Metrics on the validation data, epoch {origin.get('epoch')}")
+        rows = [("metric", "value"), ("---", "---"), *((name, f"{value:.4f}") for name, value in metrics.items())]
+        parts.append("\n".join(f"| {name} | {value} |" for name, value in rows))
+    if commands := origin.get("commands"):
+        lines = "\n".join(command_line(script, flags, full_paths=False) for script, flags in commands)
         parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin.get('logits_sha256')}")
     return "\n\n".join(parts) + "\n"
 
 
-def _meaning(config: dict[str, Any]) -> str:
-    """What scores, probabilities and labels mean, a line each."""
-    task, labels = task_from_dict(config["task"]), config["labels"]
+def _facts(student: Student) -> list[str]:
+    """What a student is, and what its scores, probabilities and labels mean."""
+    task, config = student.task, student.network.config
+    labels = f", labels in order: {', '.join(task.labels)}" if task.labels else ""
+    casing = "uncased" if student.tokenizer.backend_tokenizer.normalizer.lowercase else "cased"
     try:
         ranked = f"`{ranked_label(task)}`"
     except InputError:  # nothing says which: a search has to
         ranked = "the label that `rank_label` names"
-    lines = [f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}"]
+    facts = [
+        f"task: {task.name} ({task.kind}{labels})",
+        f"encoder: BERT, {config.bert['num_hidden_layers']} layers of {config.bert['hidden_size']}, {casing}; at most "
+        f"{student.max_seq_length} tokens per sentence",
+        f"pooler {config.pooler_type} over {config.pooler_num_top_hidden_layers} layers; head "
+        f"{config.siamese_head_type}, layers {list(config.fc_dims)}",
+        f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}",
+    ]
     if task.kind == BINARY:
-        lines += [
-            f"`score` gives the logit of `{labels[1]}`; `predict(probabilities=True)` gives the probability of "
+        facts += [
+            f"`score` gives the logit of `{task.labels[1]}`; `predict(probabilities=True)` gives the probability of "
             f'{ranked}, and `probabilities="all"` both columns',
-            f"`predict` says `{labels[1]}` where its probability is above {config['threshold']}",
+            f"`predict` says `{task.labels[1]}` where its probability is above {student.threshold}",
         ]
-    return "".join(f"\n- {line}" for line in lines)
+    return facts
 
 
-def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags whose absolute paths are cut to their last part: where a user keeps files is nobody else's business."""
-    return {
-        flag: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for flag, value in flags.items()
-    }
-
-
-def command_line(script: str, flags: dict[str, Any]) -> str:
-    """The command line that gives a script these flags."""
+def command_line(script: str, flags: dict[str, Any], full_paths: bool = True) -> str:
+    """The command line that gives a script these flags; without full paths, of absolute ones the last part alone."""
     words = ["python", script]
     for flag, value in flags.items():
+        if not full_paths and isinstance(value, str) and Path(value).is_absolute():
+            value = Path(value).name  # where a user keeps files is nobody else's business
         if value is True:
             words.append(f"--{flag}")
         elif value not in (False, None, ""):

@@ -28,16 +28,14 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if parallel.launched():
-        if parallel.local_rank() >= count:
-            raise InputError(f"torchrun: process {parallel.local_rank()} of this machine has no GPU: there are {count}")
-        return torch.device("cuda", parallel.local_rank())
-    if not 0 <= gpu_id < count:
+        gpu_id = int(os.environ["LOCAL_RANK"])  # the process's number on its machine
+        if gpu_id >= count:
+            raise InputError(f"torchrun: process {gpu_id} of this machine has no GPU: there are {count}")
+    elif not 0 <= gpu_id < count:
         raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {count}, counted from 0")
-    if count > 1:
-        logger.info(
-            "%d GPUs are there, this run uses number %d; `torchrun --nproc_per_node %d` before a training script or "
-            "run_distillation_logits_creator.py uses all of them", count, gpu_id, count,
-        )  # fmt: skip
+    elif count > 1:
+        all_of_them = f"`torchrun --nproc_per_node {count}` before a script that trains or makes logits uses all"
+        logger.info("%d GPUs are there, this run uses number %d; %s", count, gpu_id, all_of_them)
     return torch.device("cuda", gpu_id)
 
 

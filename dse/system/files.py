@@ -3,10 +3,6 @@
 Every file that outlives a process (caches, logits, checkpoints, results) goes through `atomic_write`: the bytes go to
 a hidden neighbour, are flushed, and only then take the name. `replace_folder` puts a folder in the place of an earlier
 one in one step; `write_folder_whole` does so file by file where the folder may hold other files too.
-
-Files of tensors (`save_tensors`) are torch's zip archives, whose CRCs `load_tensors` compares, since torch does not. It
-refuses an archive whose directory calls a tensor a folder, for which torch loads whatever the memory holds. Files of
-earlier versions have a SHA-256 as the archive's comment, which is not read.
 """
 
 import contextlib
@@ -14,7 +10,6 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -31,7 +26,6 @@ from dse.system.errors import InputError, RunError
 
 _STALE_SECONDS = 3600
 _PART = re.compile(r"\.(.+)\.(\d+)\.part")  # the file's name, and the number of the process that writes it
-_IS_FOLDER = 0x10  # of an archive's entry: its external attributes say that it is a folder
 
 
 def sha256_file(path: str | Path) -> str:
@@ -49,8 +43,7 @@ def sha256_json(value: Any) -> str:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
-    Until then, and for good when the block raises, whatever stood at `path` stays untouched. Raises RunError where the
-    disk refuses (full, read-only, gone).
+    Raises RunError where the disk refuses (full, read-only, gone).
     """
     path = Path(path)
     with disk_errors(path), _neighbour(path) as beside:
@@ -72,8 +65,7 @@ def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
     with disk_errors(folder), _neighbour(folder / "folder", seconds=0.0) as beside:
         beside.mkdir()
         yield beside
-        made = sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name))
-        for path in made:
+        for path in (made := sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name))):
             _flush(path)
         with signals.deferred():
             for path in made:
@@ -96,7 +88,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
         yield beside
         for path in beside.iterdir():
             _flush(path)
-        if not (folder.exists() and libc.exchange(beside, folder)):
+        if not libc.exchange(beside, folder):  # nor can it where there is no folder yet
             _rename_over(beside, folder)
         _flush(folder.parent)
 
@@ -138,23 +130,21 @@ def _remove(path: Path) -> None:
 def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS) -> None:
     """Remove the parts that killed processes left in a folder of files of that name, a glob pattern.
 
-    Args:
-        seconds: how old a part must be, since another machine's process may be writing it; 0 where only this process
-            writes there. Parts of another process that runs on this machine stay in any case.
+    They must be `seconds` old, since another machine's process may be writing them; 0 where only this process writes
+    there. Parts of another process that runs on this machine stay in any case.
     """
     for part in folder.glob(f".{name}.*.part"):
-        match = _PART.fullmatch(part.name)
         with contextlib.suppress(OSError):
-            # In a container a process that is started again often has the number of the one before.
-            runs = match and Path(f"/proc/{match[2]}").exists() and not (seconds == 0 and match[2] == str(os.getpid()))
-            if match and not runs and time.time() - part.stat().st_mtime >= seconds:
-                _remove(part)
+            if match := _PART.fullmatch(part.name):
+                # In a container a process that is started again often has the number of the one before.
+                before = seconds == 0 and match[2] == str(os.getpid())
+                if (before or not Path("/proc", match[2]).exists()) and time.time() - part.stat().st_mtime >= seconds:
+                    _remove(part)
 
 
 def _flush(path: Path) -> None:
     """Have a file's bytes, or a folder's names, on the disk; a file gets the permissions of a new file."""
-    is_file = path.is_file()
-    if is_file:
+    if is_file := path.is_file():
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone
     with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):  # not every system flushes folders
@@ -174,15 +164,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         of_library = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
         if not (isinstance(error, OSError) or of_library):
             raise
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        try:
+        why, room = getattr(error, "strerror", None) or " ".join(str(error).split())[:200], "its folder is gone"
+        with contextlib.suppress(OSError):
             room = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
-        except OSError:
-            room = "its folder is gone"
-        raise RunError(
-            f"{path}: cannot be written ({why}; {room}); what stood there before is untouched. "
-            "Make room or give another place, and run the same command again"
-        ) from error
+        mend = "Make room or give another place, and run the same command again"
+        what = f"cannot be written ({why}; {room}); what stood there before is untouched"
+        raise RunError(f"{path}: {what}. {mend}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -193,7 +180,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def json_text(value: Any, **options: Any) -> str:
     """JSON of a value; NaN and infinities, which JSON lacks, become null. The options are those of json.dumps."""
-    return json.dumps(without_nan(value), allow_nan=False, **options)
+    return json.dumps(without_nan(value), **options)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -202,12 +189,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """A JSON value in which None stands for NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A value as JSON holds it, in which None stands for NaN and infinities."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
@@ -260,19 +243,15 @@ def _nearest(path: Path) -> Path:
 def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
     """Raise InputError unless files can be made in `folder` or, where it does not exist yet, in its nearest parent.
 
-    A file is made to find out: permission bits say nothing about read-only mounts or root.
-
-    Args:
-        name: the longest name that a file there will have.
+    `name` is the longest that a file there will have. A file is made to find out: permission bits say nothing about
+    read-only mounts or root.
     """
     check_name(Path(folder) / name, flag)
     try:
-        with tempfile.TemporaryFile(dir=_nearest(Path(folder).absolute())):
-            pass
+        tempfile.TemporaryFile(dir=_nearest(Path(folder).absolute())).close()
     except OSError as error:
-        raise InputError(
-            f"{flag}: cannot write in {folder} ({error.strerror}): name a folder that can be written"
-        ) from error
+        what = f"cannot write in {folder} ({error.strerror})"
+        raise InputError(f"{flag}: {what}: name a folder that can be written") from error
 
 
 def check_output_file(path: str | Path, flag: str) -> None:
@@ -285,10 +264,7 @@ def check_output_file(path: str | Path, flag: str) -> None:
 def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -> None:
     """Raise InputError when a folder to be replaced is a file, or holds other things than an earlier one of its kind.
 
-    Args:
-        what: names the folder's role in the error.
-        main: its JSON file, whose `format` must be `form`.
-        known: the names that its files may have.
+    The `format` of its JSON file `main` must be `form`, and its files' names must be `known`. `what` names its role.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{what}: {folder} is a file; name a folder")
@@ -296,14 +272,12 @@ def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -
     names -= {name for name in names if (part := _PART.fullmatch(name)) and part[1] in known}  # left by a kill
     others = names - known
     if others or (names and read_json(folder / main, "what the folder holds").get("format") != form):
-        raise InputError(
-            f"{what}: {folder} holds other files ({', '.join(sorted(others or names)[:3])}); name a new folder, or "
-            f"one that holds a {form} alone"
-        )
+        found, mend = ", ".join(sorted(others or names)[:3]), f"name a new folder, or one that holds a {form} alone"
+        raise InputError(f"{what}: {folder} holds other files ({found}); {mend}")
 
 
 def save_tensors(path: str | Path, value: Any) -> None:
-    """Write what torch.save makes of a value to a file, whole."""
+    """Write what torch.save makes of a value, a zip archive, to a file, whole."""
     import torch
 
     with atomic_write(path) as beside, open(beside, "wb") as file:
@@ -311,16 +285,17 @@ def save_tensors(path: str | Path, value: Any) -> None:
 
 
 def load_tensors(path: str | Path, refusal: str) -> Any:
-    """What torch.save wrote, on the CPU, without unpickling objects, after comparing its checksums.
+    """What torch.save wrote, on the CPU, without unpickling objects, after comparing its CRCs, which torch does not.
 
-    Raises InputError(refusal) for anything else, spoiled bytes included. torch's format before 1.6 has no checksums.
+    Raises InputError(refusal) for anything else, spoiled bytes included. torch's format before 1.6 has no CRCs.
     """
     import torch
 
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip() or any(entry.external_attr & _IS_FOLDER for entry in archive.infolist()):
+                # 0x10 calls an entry a folder; for a tensor of that kind torch loads whatever the memory holds
+                if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
                     raise ValueError("spoiled")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # it raises many kinds for a spoiled or foreign file

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 dse_train_runner.py …
 
 Every process has all of the data and the model. It takes every N-th row of each training batch, and every N-th batch of
-an inference. DistributedDataParallel averages the gradients. The outputs are summed, each process having zeros where
-others computed. Only the first process writes files. In a process that runs alone, these functions change nothing.
+an inference; DistributedDataParallel averages the gradients. Of the outputs, each has zeros where others computed. Only
+the first process writes files. In a process that runs alone, these functions change nothing.
 """
 
 import contextlib
@@ -19,8 +19,6 @@ from dse.system.errors import InputError, RunError, one_line
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # the first process may tokenize that long while the others wait
 _OF_THE_CONNECTION = ("Connection", "onnection closed", "gloo", "NCCL", "peer", "Socket")
@@ -38,11 +36,6 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
-def local_rank() -> int:
-    """This process's number on its machine, which is the number of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
-
-
 def size() -> int:
     """How many processes work together: 1 until `join`."""
     return 1 if _device is None else int(os.environ["WORLD_SIZE"])
@@ -56,14 +49,13 @@ def is_first() -> bool:
 def join(device: "torch.device") -> None:
     """Meet the other processes, if there are any; `process_group` leaves them."""
     global _device
-    if not launched():
-        return
-    import torch
+    if launched():
+        import torch
 
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    _device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        _device = device
 
 
 @contextlib.contextmanager
@@ -83,10 +75,8 @@ def process_group() -> Iterator[None]:
     except RuntimeError as error:
         if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
             raise
-        raise RunError(
-            f"process {rank()} lost another one ({one_line(error)[:200]}): look for that one's error; "
-            "--resume goes on where there is a state"
-        ) from error
+        mend = "look for that one's error; --resume goes on where there is a state"
+        raise RunError(f"process {rank()} lost another one ({one_line(error)[:200]}): {mend}") from error
     finally:
         _device = None
 
@@ -116,54 +106,49 @@ def rows_of_rank(rows: np.ndarray) -> np.ndarray:
 
 def agree(numbers: list[int], what: str) -> None:
     """Raise RunError where the processes' numbers differ."""
-    values = np.array(numbers, dtype=np.int64)
-    if not (_reduced(values, "MAX") == -_reduced(-values, "MAX")).all():
-        raise RunError(
-            f"the processes differ in {what}, here {numbers}: all of them need the same folders with the same files"
-        )
+    everyone = _by_rank(numbers, np.int64)
+    if (everyone != everyone[0]).any():
+        differ = f"the processes differ in {what}, here {numbers}"
+        raise RunError(f"{differ}: all of them need the same folders with the same files")
 
 
 def summed(values: np.ndarray) -> np.ndarray:
     """The sum of all processes' arrays, which have one shape and dtype, in every process."""
-    return _reduced(values, "SUM")
-
-
-def highest(value: int) -> int:
-    """The highest of all processes' numbers."""
-    return int(_reduced(np.array([value], dtype=np.int64), "MAX")[0])
-
-
-def of_first(value: int) -> int:
-    """The first process's number."""
-    return int(summed(np.array([value if is_first() else 0], dtype=np.int64))[0])
-
-
-def _reduced(values: np.ndarray, how: str) -> np.ndarray:
     if size() == 1:
         return values
     import torch
 
     tensor = torch.from_numpy(values).to(_device, copy=True)
-    torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+    torch.distributed.all_reduce(tensor)
     return tensor.cpu().numpy()
+
+
+def _by_rank(value: Any, dtype: Any) -> np.ndarray:
+    """(processes, *shape): every process's value, which has one shape."""
+    everyone = np.zeros((size(), *np.shape(value)), dtype)
+    everyone[rank() % size()] = value  # a process that has not joined yet is alone
+    return summed(everyone)
+
+
+def highest(value: int) -> int:
+    """The highest of all processes' numbers."""
+    return int(_by_rank(value, np.int64).max())
+
+
+def of_first(value: int) -> int:
+    """The first process's number."""
+    return int(_by_rank(value, np.int64)[0])
 
 
 def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
     """Every process's tensor, by rank; all are on the CPU and have one shape and dtype."""
-    if size() == 1:
-        return [tensor]
-    import torch
-
-    tensors = [torch.empty_like(tensor, device=_device) for _ in range(size())]
-    torch.distributed.all_gather(tensors, tensor.to(_device))
-    return [each.cpu() for each in tensors]
+    return [tensor.new_tensor(values) for values in _by_rank(tensor, tensor.numpy().dtype)]
 
 
-def synchronized(model: "nn.Module") -> Any:
-    """The model, with gradients averaged over the processes.
+def synchronized(model: "torch.nn.Module") -> Any:
+    """The model or, with several processes, its DistributedDataParallel, which averages gradients but in `no_sync`.
 
-    In a process that runs alone it is the model itself; else a DistributedDataParallel, within whose `no_sync`
-    gradients are not averaged. Raises InputError where no parameter is trained.
+    Raises InputError where no parameter is trained.
     """
     if size() == 1:
         return model

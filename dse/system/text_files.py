@@ -17,12 +17,8 @@ _TEXTS = "the texts, a UTF-8 file with one per line, or - for standard input"
 def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str = "--data_dir") -> Iterator[str]:
     r"""The lines of a UTF-8 file, of a pipe or, for `-`, of standard input, without their ends: \n, \r\n or \r.
 
-    Args:
-        what: names the file's role in errors.
-        keep_mark: keep a byte-order mark at the start, which is dropped otherwise.
-        flag: the one that named the file or its folder.
-
-    Raises InputError where it cannot be read or is not UTF-8.
+    Raises InputError, which names the file's role, `what`, and the flag that named it or its folder, where it cannot be
+    read or is not UTF-8. A byte-order mark at the start is dropped, unless `keep_mark` is set.
     """
     name, number = (f"{flag}: standard input" if path == "-" else path), 0
     try:
@@ -36,10 +32,8 @@ def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str =
     except OSError as error:
         raise InputError(f"{name}: cannot read {what} ({error.strerror}); see {flag}") from error
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise InputError(
-            f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8; save the text as UTF-8"
-        ) from error
+        byte = f"0x{error.object[error.start]:02x}"
+        raise InputError(f"{name}, line {number}: byte {byte} is not valid UTF-8; save the text as UTF-8") from error
 
 
 def check_texts(path: str, flag: str) -> None:
@@ -50,10 +44,7 @@ def check_texts(path: str, flag: str) -> None:
 
 
 def texts_of(path: str, flag: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, of a pipe or, for `-`, of standard input; empty lines too, with a warning.
-
-    Raises InputError for bytes that are not UTF-8.
-    """
+    """The lines as `read_lines` gives them; empty ones too, with a warning."""
     empty = 0
     for line in read_lines(path, _TEXTS, flag=flag):
         empty += not line.strip()
@@ -63,16 +54,11 @@ def texts_of(path: str, flag: str) -> Iterator[str]:
 
 
 def elements(value: Any, what: str, of: str) -> Iterator[Any]:
-    """The elements of a collection that is in order and whose elements are what a caller expects.
+    """The elements of a value that is in order and whose elements are what a caller expects.
 
-    Iterating a string would give its letters, bytes numbers, a mapping its keys, a table its columns' names, and a set
-    any order.
-
-    Args:
-        what: names the value in the error.
-        of: what is expected.
-
-    Raises TypeError for these, and for what cannot be iterated.
+    Raises TypeError, which names the value (`what`) and what is expected (`of`), for what cannot be iterated, and for a
+    string, which would give its letters, bytes (numbers), a mapping (keys), a table (its columns' names) and a set (any
+    order).
     """
     refused = isinstance(value, str | bytes | bytearray | Mapping | set | frozenset) or hasattr(value, "columns")
     with contextlib.suppress(TypeError):  # of what cannot be iterated

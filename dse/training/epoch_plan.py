@@ -5,20 +5,40 @@ batch's loss divided by the batches of its group; the last group of an epoch may
 
     5 batches by 2 -> (1/2, 1/2), (1/2, 1/2), (1)
 
-Packed batches of a group go through the model in one pass where that needs no more room than one padded batch: the sum
-is the same, and bigger matrix products are faster ones. Several processes (system/parallel.py) take their parts of each
-batch; the mean over the batch's rows stays what it is, since a part of k of its n rows weighs k / n.
+Packed batches of a group share a pass where that needs no more room than one padded batch: the sum is the same, and
+bigger matrix products are faster. Several processes (system/parallel.py) take their parts of each batch; the mean over
+the batch's n rows stays what it is, since a part of k rows weighs k / n.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from dse.data.features import in_batches
-from dse.networks.batches import Batches
+from dse.data.features import cached_features, in_batches
+from dse.data.processors import Examples
+from dse.data.tasks import Task
+from dse.networks.batches import Batches, padding_for
 from dse.system import parallel
+
+
+def cached_batches(
+    form: str, task: Task, splits: dict[str, Examples], tokenizer: Any, caches: dict[str, tuple[Path, bool]],
+    args: argparse.Namespace, device: torch.device,
+) -> dict[str, Batches]:  # fmt: skip
+    """The batches of each split: form "joint" for a teacher, "separate" for a student.
+
+    `caches` holds the path of each split's features and whether the user chose it; `args` are those of a script.
+    """
+    length, padding = args.max_seq_length, padding_for(device, args.padding)
+    return {
+        split: Batches(cached_features(form, task, rows, tokenizer, length, *caches[split]), padding, length)
+        for split, rows in splits.items()
+    }
 
 
 class BatchPart(NamedTuple):

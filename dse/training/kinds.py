@@ -1,4 +1,4 @@
-"""The kinds of tasks: what is learned, and what outputs mean, of each.
+"""The kinds of tasks: what is learned, what outputs mean and how good they are.
 
     binary        a student has one output z, the logit of the second label; a teacher has two logits
     multiclass    a logit per label
@@ -11,19 +11,23 @@ t = logit[1] - logit[0].
 Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), places of the labels (int64), or scores.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional
 
 from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, SCORES, Task
+from dse.training.reporting import show_number
 
+logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
+_HALF = (DEFAULT_THRESHOLD,)
 
 
 class Kind:
@@ -40,30 +44,20 @@ class Kind:
         return self.teacher_loss(outputs, labels)
 
     def student_loss(self, outputs: Tensor, labels: Tensor, targets: Tensor, coefficient: float) -> Tensor:
-        """The distillation loss of a batch.
-
-        Args:
-            targets: as outputs: the teacher's logits as `targets` gives them.
-            coefficient: weight of the teacher; 0 leaves its term out.
-        """
+        """The distillation loss of a batch; `targets` are as outputs. With a coefficient of 0 they are not used."""
         hard = self.hard_loss(outputs, labels)
-        if coefficient == 0:
-            return hard
-        return (1 - coefficient) * hard + coefficient * distillation_loss(outputs, targets)
+        return (1 - coefficient) * hard + coefficient * distillation_loss(outputs, targets) if coefficient else hard
 
     def targets(self, logits: Tensor) -> Tensor:
         """What the student's outputs are pulled towards: the teacher's logits in the form of outputs."""
         return logits
 
-    def metrics(
-        self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (DEFAULT_THRESHOLD,)
-    ) -> Metrics:
+    def metrics(self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = _HALF) -> Metrics:
         """A student's metrics.
 
-        Returns:
-            binary: accuracy_T, precision_T, recall_T, f1_T for each threshold T above which, strictly, the second
-            label's probability counts, 0 where nothing is positive; multiclass: accuracy; regression: pearson,
-            spearman (NaN where the outputs are constant).
+        binary: accuracy_T, precision_T, recall_T, f1_T for each threshold T above which, strictly, the second label's
+        probability counts, 0 where nothing is positive; multiclass: accuracy; regression: pearson, spearman (NaN where
+        the outputs are constant).
         """
         return {"accuracy": self.agreement(outputs, labels)}
 
@@ -108,18 +102,16 @@ class Binary(Kind):
     def targets(self, logits: Tensor) -> Tensor:
         return logits[:, 1:] - logits[:, :1]
 
-    def metrics(
-        self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (DEFAULT_THRESHOLD,)
-    ) -> Metrics:
+    def metrics(self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = _HALF) -> Metrics:
         metrics: Metrics = {}
         for threshold in thresholds:
             predicted = self.decisions(outputs, threshold)
-            precision, recall, f1, _ = precision_recall_fscore_support(
-                labels, predicted, average="binary", zero_division=0.0
-            )
-            metrics[f"accuracy_{threshold}"] = float((predicted == labels).mean())
-            metrics |= {f"precision_{threshold}": float(precision), f"recall_{threshold}": float(recall)}
-            metrics[f"f1_{threshold}"] = float(f1)
+            found = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0.0)
+            values = {
+                "accuracy": (predicted == labels).mean(),
+                **dict(zip(("precision", "recall", "f1"), found[:3], strict=True)),
+            }
+            metrics |= {f"{name}_{threshold}": float(value) for name, value in values.items()}
         return metrics
 
     def score(self, metrics: Metrics) -> tuple[str, float]:
@@ -143,9 +135,7 @@ class Regression(Kind):
     def teacher_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.mse_loss(logits[:, 0].float(), labels)
 
-    def metrics(
-        self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = (DEFAULT_THRESHOLD,)
-    ) -> Metrics:
+    def metrics(self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = _HALF) -> Metrics:
         return dict(zip(("pearson", "spearman"), correlations(outputs[:, 0], labels), strict=True))
 
     def decisions(self, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
@@ -182,3 +172,92 @@ def correlations(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, floa
         return math.nan, math.nan
     predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
     return float(pearsonr(predicted, labels)[0]), float(spearmanr(predicted, labels)[0])
+
+
+def measure_teacher(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's fine-tuning metrics of (n, labels) logits against (n,) labels, and `loss`, a mean."""
+    loss = kind_of(task).teacher_loss(torch.from_numpy(logits), torch.from_numpy(labels))
+    return {**teacher_metrics(task.metrics, logits, labels), "loss": loss.item()}
+
+
+def measure_student(
+    task: Task, thresholds: Sequence[float], outputs: np.ndarray, labels: np.ndarray, targets: Tensor | None = None,
+    coefficient: float = 0.0,
+) -> dict[str, float]:  # fmt: skip
+    """The student's metrics (`Kind.metrics`) and the hard `loss`, a mean.
+
+    With `targets`, the teacher's logits of the same rows as `Kind.targets` gives them, there are `distillation_loss`
+    and `total_loss`, means over pairs, and `teacher_agreement` too: the share of pairs with the teacher's label, or the
+    Pearson correlation with the teacher's scores.
+    """
+    kind, z, y = kind_of(task), torch.from_numpy(outputs), torch.from_numpy(labels)
+    metrics = {"loss": kind.hard_loss(z, y).item()}
+    if targets is not None:
+        metrics["distillation_loss"] = distillation_loss(z, targets).item()
+        metrics["total_loss"] = kind.student_loss(z, y, targets, coefficient).item()
+        metrics["teacher_agreement"] = kind.agreement(outputs, kind.decisions(targets.numpy()))
+    return metrics | kind.metrics(outputs, labels, thresholds)
+
+
+def tell_agreement(
+    task: Task, outputs: np.ndarray, labels: np.ndarray, who: str, whose: str, threshold: float = DEFAULT_THRESHOLD
+) -> None:
+    """Log how far outputs agree with labels; warn where they agree less than a guess would.
+
+    Outputs and labels are as in kinds.py, in a student's form; `who` and `whose` name the model and the labels.
+    """
+    value = kind_of(task).agreement(outputs, labels, threshold)
+    if task.kind == REGRESSION:
+        logger.info("%s: Pearson correlation with %s %s", who, whose, show_number(value))
+        if value < 0:
+            logger.warning("%s correlates negatively with %s: its scores may run the other way", who, whose)
+        return
+    logger.info("%s agrees with %s in %.1f %% of %d rows", who, whose, 100 * value, len(labels))
+    guess = np.bincount(labels).max() / len(labels)
+    if value < guess:
+        logger.warning(
+            "%s agrees with %s less than the most frequent label does (%.1f %%): check the order of its labels, which "
+            "should be %s, and the data", who, whose, 100 * guess, ", ".join(task.labels),
+        )  # fmt: skip
+
+
+def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metrics of fine-tuning that a task names: of acc, f1, acc_and_f1, mcc, pearson, spearmanr, corr.
+
+    Logits are (n, labels), or (n, 1) for regression; labels are (n,), places of the labels, or scores.
+    """
+    if set(names) & {"pearson", "spearmanr", "corr"}:
+        pearson, spearman = correlations(logits[:, 0], labels)
+        values = {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+        return {name: values[name] for name in names}
+    predicted = logits.argmax(axis=1)
+    values = {"acc": float((predicted == labels).mean())}
+    if "f1" in names or "acc_and_f1" in names:
+        values["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
+        values["acc_and_f1"] = (values["acc"] + values["f1"]) / 2
+    if "mcc" in names:
+        values["mcc"] = float(matthews_corrcoef(labels, predicted))
+    return {name: values[name] for name in names}
+
+
+def best_threshold(name: str, scores: np.ndarray, labels: np.ndarray) -> float:
+    """The threshold above which, strictly, scores are taken as positive, with the best "f1" or "accuracy" of all.
+
+    It is half-way between two scores that follow each other, or 1 below the lowest; of equals the highest. Scores are
+    (n,), higher for positive pairs; labels are (n,), 0 or 1.
+
+    >>> best_threshold("accuracy", np.array([0.1, 0.4, 0.5, 0.9]), np.array([0, 1, 0, 1]))
+    0.7
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked, positive = scores[order].astype(np.float64), labels[order].astype(np.int64)
+    taken = np.arange(1, len(ranked) + 1)  # the k highest are positive
+    hits = positive.cumsum()
+    if name == "f1":
+        values = 2 * hits / (taken + positive.sum())
+    else:
+        values = (hits + (1 - positive).sum() - (taken - hits)) / len(ranked)
+    below = np.append(ranked[1:], ranked[-1] - 2)
+    values[ranked == below] = -1.0  # no threshold parts equal scores
+    best = int(values.argmax())
+    return float((ranked[best] + below[best]) / 2)

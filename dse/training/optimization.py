@@ -32,32 +32,20 @@ def scheduled_rate(rate: float, updates: int, t_total: int, warmup: float) -> fl
     x = updates / t_total
     if x < warmup:
         return rate * x / warmup
-    if x >= 1:
-        return 0.0
-    return rate * (x - 1) / (warmup - 1)
+    return 0.0 if x >= 1 else rate * (x - 1) / (warmup - 1)
 
 
 class BertAdam(torch.optim.Optimizer):
     """Adam without bias correction, with decoupled decay, per-tensor clipping and a built-in schedule.
 
     Args:
-        params: parameters, or groups with their own `weight_decay` and `lr`.
-        lr: the peak rate.
+        params: parameters, or groups with their own `weight_decay` and `lr`, the peak rate.
         t_total: updates over which the schedule runs; later ones have rate 0.
         warmup: share of t_total with a growing rate, in [0, 1].
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        t_total: int,
-        warmup: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
+    def __init__(self, params: Iterable[Any], lr: float, t_total: int, warmup: float = 0.1) -> None:
+        defaults = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "updates": 0}
         super().__init__(params, defaults)
         self.t_total, self.warmup = t_total, warmup
 
@@ -78,35 +66,21 @@ class BertAdam(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Make one update from the gradients; a parameter without gradient is left alone, decay included."""
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                self._update(parameters, self._rate_of(group), group)
+            rate = self._rate_of(group)
             group["updates"] += 1
-
-    def _update(self, parameters: list[nn.Parameter], rate: float, group: dict[str, Any]) -> None:
-        gradients = [parameter.grad for parameter in parameters]
-        clip_each(gradients)
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["m"] = torch.zeros_like(parameter)
-                self.state[parameter]["v"] = torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            gradients,
-            [state["m"] for state in states],
-            [state["v"] for state in states],
-            [],
-            [torch.tensor(_LONG_AGO, device=parameter.device) for parameter in parameters],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=rate,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
+            clip_each(gradients)
+            for parameter, state in zip(parameters, states, strict=True):
+                if not state:
+                    state.update(m=torch.zeros_like(parameter), v=torch.zeros_like(parameter))
+            m, v = ([state[name] for state in states] for name in ("m", "v"))
+            steps = [torch.tensor(_LONG_AGO, device=parameter.device) for parameter in parameters]
+            (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
+            rates = {"lr": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
+            adamw(parameters, gradients, m, v, [], steps, fused=True, amsgrad=False, maximize=False, **rates)
 
 
 def clip_each(gradients: list[torch.Tensor]) -> None:
@@ -125,9 +99,7 @@ def make_optimizer(
         head_lr: another peak rate for the parameters whose names begin with `head`; None: the same.
     """
     rates = [lr] if head_lr is None else [lr, head_lr]
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": decay, "lr": rate} for rate in rates for decay in (0.01, 0.0)
-    ]
+    groups = [{"params": [], "weight_decay": decay, "lr": rate} for rate in rates for decay in (0.01, 0.0)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             of_head = head_lr is not None and name.startswith(head)

@@ -73,25 +73,21 @@ def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
     """Write `<experiment>_<metric>.png` per metric: train and validation by epoch. Where it cannot be, it warns."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+    parts = ("train", "validation")
     try:
-        _plot(Figure, history, folder, experiment)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted({name for record in history for part in parts for name in record.get(part, {})}):
+            figure = Figure(figsize=(6, 4), layout="constrained")
+            axes = figure.add_subplot(xlabel="epoch", ylabel=name, title=f"{experiment}: {name}")
+            for part in parts:
+                points = [(record["epoch"], record[part][name]) for record in history if name in record.get(part, {})]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=part)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+            figure.savefig(folder / f"{experiment}_{name}.png", dpi=100)
     except OSError as error:
         logger.warning("%s: no plots (%s)", folder, error.strerror)
-
-
-def _plot(figure_class: Any, history: list[Record], folder: Path, experiment: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {name for record in history for part in ("train", "validation") for name in record.get(part, {})}
-    for name in sorted(names):
-        figure = figure_class(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="epoch", ylabel=name, title=f"{experiment}: {name}")
-        for part in ("train", "validation"):
-            points = [(record["epoch"], record[part][name]) for record in history if name in record.get(part, {})]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=part)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-        figure.savefig(folder / f"{experiment}_{name}.png", dpi=100)
 
 
 def markdown_table(header: Sequence[str], rows: list[Sequence[str]]) -> str:

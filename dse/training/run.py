@@ -1,22 +1,27 @@
-"""A training that can be stopped and resumed: what makes it this one and no other, and its states."""
+"""A training that can be stopped and resumed: what makes it this one and no other, its epochs and its states."""
 
+import contextlib
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dse.networks.pretrained import bert_hashes, find_bert
 from dse.storage.states import States
+from dse.system import parallel, signals
 from dse.system.errors import InputError
 from dse.system.files import same_value
-from dse.training.reporting import Record
-from dse.training.trainer import Trainer
+from dse.training.reporting import Record, append_json_line, format_record
+from dse.training.trainer import EpochSoFar, Trainer
 
 logger = logging.getLogger(__name__)
+Validate = Callable[[], dict[str, float]]  # gives the metrics of the validation sets
 
-# Flags of inputs that are compared by their hashes, and of places of outputs.
-_PLACES = {"bert_model", "data_dir", "distillation_logits_path", "train_features_path", "dev_features_path",
-           "checkpoint_dir", "log_dir", "plots_dir", "output_dir", "cache_dir"}  # fmt: skip
+# Flags of inputs that are compared by their content, and of places of outputs.
+_PLACES = {"task_name", "bert_model", "data_dir", "distillation_logits_path", "train_features_path",
+           "dev_features_path", "checkpoint_dir", "log_dir", "plots_dir", "output_dir", "cache_dir"}  # fmt: skip
 
 
 @dataclass
@@ -26,36 +31,45 @@ class Identity:
     task: dict[str, Any]  # its line (tasks.task_to_dict)
     flags: dict[str, Any]  # by name; those that are not given here may differ
     files: dict[str, Any]  # names and hashes of the data's files, by split
-    bert: dict[str, str] | None  # hashes of the encoder's files; None: not known, and its name counts
+    bert: dict[str, str] | None = None  # hashes of the encoder's files; None: looked up when they are compared
     logits: str | None = None  # hash of the teacher's logits
     tokenizer: str | None = None  # hash
 
     def check(self, then: "Identity", free: str = "") -> None:
-        """Raise InputError, naming both values, where a run of before was another one.
+        """Raise InputError, naming both values, where an earlier run, `then`, was another one.
 
-        Args:
-            then: that run's.
-            free: a flag that may have changed.
+        `free` is a flag that may have changed. Where the earlier run does not know its encoder's hashes, names count.
         """
         for key, value in self.task.items():
             _compare("task_name", value, then.task.get(key), "" if key == "name" else key)
         excepted = f": going on needs the same flags{f', --{free} excepted' if free else ''}"
         for flag, value in self.flags.items():
-            added = flag not in then.flags and (
-                value is None or value is False
-            )  # the run was before there was the flag
+            added = flag not in then.flags and (value is None or value is False)  # the run is older than the flag
             if flag not in _PLACES and flag != free and not added:
                 _compare(flag, value, then.flags.get(flag), "", excepted)
         for split, files in then.files.items():
             _compare("data_dir", self.files.get(split), files, f"the {split} data")
         _compare("distillation_logits_path", self.logits, then.logits, "SHA-256")
         now, before = self.flags["bert_model"], then.flags["bert_model"]
-        same = same_value(now, before) if then.bert is None else self.bert == then.bert
+        same = same_value(now, before) if then.bert is None else self._encoder(then) == then.bert
         if not same:
             how = "" if then.bert is None else ", which differ in the SHA-256 of their files"
             raise InputError(f"--bert_model: {now} now, {before} in the run{how}: going on needs the same encoder")
         if self.tokenizer != then.tokenizer:
             raise InputError("--bert_model: its tokenizer is not the one that the run began with")
+
+    def _encoder(self, then: "Identity") -> dict[str, str] | None:
+        """Hashes of --bert_model. A hub's, or one that is gone, is taken for the run's where the name is the same."""
+        if self.bert is not None:
+            return self.bert
+        name = self.flags["bert_model"]
+        same = same_value(name, then.flags["bert_model"])
+        try:
+            return bert_hashes(find_bert(name, "--bert_model", hub=not same))
+        except InputError:
+            if not same:
+                raise
+            return then.bert
 
 
 def _compare(flag: str, now: Any, then: Any, what: str = "", ending: str = "") -> None:
@@ -64,64 +78,98 @@ def _compare(flag: str, now: Any, then: Any, what: str = "", ending: str = "") -
         raise InputError(f"--{flag}: {both} in the run{ending}")
 
 
-def encoder_now(name: str, then: Identity) -> dict[str, str] | None:
-    """The hashes of --bert_model, to be compared with those of a run of before that goes on from its own weights.
-
-    An encoder of the same name that is gone, or a hub's, is not needed: its hashes are taken to be the run's.
-    """
-    if then.bert is None:
-        return None
-    same = same_value(name, then.flags["bert_model"])
-    try:
-        return bert_hashes(find_bert(name, "--bert_model", hub=not same))
-    except InputError:
-        if not same:
-            raise
-        return then.bert
-
-
+@dataclass(kw_only=True)
 class Run:
-    """A training's states in a folder: it goes on from one of them, and keeps new ones. Subclasses know what is stored.
+    """A training's epochs and its states in a folder. Subclasses say what is stored."""
 
-    Args:
-        states: of the folder.
-        path, found: the state to go on from, and its entries `model` and `trainer`; None: a new run.
-    """
-
-    def __init__(self, states: States, path: Path | None = None, found: dict[str, Any] | None = None) -> None:
-        self.states, self.path, self.found = states, path, found
+    states: States | None = None  # of the folder; None: there is none yet
+    path: Path | None = None  # of the state to go on from; None: a new run
+    found: dict[str, Any] | None = None  # that state's entries, of which `model` and `trainer` are used
+    log_file: Path | None = None  # beside which a JSON line per epoch goes
 
     def resume(self, trainer: Trainer) -> None:
         """Put the trainer where the run stands."""
         self.trainer = trainer
-        if self.found is None:
-            return
-        trainer.model.load_state_dict(self.found["model"])
-        trainer.load_state_dict(self.found["trainer"])
-        trainer.saved, self.found = self.path, None  # its tensors are not needed twice
-        logger.info(
-            "going on after %d epochs and %d updates of the next, from %s",
-            len(trainer.history), trainer.position, self.path,
-        )  # fmt: skip
+        if self.found is not None:
+            trainer.model.load_state_dict(self.found["model"])
+            trainer.load_state_dict(self.found["trainer"])
+            trainer.saved, self.found = self.path, None  # its tensors are not needed twice
+            done = len(trainer.history), trainer.so_far.updates
+            logger.info("going on after %d epochs and %d updates of the next, from %s", *done, self.path)
 
-    def entries(self) -> dict[str, Any]:
-        """All that a state holds now."""
+    def fit(
+        self, epochs: int, validate: Validate | None = None, validate_every: int = 1, save_every: int | None = None
+    ) -> None:
+        """Train until `epochs` epochs are done, counting those done before.
+
+        Args:
+            validate: called every `validate_every` epochs and after the last.
+            save_every: updates between two states; there is one when a signal ends the run, too.
+
+        Raises RunError for a loss that is NaN or infinite, before it reaches the weights; Stopped after a signal.
+        """
+        trainer, plan = self.trainer, self.trainer.plan
+        done = [len(trainer.history), trainer.so_far.updates, trainer.optimizer.updates, plan.seed, len(plan.batches)]
+        parallel.agree(done, "what they go on from (epochs, updates, updates in all, seed, pairs)")
+
+        def after_update() -> None:
+            _stop_together()
+            if save_every is not None and trainer.optimizer.updates % save_every == 0:
+                self.save()
+
+        try:
+            while (epoch := len(trainer.history)) < epochs:
+                what = f"epoch {epoch} of 0 to {epochs - 1}"
+                with signals.deferred():
+                    record: Record = {"epoch": epoch, "train": trainer.train_epoch(what, after_update)}
+                if validate is not None and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs):
+                    started = time.monotonic()
+                    # With several processes, which wait for each other in it, a signal does not cut it off.
+                    with contextlib.nullcontext() if parallel.size() == 1 else signals.deferred():
+                        record["validation"] = validate()
+                    trainer.so_far.seconds += time.monotonic() - started
+                with signals.deferred():
+                    record |= {"updates": trainer.optimizer.updates, "rate": trainer.optimizer.next_rate}
+                    record["seconds"] = trainer.so_far.seconds
+                    trainer.history.append(record)
+                    trainer.so_far = EpochSoFar()
+                    logger.info("%s: %s", what, format_record(record))
+                    if self.after_epoch(record):
+                        return
+                _stop_together()
+        except signals.Stopped as stop:
+            if not stop.anywhere:  # else an update may be half made
+                with signals.deferred():
+                    self.save()
+                    parallel.wait_for_all()  # torchrun ends all of them soon after the first
+            if trainer.saved is not None:
+                stop.advice = f"state in {trainer.saved}; the same command with --resume goes on"
+            raise
+
+    def entries(self, name: str = "") -> dict[str, Any]:
+        """All that a state holds now, or a checkpoint under that file name."""
         raise NotImplementedError
 
     def best_epoch(self) -> int | None:
         """The epoch whose checkpoint is kept; None: there is none."""
         return None
 
-    def save(self) -> Path:
-        """Write the state as it is; where it is now."""
-        position = len(self.trainer.history), self.trainer.position
-        return self.states.save(position, self.entries(), best_epoch=self.best_epoch())
+    def save(self, name: str = "") -> dict[str, Any]:
+        """Write the state as it is, a checkpoint under that file name; its entries."""
+        trainer = self.trainer
+        trainer.check_weights()
+        position, entries = (len(trainer.history), trainer.so_far.updates), self.entries(name)
+        trainer.saved = self.states.save(position, entries, name, self.best_epoch())
+        return entries
 
     def after_epoch(self, record: Record) -> bool:
         """Keep what an epoch leaves; True ends the training."""
-        self.trainer.saved = self.save()
+        if self.log_file is not None and parallel.is_first():
+            append_json_line(self.log_file.with_suffix(".jsonl"), record)
         return False
 
-    def finish(self) -> None:
-        """The training is at its end: keep what is not for going on alone."""
-        self.states.finish(self.best_epoch())
+
+def _stop_together() -> None:
+    """Raise Stopped if any of the processes was asked to stop, in all of them at the same update."""
+    if number := parallel.highest(signals.requested() or 0):
+        raise signals.Stopped(number)

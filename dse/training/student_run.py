@@ -7,7 +7,6 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,85 +14,55 @@ from typing import Any
 from dse.data.tasks import Task, task_to_dict, winning_threshold
 from dse.data.tokenizers import tokenizer_from_files, tokenizer_to_files
 from dse.networks.config import DSEConfig
-from dse.storage.checkpoint import Checkpoint, stamp_in, trained_student
-from dse.storage.states import Position, States
+from dse.storage.checkpoint import Checkpoint, stamp_in
+from dse.storage.states import States
 from dse.storage.student_folder import mend_best, save_best
 from dse.system import parallel
 from dse.system.errors import InputError
 from dse.system.files import disk_errors, remove_stale_parts, utc_stamp
 from dse.training.kinds import kind_of
-from dse.training.reporting import Record, append_json_line, format_metrics, plot_metrics
-from dse.training.run import Identity, Run, encoder_now
-from dse.training.trainer import Trainer
+from dse.training.reporting import Record, format_metrics, plot_metrics
+from dse.training.run import Identity, Run, Validate
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class RunStart:
-    """What a student's run starts from: the pre-trained encoder, or a state of the run."""
-
-    tokenizer: Any
-    config: DSEConfig
-    stamp: str  # names the run's folders
-    bert_folder: Path | None = None  # of a new run
-    states: States | None = None  # of one that goes on, with its state
-    path: Path | None = None
-    checkpoint: Checkpoint | None = None
-    epochs: int | None = None  # --epochs of the run that wrote the state
+Found = tuple[Path, Checkpoint, States]  # a state to go on from, and the states of its run
 
 
-def start_from(path: Path, checkpoint: Checkpoint, states: States) -> RunStart:
-    """Go on from a checkpoint or state; warns where the best checkpoint so far is not beside it."""
-    best = checkpoint.best
-    if best is not None and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
-        logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
-    tokenizer, config = tokenizer_from_files(checkpoint.tokenizer), DSEConfig.from_dict(checkpoint.architecture)
-    return RunStart(
-        tokenizer, config, checkpoint.stamp, None, states, path, checkpoint, epochs=checkpoint.run["epochs"]
-    )
-
-
-def check_same(checkpoint: Checkpoint, now: Identity) -> None:
+def _check_same(checkpoint: Checkpoint, now: Identity) -> None:
     """Raise InputError, naming both values, for anything but --epochs that would make another run of this one."""
     data = checkpoint.data
     then = Identity(checkpoint.task, checkpoint.run, data["files"], data.get("bert"), data["logits"])
-    now.bert = then.bert
-    now.check(then, free="epochs")
-    now.bert = encoder_now(now.flags["bert_model"], then)
     now.check(then, free="epochs")
 
 
-def take_over(path: Path, experiment: str, now: Identity) -> RunStart:
+def take_over(path: Path, experiment: str, now: Identity) -> Found:
     """Go on from a checkpoint. Raises InputError for one of another run, or where a later one lies beside it."""
     checkpoint = Checkpoint.read(path)
-    check_same(checkpoint, now)
+    _check_same(checkpoint, now)
     states = States(path.parent, experiment, mine=lambda other: stamp_in(other) == checkpoint.stamp)
-    newest, position = max(states.files, default=None), _position_in(checkpoint)
-    if newest is not None and newest > position:
+    trainer, newest = checkpoint.trainer, max(states.files, default=(0, 0))
+    position = len(trainer["history"]), (trainer["partial"] or {"updates": 0})["updates"]
+    if newest > position:
         raise InputError(
             f"--trainer_checkpoint: {path} is not the newest, {states.files[newest]} is: go on from that one, "
             "or move it away"
         )
     states.files[position] = path
-    return start_from(path, checkpoint, states)
+    return path, checkpoint, states
 
 
-def _position_in(checkpoint: Checkpoint) -> Position:
-    partial = checkpoint.trainer["partial"]
-    return len(checkpoint.trainer["history"]), 0 if partial is None else partial["updates"]
-
-
-def find_run(parent: Path, experiment: str, now: Identity) -> RunStart | None:
+def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
     """Go on from the newest whole state of the newest run of an experiment below `parent` that is this one.
 
     None where there is none at all. Raises InputError for runs that are spoiled or other ones, with what is wrong with
     the newest. What is left of runs that were killed before their first state was whole goes.
     """
     found, refusal = None, None
-    name = re.compile(re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d")
-    for folder in sorted((f for f in parent.glob("*") if name.fullmatch(f.name)), reverse=True):
-        states = States(folder, experiment, own=True)
+    pattern = re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
+    for folder in sorted((f for f in parent.glob("*") if re.fullmatch(pattern, f.name)), reverse=True):
+        states, path = States(folder, experiment, own=True), None
         if not states.files:
             with contextlib.suppress(OSError):  # there is something in it
                 remove_stale_parts(folder, "*", 0.0)
@@ -101,29 +70,25 @@ def find_run(parent: Path, experiment: str, now: Identity) -> RunStart | None:
         elif found is None:
             try:
                 path, checkpoint = states.newest(Checkpoint.read)
+                _check_same(checkpoint, now)
             except InputError as error:
-                logger.warning("%s: none of its states can be read; looking for another run of %s", folder, experiment)
+                if path is None:
+                    what = "%s: none of its states can be read; looking for another run of %s"
+                    logger.warning(what, folder, experiment)
+                else:
+                    error = InputError(f"--resume: {path}: {error}; leave --resume out for a new run")
                 refusal = refusal or error
-                continue
-            try:
-                check_same(checkpoint, now)
-            except InputError as error:
-                refusal = refusal or InputError(f"--resume: {path}: {error}; leave --resume out for a new run")
                 continue
             of_it = (checkpoint.stamp, None)  # None: spoiled
             states.files = {at: other for at, other in states.files.items() if stamp_in(other) in of_it}
-            found = start_from(path, checkpoint, states)
+            found = path, checkpoint, states
     if found is None and refusal is not None:
         raise refusal
     return found
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:
-    """Make `<experiment>_<stamp>` below `parent`; where another run took that second, wait for the next.
-
-    Returns:
-        The folder and its stamp.
-    """
+    """Make `<experiment>_<stamp>` below `parent`, a second later where it is taken; the folder and its stamp."""
     while True:
         folder = parent / f"{experiment}_{stamp}"
         with disk_errors(folder):
@@ -135,139 +100,127 @@ def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str
                 stamp = utc_stamp()
 
 
+@dataclass
 class StudentRun(Run):
-    """A student's training.
+    """A student's training."""
 
-    Args:
-        start: where it begins.
-        task: of the student.
-        flags: of the run, by name, as its checkpoints remember them.
-        data: hashes of what it is made from, as a checkpoint stores them.
-        log_file: beside which a JSON line per epoch goes.
-    """
+    task: Task
+    flags: dict[str, Any]  # of the run, by name, as its checkpoints remember them
+    data: dict[str, Any]  # hashes of what it is made from, as a checkpoint stores them
+    tokenizer: Any
+    config: DSEConfig
+    stamp: str  # names the run's folders
+    bert_folder: Path | None = None  # of a new run
+    epochs_before: int | None = None  # --epochs of the run that wrote the state
 
-    def __init__(
-        self, start: RunStart, task: Task, flags: dict[str, Any], data: dict[str, Any], log_file: Path | None
-    ) -> None:
-        found, start.checkpoint = start.checkpoint and vars(start.checkpoint), None
-        super().__init__(start.states, start.path, found)
-        self.start, self.task, self.flags, self.data, self.log_file = start, task, flags, data, log_file
-        self.stored = bool(flags["store_checkpoints"])
+    @classmethod
+    def going_on(cls, state: Found, task: Task, flags: dict[str, Any], log_file: Path | None) -> "StudentRun":
+        """The run that goes on from a state; warns where the best checkpoint so far is not beside it."""
+        path, checkpoint, states = state
+        best = checkpoint.best
+        if best and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
+            logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
+        tokenizer, config = tokenizer_from_files(checkpoint.tokenizer), DSEConfig.from_dict(checkpoint.architecture)
+        return cls(
+            task, flags, checkpoint.data, tokenizer, config, checkpoint.stamp, None, checkpoint.run["epochs"],
+            states=states, path=path, found=vars(checkpoint), log_file=log_file,
+        )  # fmt: skip
 
-    def train(self, trainer: Trainer, validate: Callable[[], dict[str, float]], save_every: int | None) -> None:
+    def train(self, validate: Validate, save_every: int | None) -> None:
         """Train to the end of --epochs, or of --patience, keeping states."""
-        flags, start = self.flags, self.start
+        flags = self.flags
         if self.states is None:
-            folder = Path(flags["checkpoint_dir"])  # of the first process, which alone writes in its own below it
-            if parallel.is_first():
-                folder, start.stamp = new_run_folder(folder, flags["experiment_name"], start.stamp)
-            self.states = States(folder, flags["experiment_name"], own=True)
-        self.files = {"tokenizer": tokenizer_to_files(start.tokenizer), "task": task_to_dict(self.task, ranks=True)}
-        done = len(trainer.history) >= flags["epochs"]
-        ended = out_of_patience(self.task, trainer.history, flags["patience"])
+            folder, name = Path(flags["checkpoint_dir"]), flags["experiment_name"]
+            if parallel.is_first():  # which alone writes
+                folder, self.stamp = new_run_folder(folder, name, self.stamp)
+            self.states = States(folder, name, own=True)
+        self.files = {"tokenizer": tokenizer_to_files(self.tokenizer), "task": task_to_dict(self.task, ranks=True)}
+        count, ended, wanted = len(self.trainer.history), self.out_of_patience(), flags["epochs"]
         if ended:
             logger.warning("nothing to train: the run had stopped early, out of --patience %d", flags["patience"])
-        elif done:
-            logger.warning(
-                "nothing to train: %d epochs are done, --epochs is %d", len(trainer.history), flags["epochs"]
-            )
+        elif count >= wanted:
+            logger.warning("nothing to train: %d epochs are done, --epochs is %d", count, wanted)
         else:
-            trainer.fit(flags["epochs"], validate, flags["validate_every"], self, save_every)
-        if ended or not done or flags["epochs"] == start.epochs:  # else more may be wanted again: what is there stays
-            self.finish()
+            self.fit(wanted, validate, flags["validate_every"], save_every)
         best = self.best_epoch()
+        if ended or count < wanted or wanted == self.epochs_before:  # else more may be wanted again: all stays
+            self.states.finish(best)
         if best is not None and parallel.is_first():
             checkpoint = self.states.files[best + 1, 0]
-            mend_best(self.states.folder, best, start.stamp, checkpoint, lambda path: Checkpoint.read(path).student())
+            mend_best(self.states.folder, best, self.stamp, checkpoint)
+
+    def best(self) -> Record | None:
+        """The validated epoch with the best score, the first of equals; None where none was validated.
+
+        Epochs without a score rank last, by their loss.
+        """
+
+        def rank(record: Record) -> tuple[bool, float]:
+            name, value = score(self.task, record)
+            return name != "loss", -value if name == "loss" else value
+
+        return max((record for record in self.trainer.history if "validation" in record), key=rank, default=None)
 
     def best_epoch(self) -> int | None:
         """The best epoch so far, where checkpoints are kept."""
-        return best_epoch(self.task, self.trainer.history) if self.stored else None
+        best = self.best() if self.flags["store_checkpoints"] else None
+        return best and best["epoch"]
+
+    def out_of_patience(self) -> bool:
+        """Did --patience validations since the best epoch bring nothing better?"""
+        patience, best = self.flags["patience"], self.best()
+        if patience is None or best is None:
+            return False
+        return sum("validation" in record for record in self.trainer.history[best["epoch"] + 1 :]) >= patience
 
     def entries(self, name: str = "") -> dict[str, Any]:
         """All that a state holds now, or a checkpoint under that file name."""
         trainer, epoch, best = self.trainer, self.best_epoch(), None
         if epoch is not None:
             newest = epoch + 1 == len(trainer.history) and name
-            threshold = winning_threshold(best_record(self.task, trainer.history)["validation"])
-            best = {"epoch": epoch, "file": newest or self.states.files[epoch + 1, 0].name, "threshold": threshold}
-        return Checkpoint(
+            best = {"epoch": epoch, "file": newest or self.states.files[epoch + 1, 0].name,
+                    "threshold": winning_threshold(trainer.history[epoch]["validation"])}  # fmt: skip
+        return vars(Checkpoint(
             model=trainer.model.state_dict(), architecture=trainer.model.config.to_dict(), data=self.data,
-            run=self.flags, trainer=trainer.state_dict(), stamp=self.start.stamp, best=best, **self.files,
-        ).entries()  # fmt: skip
+            run=self.flags, trainer=trainer.state_dict(), stamp=self.stamp, best=best, **self.files,
+        ))  # fmt: skip
 
     def after_epoch(self, record: Record) -> bool:
         """Checkpoint or state, the best epoch's student, JSON line, plots; True ends the training early."""
-        history, flags, best = self.trainer.history, self.flags, self.best_epoch()
+        trainer, history, flags, file = self.trainer, self.trainer.history, self.flags, ""
         names = [score(self.task, each)[0] for each in history if "validation" in each]
         if names.count("loss") == 1 and names[-1] == "loss":  # once in a run
             logger.warning("the correlation on dev is undefined, as all scores or all outputs are the same: the loss "
                            "ranks such epochs")  # fmt: skip
-        if self.stored and "validation" in record:
+        if flags["store_checkpoints"] and "validation" in record:
             name, value = score(self.task, record)
             file = f"{flags['experiment_name']}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
-            self.trainer.saved = self.states.save((record["epoch"] + 1, 0), self.entries(file), file, best)
-            logger.info("checkpoint %s", self.trainer.saved)
-            if best == record["epoch"] and parallel.is_first():
-                student = trained_student(
-                    self.trainer.model, self.start.tokenizer, self.task, flags, self.trainer.plan.seed, history,
-                    self.data, self.start.stamp,
-                )  # fmt: skip
-                save_best(student, self.states.folder)
-        else:
-            self.trainer.saved = self.save()
-        if parallel.is_first():
-            if self.log_file is not None:
-                append_json_line(self.log_file.with_suffix(".jsonl"), record)
-            if flags["plot_metrics"]:
-                folder = Path(flags["plots_dir"]) / f"{flags['experiment_name']}_{self.start.stamp}"
-                plot_metrics(history, folder, flags["experiment_name"])
-        stop = out_of_patience(self.task, history, flags["patience"])
-        if stop:
+        entries = self.save(file)
+        if file:
+            logger.info("checkpoint %s", trainer.saved)
+        if file and self.best_epoch() == record["epoch"] and parallel.is_first():
+            save_best(Checkpoint(**entries).student(trainer.model, self.tokenizer), self.states.folder)
+        super().after_epoch(record)
+        if flags["plot_metrics"] and parallel.is_first():
+            folder = Path(flags["plots_dir"]) / f"{flags['experiment_name']}_{self.stamp}"
+            plot_metrics(history, folder, flags["experiment_name"])
+        if stop := self.out_of_patience():
             logger.info("no better score in %d validations: stopped early", flags["patience"])
         return stop
+
+    def report_best(self) -> None:
+        """Log the best epoch's score and metrics."""
+        best = self.best()
+        if best is None:
+            return
+        name, value = score(self.task, best)
+        threshold = winning_threshold(best["validation"])
+        where = "" if threshold is None else f" with threshold {threshold}"
+        logger.info("best %s %.4f at epoch %d%s", name, value, best["epoch"], where)
+        for part in ("train", "validation"):
+            logger.info("its %s metrics: %s", part, format_metrics(best[part], threshold))
 
 
 def score(task: Task, record: Record) -> tuple[str, float]:
     """Name and value of the score that ranks checkpoints; the loss where the correlation is undefined."""
     return kind_of(task).score(record["validation"])
-
-
-def best_record(task: Task, history: list[Record]) -> Record | None:
-    """The validated epoch with the best score, the first of equals; None where none was validated.
-
-    Epochs without a score rank last, by their loss.
-    """
-
-    def rank(record: Record) -> tuple[bool, float]:
-        name, value = score(task, record)
-        return name != "loss", -value if name == "loss" else value
-
-    return max((record for record in history if "validation" in record), key=rank, default=None)
-
-
-def best_epoch(task: Task, history: list[Record]) -> int | None:
-    """The number of `best_record`."""
-    record = best_record(task, history)
-    return None if record is None else record["epoch"]
-
-
-def out_of_patience(task: Task, history: list[Record], patience: int | None) -> bool:
-    """Did `patience` validations since the best epoch bring nothing better?"""
-    validated = [record["epoch"] for record in history if "validation" in record]
-    if patience is None or not validated:
-        return False
-    return sum(epoch > best_epoch(task, history) for epoch in validated) >= patience
-
-
-def report_best(task: Task, history: list[Record]) -> None:
-    """Log the best epoch's score and metrics."""
-    best = best_record(task, history)
-    if best is None:
-        return
-    name, value = score(task, best)
-    threshold = winning_threshold(best["validation"])
-    where = "" if threshold is None else f" with threshold {threshold}"
-    logger.info("best %s %.4f at epoch %d%s", name, value, best["epoch"], where)
-    for part in ("train", "validation"):
-        logger.info("its %s metrics: %s", part, format_metrics(best[part], threshold))

@@ -14,7 +14,6 @@ from transformers import BertForSequenceClassification
 
 import finetune_bert
 from dse import __main__ as entry
-from dse.commands import predict
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments.synthetic import make_pair, vocabulary
@@ -192,8 +191,8 @@ def run(tmp_path):
 
     def run(model: Path, name: str, data: Path, *flags: object) -> Path:
         folder = tmp_path / "predictions"
-        predict.main([
-            "--model", str(model), "--task_name", name, "--data_dir", str(data), "--output_dir", str(folder),
+        entry.main([
+            "predict", "--model", str(model), "--task_name", name, "--data_dir", str(data), "--output_dir", str(folder),
             *map(str, flags),
         ])  # fmt: skip
         (path,) = folder.iterdir()
@@ -350,7 +349,7 @@ def test_a_short_row_is_refused_for_skipping_it_would_shift_the_others(refusal, 
 
 
 def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
-    assert "--task_name: cola has one sentence per row, and a student scores pairs" in refusal("cola")
+    assert "--task_name: cola has one sentence per row, and DSE scores pairs" in refusal("cola")
     line = refusal("mnli")
     assert "a student of mrpc (binary, ['0', '1'])" in line
     assert "mnli (multiclass, ['contradiction', 'entailment', 'neutral'])" in line
@@ -379,7 +378,7 @@ def test_other_refusals(refusal, tmp_path):
     empty.mkdir()
     (tmp_path / "mine.json").write_text('{"kind": "regression", "text_a": 0, "text_b": 1, "label": 2}')
     assert "--model: " in (line := refusal("mrpc", model=empty))
-    assert "no model folder: no config.json in it" in line
+    assert "not a model folder: no config.json in it" in line
     assert "no folder of a student" in refusal("mrpc", model="./nowhere")
     assert "test.tsv: cannot read the data of mrpc (No such file or directory)" in refusal("mrpc", data_dir=empty)
     assert "nowhere is not a folder" in refusal("mrpc", data_dir="nowhere")

@@ -8,7 +8,6 @@ import pytest
 from helpers import MRPC, SST_2, write_task
 
 from dse import __main__ as entry
-from dse.commands import transfer as command
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.experiments import transfer
@@ -146,8 +145,8 @@ def test_what_has_no_correlation_is_null_in_json(student, bert, tmp_path, capsys
     lines = ["\t".join(["x"] * 7 + [first, second, str(score)]) for first, second, score in rows]
     (sts / "dev.tsv").write_text("\n".join(["\t".join("0123456789"), *lines]) + "\n")
     student().save_pretrained(tmp_path / "student")
-    command.main(["--model", str(tmp_path / "student"), "--data_dir", str(sts.parent), "--bert_model", str(bert),
-                  "--output", str(tmp_path / "t.json")])  # fmt: skip
+    entry.main(["transfer", "--model", str(tmp_path / "student"), "--data_dir", str(sts.parent),
+                "--bert_model", str(bert), "--output", str(tmp_path / "t.json")])  # fmt: skip
     table = table_of(capsys.readouterr().out)
     written = json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail)["results"]
     assert written.keys() == {"STS-B"}
@@ -161,8 +160,8 @@ def test_refusals(glue, saved, student, bert, tmp_path, refused):
 
     def line(**changes: object) -> str:
         flags = {"model": saved, "data_dir": glue, **changes}
-        argv = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-        found = refused(command.main, argv)
+        argv = ["transfer", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+        found = refused(entry.main, argv)
         assert found.startswith("python -m dse transfer: error: ")
         return found
 
@@ -176,7 +175,7 @@ def test_refusals(glue, saved, student, bert, tmp_path, refused):
         model=tmp_path / "silent"
     )
     assert "--bert_model: there is no folder ./nowhere" in line(bert_model="./nowhere")
-    assert "no model folder: no config.json in it" in line(bert_model=tmp_path / "empty")
+    assert "not a model folder: no config.json in it" in line(bert_model=tmp_path / "empty")
     assert "9 is below 10" in line(max_rows=9)
     assert "is a folder; name a file" in line(output=tmp_path)
 
@@ -185,7 +184,7 @@ def test_bad_data_of_any_task_is_refused_before_a_model_is_loaded(glue, tmp_path
     """Not after the tasks before it were done, whose numbers would be lost."""
 
     def line(*flags: str) -> str:
-        return refused(command.main, ["--model", "./nowhere", "--data_dir", glue, *flags])
+        return refused(entry.main, ["transfer", "--model", "./nowhere", "--data_dir", glue, *flags])
 
     sst = glue / "SST-2" / "train.tsv"
     header, *rows = sst.read_text().splitlines()

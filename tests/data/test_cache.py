@@ -118,4 +118,4 @@ def test_deep_json_anywhere(tmp_path):
     with pytest.raises(InputError, match="cache: is not a feature cache of this project"):
         check_cache_path(tmp_path / "cache", "joint")
     (tmp_path / "deep.part").write_bytes(b"x")
-    assert download._Transfer("http://host/deep", tmp_path / "deep.part", most=9, size=9).progress() == (0, "")
+    assert download.Download("http://host/deep", tmp_path / "deep", most=9, size=9).progress() == (0, "")

@@ -1,6 +1,7 @@
 """`python -m dse reproduce`: the stages of a small comparison, what is skipped, and the numbers of the tables."""
 
 import json
+import math
 import shutil
 import signal
 from dataclasses import replace
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
-from dse.commands import reproduce
+from dse import __main__ as entry
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments import presets, reproduction, results, stages
@@ -59,6 +60,10 @@ def record_calls(monkeypatch) -> list[str]:
     return seen
 
 
+def reproduce(argv: list[str]) -> None:
+    entry.main(["reproduce", *map(str, argv)])
+
+
 def flags_for(glue, bert, folder) -> list[str]:
     return ["--data_dir", str(glue), "--bert_model", str(bert), "--output_dir", str(folder), "--call", "snli=SICK"]
 
@@ -82,7 +87,7 @@ def whole(glue, bert, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_tiny_preset(monkeypatch)
         seen = record_calls(monkeypatch)
-        reproduce.main(flags_for(glue, bert, folder))
+        reproduce(flags_for(glue, bert, folder))
     return folder, seen
 
 
@@ -146,18 +151,18 @@ def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
     assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
 
     # Nothing is done twice, though the folder was moved; what was spoiled, and what was made from it, is.
-    reproduce.main(flags)
+    reproduce(flags)
     assert calls == []
     before = (folder / "results.md").read_bytes()
     assert before.replace(bytes(folder), bytes(whole[0])) == (whole[0] / "results.md").read_bytes()
     logits = folder / "snli_seed1" / "logits" / "teacher_logits.pt"
     logits.write_bytes(logits.read_bytes()[:-1])
-    reproduce.main(flags)
+    reproduce(flags)
     assert calls == ["run_distillation_logits_creator.py"], "the same bits again, so that the students stand"
     assert (folder / "results.md").read_bytes() == before
 
     # A subset in the same folder leaves the others in the tables; a file that was there before its script is no news.
-    reproduce.main([*flags, "--tasks", "snli"])
+    reproduce([*flags, "--tasks", "snli"])
     assert "| MRPC |" in (folder / "results.md").read_text()
     assert calls == ["run_distillation_logits_creator.py"]
     assert json.loads((folder / "results.json").read_text())["complete"] is True
@@ -168,7 +173,7 @@ def test_an_unfinished_seed_in_the_folder(finished, flags, monkeypatch, caplog, 
     drawn = []
     monkeypatch.setattr(results, "can_plot", lambda: True)
     monkeypatch.setattr(results, "draw", lambda found, folder: drawn.append(folder))
-    reproduce.main([*flags, "--tasks", "snli"])
+    reproduce([*flags, "--tasks", "snli"])
     assert drawn == [finished]
     assert "results.json, results.md and plots in" in caplog.text
     for stage in ("dse", "rates"):
@@ -176,7 +181,7 @@ def test_an_unfinished_seed_in_the_folder(finished, flags, monkeypatch, caplog, 
     (finished / "rte_seed7" / "teacher").mkdir(parents=True)
     (finished / "notes_seed1").mkdir()
     caplog.clear()
-    reproduce.main([*flags, "--tasks", "snli"])
+    reproduce([*flags, "--tasks", "snli"])
     assert drawn == [finished]
     assert f"results.json, results.md in {finished}" in caplog.text
     assert f"not complete: {finished / 'mrpc_seed2'} lacks dse, rates; the command with" in caplog.text
@@ -205,7 +210,7 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
 
     monkeypatch.setattr(trainer.Trainer, "update", stop_at)
     with pytest.raises(SystemExit) as stop:
-        reproduce.main(flags)
+        reproduce(flags)
     assert stop.value.code == 143
     (line,) = [line for line in capsys.readouterr().err.splitlines() if " is not done: " in line]
     place = tmp_path / "results" / "mrpc_seed3" / "dse"
@@ -214,7 +219,7 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     )
     assert len(list((tmp_path / "results/mrpc_seed3/dse").glob("*/*_state_*.pt"))) > 0
     calls.clear()
-    reproduce.main(flags)
+    reproduce(flags)
     assert calls == ["dse_train_runner.py"] * 3
     # 48 pairs: 8 epochs of 6 updates for the teacher; 2 epochs of 3 for each of three students, none of them twice.
     assert len(made) == 8 * 6 + 3 * 2 * 3
@@ -226,8 +231,8 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     weights.write_bytes(b"spoiled")
     made[:] = [1] * 50  # so that it is stopped after two updates of its six
     with pytest.raises(SystemExit):
-        reproduce.main(flags)
-    reproduce.main(flags)
+        reproduce(flags)
+    reproduce(flags)
     assert len(made) == 50 + 6
 
 
@@ -244,7 +249,7 @@ def test_another_teacher_is_followed_by_other_logits_and_students(finished, flag
     files = json.loads((folder / "teacher.json").read_text())["files"]
     now = {f"teacher/{path.name}": sha256_file(path) for path in (weights, training)}
     edit_json(folder / "teacher.json", files={**files, **now})
-    reproduce.main(flags)
+    reproduce(flags)
     assert calls == ["run_distillation_logits_creator.py", *["dse_train_runner.py"] * 3]
     after = json.loads((folder / "dse.json").read_text())
     assert after["inputs"] != before["inputs"]
@@ -263,8 +268,8 @@ def test_a_kill_while_a_spoiled_stage_is_cleared_away(finished, flags, monkeypat
     with monkeypatch.context() as during:
         during.setattr(stages.shutil, "rmtree", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            reproduce.main(flags)
-    reproduce.main(flags)
+            reproduce(flags)
+    reproduce(flags)
     assert calls == ["finetune_bert.py"], "the same weights again, so that what was made from them stands"
 
 
@@ -307,11 +312,11 @@ def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished
     monkeypatch.setattr(stages, "SentenceBert", FakeSentenceBert)
     monkeypatch.setattr(FakeSentenceBert, "stop_after", 3, raising=False)
     with pytest.raises(SystemExit) as stop:
-        reproduce.main(flags)
+        reproduce(flags)
     assert stop.value.code == 130
     assert "goes on with what is left" in capsys.readouterr().err
     monkeypatch.setattr(FakeSentenceBert, "stop_after", None)
-    reproduce.main(flags)
+    reproduce(flags)
     record = json.loads((tmp_path / "results" / "mrpc_seed1" / "sentence_bert.json").read_text())
     assert [each["epoch"] for each in record["history"]] == [0, 1, 2, 3]
     assert record["best_epoch"] == 1
@@ -348,7 +353,7 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
 def test_another_encoder_is_refused_though_its_weights_are_the_same(finished, flags, refused, copied, bert, edit_json):
     other = copied(bert)
     edit_json(other / "config.json", hidden_dropout_prob=0.5)
-    assert "was made with bert" in refused(reproduce.main, [*flags, "--bert_model", other])
+    assert "was made with bert" in refused(reproduce, [*flags, "--bert_model", other])
 
 
 SLOWER = replace(TINY, teacher=("--learning_rate", "5e-4", *TINY.teacher[2:]))
@@ -356,7 +361,7 @@ SLOWER = replace(TINY, teacher=("--learning_rate", "5e-4", *TINY.teacher[2:]))
 
 def test_other_settings_are_refused_with_both_values(finished, flags, refused, monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "small", SLOWER)
-    line = refused(reproduce.main, flags)
+    line = refused(reproduce, flags)
     assert "2e-3" in line and "5e-4" in line and "--output_dir" in line
 
 
@@ -373,13 +378,13 @@ def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, re
 
     monkeypatch.setattr(states, "save_tensors", full)
     with pytest.raises(SystemExit) as stop:
-        reproduce.main(flags)
+        reproduce(flags)
     assert stop.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     goes_on = "the same command goes on with what is left"
     assert last == f"python -m dse reproduce: error: {place} is not done (state: cannot be written): {goes_on}"
     monkeypatch.setitem(presets.PRESETS, "small", SLOWER)
-    line = refused(reproduce.main, flags)
+    line = refused(reproduce, flags)
     assert line.startswith(
         f"python -m dse reproduce: error: --output_dir: {place} cannot be made (finetune_bert.py, of its own flags: "
         "--learning_rate: 0.0005 now, 0.002 in the run"
@@ -410,7 +415,7 @@ def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, re
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(flags, refused, calls, extra, words):
-    assert words in refused(reproduce.main, [*flags, *extra])
+    assert words in refused(reproduce, [*flags, *extra])
     assert calls == []
 
 
@@ -422,9 +427,34 @@ def test_a_missing_data_file_is_refused_before_any_work(glue, flags, refused, ca
     data, task = copied(glue, "glue"), get_task(name)
     write_task(data / task.folder, task)
     (data / task.folder / file).unlink()
-    line = refused(reproduce.main, [*flags, "--data_dir", data, "--tasks", f"sts-b,{name}", "--seeds", "1"])
+    line = refused(reproduce, [*flags, "--data_dir", data, "--tasks", f"sts-b,{name}", "--seeds", "1"])
     assert f"{data / task.folder / file}: cannot read the data of {name} (No such file or directory)" in line
     assert calls == []
+
+
+def test_an_epoch_whose_metric_is_0_is_drawn_and_an_undefined_one_is_a_gap(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    drawn = {}
+    monkeypatch.setattr(figure, "savefig", lambda self, path, dpi: drawn.update({path.name: self.axes[0].lines}))
+
+    def run(stage: str, key: str, *values: float | None) -> dict:
+        history = [{"epoch": epoch, "validation": {"acc": 0.25, key: value}} for epoch, value in enumerate(values)]
+        return {"task": "mrpc", "stage": stage, "history": history}
+
+    runs = [
+        run("teacher", "f1", 0.0, 0.75),
+        run("dse", "f1_0.5", 0.5, 0.0),
+        run("sentence_bert", "tuned_f1", None, 0.5),
+    ]
+    table = {"dev": {"f1": {"teacher": {"mean": 0.375, "sd": None, "n": 1}}}}
+    task = {"task": "mrpc", "metric": "f1", "pairs_per_second": {"teacher": 9.0}, "table": table}
+    results.draw({"tasks": {"MRPC": task}, "runs": runs}, tmp_path)
+    assert sorted(drawn) == ["MRPC_by_epoch.png", "MRPC_speed.png"]
+    curves = [(line.get_label(), line.get_xydata().tolist()) for line in drawn["MRPC_by_epoch.png"]]
+    assert curves[0] == ("teacher", [[0, 0.0], [1, 0.75]])
+    assert curves[1] == ("DSE", [[0, 0.5], [1, 0.0]])
+    assert (curves[2][0], curves[2][1][1]) == ("Sentence-BERT way", [1, 0.5])
+    assert math.isnan(curves[2][1][0][1])
 
 
 def test_the_estimate_follows_what_was_measured(flags, tmp_path):

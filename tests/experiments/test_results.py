@@ -51,9 +51,10 @@ def test_summary_by_hand():
 
 def test_how_numbers_are_shown():
     assert results.show({"mean": 0.8612, "sd": 0.0041, "n": 2}) == "0.861 ± 0.004"
-    assert results.show({"mean": -0.0123, "sd": None, "n": 1}, percent=True) == "-1.2 %"
-    assert results.show({"mean": 0.0123, "sd": 0.002, "n": 2}, percent=True) == "+1.2 % ± 0.2 %"
-    assert results.signed({"mean": 0.01, "sd": None, "n": 1}) == "+0.010"
+    assert results.show({"mean": -0.0123, "sd": None, "n": 1}, "+.1%") == "-1.2 %"
+    assert results.show({"mean": 0.0123, "sd": 0.002, "n": 2}, "+.1%") == "+1.2 % ± 0.2 %"
+    assert results.show({"mean": 0.01, "sd": None, "n": 1}, "+.3f") == "+0.010"
+    assert results.show({"mean": -0.01, "sd": 0.002, "n": 2}, "+.3f") == "-0.010 ± 0.002"
     assert results.show(None) == "-"
     assert duration(60 * 125) == "2 h 05 min"
     assert duration(50) == "1 min"

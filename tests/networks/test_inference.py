@@ -1,5 +1,7 @@
 """Inference in steps: places of a step, the order of rows, rows that are done already."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ def test_each_text_is_embedded_once_and_pairs_keep_their_order():
     model, batches = random_student(), Batches(separate_rows())
     expected = infer(model, batches, 3, torch.device("cpu"), "pairs")
     seen = []
-    model.dse_model.register_forward_pre_hook(
+    model.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.extend(inputs["packed"].starts.tolist()), with_kwargs=True
     )
     batches.padding = "packed"
@@ -49,7 +51,7 @@ def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
 def test_the_places_of_a_step():
     """By length 12 12 9 7 7 6 5 4 3 3 2; three pairs of 16 + 16 are 96 places, 8 x 12; three texts of 16 are 4 x 12."""
     model, batches, seen = random_student(), Batches(separate_rows(), "packed", 16), []
-    model.dse_model.register_forward_pre_hook(
+    model.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
     infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
@@ -62,7 +64,7 @@ def test_the_places_of_a_step():
 def test_no_step_has_more_places_than_gain_anything():
     """Of 1,000 texts of 16 places a step might hold 600 texts of 12; 4,096 places, whatever the flag, are 341 x 12."""
     model, batches, seen = random_student(), Batches(separate_rows([12] * 600), "packed", 16), []
-    model.dse_model.register_forward_pre_hook(
+    model.dse_model.bert.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
     )
     embed_texts(model, batches, 1000, torch.device("cpu"), "texts")
@@ -83,7 +85,9 @@ def run_steps(progress: inference.PartialOutputs | None, computed: list[int], co
         return rows.unsqueeze(1).float() + 1
 
     model = torch.nn.Identity()
-    return inference._by_steps(model, forward, batch, np.array(costs), 8, CPU, "x", False, progress)
+    model.forward = forward
+    batches = SimpleNamespace(features=SimpleNamespace(costs=np.array(costs)), of_pairs=batch, max_seq_length=8)
+    return inference.infer(model, batches, 1, CPU, "x", progress, show=False)
 
 
 def test_rows_that_are_done_are_stored_and_no_others(tmp_path):

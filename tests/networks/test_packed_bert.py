@@ -190,8 +190,8 @@ def test_no_two_dropouts_share_their_factors(last_alone):
 
 def test_checkpointing_computes_each_layer_again_in_training(monkeypatch):
     model, calls = random_student(), []
-    bert, compute = model.encoder, packed_bert._feed_forward
-    monkeypatch.setattr(packed_bert, "_feed_forward", lambda *inputs: calls.append(1) or compute(*inputs))
+    bert, compute = model.encoder, packed_bert._attend
+    monkeypatch.setattr(packed_bert, "_attend", lambda *inputs: calls.append(1) or compute(*inputs))
     batches, counts = Batches(separate_rows(), "packed"), []
     for enable, train in ((False, True), (True, True), (True, False)):
         if enable:

@@ -16,14 +16,14 @@ from dse.data.tasks import get_task
 from dse.networks.batches import Batches
 from dse.networks.inference import infer
 from dse.storage.checkpoint import Checkpoint
-from dse.training.metrics import measure_student
+from dse.training.kinds import measure_student
 
 
 @pytest.mark.parametrize("name", PAIR_TASKS)
 def test_every_pair_task_trains_a_student(name, student_flags, checkpoints):
     dse_train_runner.main(student_flags(name))
     task = get_task(name)
-    checkpoint = Checkpoint.read(checkpoints()[-1]).entries()
+    checkpoint = vars(Checkpoint.read(checkpoints()[-1]))
     validation = checkpoint["trainer"]["history"][-1]["validation"]
     own = {
         "binary": {"loss", "accuracy_0.5", "precision_0.5", "recall_0.5", "f1_0.5"},
@@ -79,12 +79,12 @@ def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
 def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, checkpoints, data):
     dse_train_runner.main(student_flags(additional_embedding_layer_size=6, tune_positive_thresholds=[0.4, 0.5]))
     whole = Checkpoint.read(checkpoints()[-1])
-    student, checkpoint = whole.student(), whole.entries()
+    student, checkpoint = whole.student(), vars(whole)
     task = get_task("mrpc")
     features = separate_features(task, read_examples(task, data("mrpc"), "dev"), student.tokenizer, 32)
     batches = Batches(features, "max", 32)  # the run's own were packed
     outputs = infer(student.network, batches, 7, torch.device("cpu"), "again")
-    again = measure_student(task, (0.4, 0.5))(outputs, features.labels)
+    again = measure_student(task, (0.4, 0.5), outputs, features.labels)
     assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)
 
 

@@ -11,7 +11,6 @@ import pytest
 from filelock import FileLock, Timeout
 from helpers import CANDIDATES, QUERIES, pair_scores
 
-from dse import index as index_module
 from dse.index import CandidateIndex
 from dse.storage import index_files
 from dse.system.errors import InputError
@@ -122,18 +121,12 @@ def test_an_index_larger_than_memory_opens(student, tmp_path):
     index = CandidateIndex.build(model, CANDIDATES[:1], tmp_path / "index")
     rows = (3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // (4 * index.width)
     os.truncate(tmp_path / "index" / "vectors.bin", 4 * rows * index.width)
-    content = index_module._read_content(tmp_path / "index")
+    content = index_files._read_content(tmp_path / "index")
     mapped = {**content, "count": rows, "text_bytes": 0}
     with open(tmp_path / "index" / "ends.bin", "ab") as file:
         file.truncate(8 * rows)
-    assert (
-        len(
-            CandidateIndex(model, tmp_path / "index", mapped, index_module._mapped(tmp_path / "index", mapped)).vectors(
-                rows - 1, rows
-            )
-        )
-        == 1
-    )
+    opened = CandidateIndex(model, index_files.IndexFiles(tmp_path / "index", mapped))
+    assert len(opened.vectors(rows - 1, rows)) == 1
 
 
 def test_append_goes_on_from_what_another_process_appended(student, tmp_path):
@@ -200,7 +193,7 @@ def test_a_lock_counts_in_the_folder_that_is_there(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(index_files, "FileLock", Lock)
-    with index_module._locked(folder):
+    with index_files._locked(folder):
         assert len(taken) == 2
         assert taken[1] == folder.stat().st_ino
 

@@ -42,7 +42,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(student_flags, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reporting, "open", full, raising=False)
-    monkeypatch.setattr(reporting, "_plot", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     dse_train_runner.main(student_flags(file_log=True, plot_metrics=True, plots_dir=tmp_path / "plots"))
     assert caplog.text.count(".jsonl: cannot be written (No space left on device)") == 2
     assert caplog.text.count("no plots (No space left on device)") == 2

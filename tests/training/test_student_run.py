@@ -59,7 +59,7 @@ def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkp
         code, line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN), capsys)
     assert (code, "_epoch_0.pt;" in line) == (143, True)
     assert not list(tmp_path.glob("checkpoints/*/*_state_epoch_1_*.pt"))
-    assert Checkpoint.read(line.split("state in ")[1].split(";")[0]).entries()  # whole
+    assert Checkpoint.read(line.split("state in ")[1].split(";")[0])  # whole
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
 
@@ -159,7 +159,7 @@ def test_resume_takes_the_run_of_these_flags_and_starts_anew_where_there_is_none
     first = checkpoints()[0]
     shutil.copytree(first.parent, first.parent.with_name("bert_distillation_2099_01_01-00_00_00"))
     for path in first.parent.with_name("bert_distillation_2099_01_01-00_00_00").glob("*.pt"):
-        entries = Checkpoint.read(path).entries()
+        entries = vars(Checkpoint.read(path))
         files.save_tensors(path, {**entries, "run": {**entries["run"], "lr": 0.5}})
     dse_train_runner.main([*student_flags(epochs=2), "--resume"])
     assert [path.name[-10:] for path in sorted(first.parent.glob("*_epoch_1.pt"))] == ["epoch_1.pt"]
@@ -433,7 +433,7 @@ def test_a_student_needs_its_encoder_no_more(unbroken, student_flags, bert, copi
         (run,) = (checkpoints()[0].parent.parent).iterdir()
         if not known:
             for path in run.glob("*.pt"):
-                entries = Checkpoint.read(path).entries()
+                entries = vars(Checkpoint.read(path))
                 del entries["data"]["bert"]
                 files.save_tensors(path, entries)
         shutil.rmtree(model)
@@ -446,7 +446,7 @@ def test_a_student_needs_its_encoder_no_more(unbroken, student_flags, bert, copi
 def test_an_older_state_knows_its_encoder_by_name(student_flags, bert, copied, checkpoints, refused):
     dse_train_runner.main(student_flags(epochs=1))
     (path,) = checkpoints()
-    entries = Checkpoint.read(path).entries()
+    entries = vars(Checkpoint.read(path))
     del entries["data"]["bert"]
     files.save_tensors(path, entries)
     line = refused(dse_train_runner.main, [*student_flags(bert_model=copied(bert)), "--resume"])

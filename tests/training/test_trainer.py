@@ -9,6 +9,7 @@ import torch
 from dse.networks.inference import infer
 from dse.training.epoch_plan import EpochPlan, count_updates, epoch_order
 from dse.training.optimization import make_optimizer
+from dse.training.run import Run
 from dse.training.trainer import Trainer
 
 
@@ -30,15 +31,17 @@ class Line:
         return {"input": torch.from_numpy(rows + 1.0).float()[:, None]}
 
 
-class Keeper:
+class Keeper(Run):
     """What a run keeps: each save, and each epoch's record; it ends the training after epoch `last`."""
 
-    def __init__(self, last: int | None = None) -> None:
+    def __init__(self, trainer: Trainer, last: int | None = None) -> None:
+        super().__init__(path=None)
+        self.resume(trainer)
         self.last, self.saves, self.records = last, [], []
 
-    def save(self) -> Path:
+    def save(self, name: str = "") -> None:
         self.saves.append(len(self.records))
-        return Path("state")
+        self.trainer.saved = Path("state")
 
     def after_epoch(self, record: dict) -> bool:
         self.records.append(record)
@@ -56,7 +59,7 @@ def trainer_of(rows: int, batch_size: int, accumulation: int, padding: str = "ba
     trainer = Trainer(
         model,
         EpochPlan(batches, batch_size, accumulation, seed=5),
-        loss=lambda outputs, rows: outputs.mean(),
+        loss=lambda outputs, labels, rows: outputs.mean(),
         measure=lambda outputs, labels: {"rows": float(len(outputs))},
         optimizer=optimizer,
         device=torch.device("cpu"),
@@ -72,14 +75,14 @@ def test_each_group_has_its_own_update_and_no_gradient_leaks(rows, padding):
     That of the last, shorter batch counts as much as the others of its group, in one pass with them or not.
     """
     trainer, gradients = trainer_of(rows, batch_size=2, accumulation=2, padding=padding)
-    trainer.fit(2)
+    Keeper(trainer).fit(2)
     expected = []
     for epoch in (0, 1):
         x = epoch_order(rows, 5, epoch) + 1.0
         expected += [(x[0:2].mean() + x[2:4].mean()) / 2, (x[4:6].mean() + x[6:8].mean()) / 2]
         expected += [x[8]] if rows == 9 else [(x[8:10].mean() + x[10]) / 2]
     np.testing.assert_allclose(gradients, expected, rtol=1e-6)
-    assert trainer.updates == 6 == 2 * count_updates(rows, 2, 2)
+    assert trainer.optimizer.updates == 6 == 2 * count_updates(rows, 2, 2)
 
 
 def test_packed_batches_share_a_pass_while_one_padded_batch_has_the_places():
@@ -99,9 +102,10 @@ def test_packed_batches_share_a_pass_while_one_padded_batch_has_the_places():
     assert passes() == [[0, 2, 4, 6, 8]]
     calls = []
     trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    outputs = trainer.backward(plan.passes(group)[0][:2], 5)
+    trainer.backward(plan.passes(group)[0][:2], 5)
     assert len(calls) == 1
-    assert outputs.shape == (4, 1)
+    ((rows, outputs),) = trainer.so_far.outputs
+    assert (len(rows), outputs.shape) == (4, (4, 1))
 
 
 def test_batches_are_numbered_through_an_epoch():
@@ -116,22 +120,23 @@ def test_training_mode_returns_after_validation():
     trainer.model.eval()  # as from_pretrained leaves it
     modes = []
     trainer.model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    trainer.fit(2, lambda: {"n": float(len(infer(trainer.model, Line(3), 3, trainer.device, "v")))})
+    Keeper(trainer).fit(2, lambda: {"n": float(len(infer(trainer.model, Line(3), 3, trainer.device, "v")))})
     assert modes == [True, True, False, True, True, False]
     assert trainer.model.training, "an evaluation left the model in evaluation mode"
 
 
 def test_validation_every_second_epoch_and_after_the_last():
     trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
-    history = trainer.fit(5, lambda: {"n": 1.0}, validate_every=2)
-    assert [record["epoch"] for record in history if "validation" in record] == [1, 3, 4]
-    assert [record["updates"] for record in history] == [2, 4, 6, 8, 10]
+    Keeper(trainer).fit(5, lambda: {"n": 1.0}, validate_every=2)
+    assert [record["epoch"] for record in trainer.history if "validation" in record] == [1, 3, 4]
+    assert [record["updates"] for record in trainer.history] == [2, 4, 6, 8, 10]
 
 
 def test_after_epoch_can_end_the_training():
     trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
-    keeper = Keeper(last=1)
-    assert len(trainer.fit(9, keeper=keeper)) == 2
+    keeper = Keeper(trainer, last=1)
+    keeper.fit(9)
+    assert len(trainer.history) == 2
     assert [record["epoch"] for record in keeper.records] == [0, 1]
     assert keeper.saves == []  # without save_every
 
@@ -139,8 +144,8 @@ def test_after_epoch_can_end_the_training():
 def test_a_state_is_kept_every_so_many_updates():
     """Five updates an epoch: the 3rd, the 6th and the 9th."""
     trainer, _ = trainer_of(rows=10, batch_size=2, accumulation=1)
-    keeper = Keeper()
-    trainer.fit(2, keeper=keeper, save_every=3)
+    keeper = Keeper(trainer)
+    keeper.fit(2, save_every=3)
     assert keeper.saves == [0, 1, 1]  # epochs done by then
     assert trainer.saved == Path("state")
 
@@ -156,6 +161,6 @@ def test_what_a_run_goes_on_from_is_compared_between_processes(monkeypatch):
     compared = []
     monkeypatch.setattr("dse.system.parallel.agree", lambda numbers, _: compared.append(numbers))
     trainer, _ = trainer_of(rows=4, batch_size=2, accumulation=1)
-    trainer.fit(1)
-    trainer.fit(2)
+    Keeper(trainer).fit(1)
+    Keeper(trainer).fit(2)
     assert compared == [[0, 0, 0, 5, 4], [1, 0, 2, 5, 4]]
