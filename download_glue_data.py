@@ -51,8 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data_dir", default="glue_data", help="where the tasks' folders go")
     add("--tasks", type=task_list, default="all", help=f"all, or a comma list of {' '.join(SOURCES)}")
     add("--path_to_mrpc", default="", help="folder with MRPC's raw files, as Microsoft has them; empty: download them")
-    mirror = "a mirror, with MRPC's raw files in ../../senteval/senteval_data/"
-    add("--base_url", type=address, default=BASE_URL, help=mirror)
+    add("--base_url", type=address, default=BASE_URL, help="a mirror (MRPC's files: ../../senteval/senteval_data/)")
     add("--snli_url", type=address, default=SNLI_URL, help="where snli_1.0.zip is")
     add("--no_verify", action="store_true", help="for mirrors that repack: take files that differ from their records")
     args = parser.parse_args(argv)

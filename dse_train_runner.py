@@ -117,6 +117,12 @@ def feature_caches(args: argparse.Namespace, task: Task) -> dict[str, tuple[Path
     return caches
 
 
+def run_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that a checkpoint remembers: those that another value of would make another run."""
+    others = ("trainer_checkpoint", "resume", "save_every")
+    return {flag: value for flag, value in vars(args).items() if flag not in others}
+
+
 def find_start(
     args: argparse.Namespace, task: Task, files: dict[str, Any], stamp: str, log_file: Path | None
 ) -> "StudentRun":
@@ -124,9 +130,7 @@ def find_start(
     from dse.training.run import Identity
     from dse.training.student_run import StudentRun, find_run, take_over
 
-    free = ("trainer_checkpoint", "resume", "save_every")  # another value of these does not make another run
-    flags = {flag: value for flag, value in vars(args).items() if flag not in free}
-    logits, found = sha256_file(args.distillation_logits_path), None
+    flags, logits, found = run_flags(args), sha256_file(args.distillation_logits_path), None
     now = Identity(task_to_dict(task), flags, files, logits=logits)
     if args.trainer_checkpoint:
         found = take_over(Path(args.trainer_checkpoint), args.experiment_name, now)

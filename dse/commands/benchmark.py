@@ -22,8 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
     cli.add_task_flags(parser)
     add("--output", default="", help="JSON file for the results")
-    per = "pairs per training step, sentences of padded inference"
-    add("--batch_size", type=cli.whole_number(1), default=16, help=per)
+    add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step (padded inference: sentences)")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=2, help="batches per update")
     add("--steps", type=cli.whole_number(2), default=8, help="batches per measurement, the same for every variant")
     add("--rounds", type=cli.whole_number(1), default=3, help="measurements of each variant, which take turns")

@@ -32,8 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--queries", required=True, help="file with a query per line; - for standard input")
     add("--candidates", required=True, help="file with a candidate per line (- for standard input), or an index")
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
-    own = "the task's own, entailment, or a binary task's second"
-    add("--rank_label", help=f"label whose probability ranks (not given: {own})")
+    add("--rank_label", help="label that ranks; not given: the task's own, entailment, or a binary task's second")
     add("--output", default="-", help="file; - for standard output")
     add("--format", choices=("tsv", "jsonl"), help="not given: jsonl for such a name, else tsv")
     cli.add_inference_flags(parser)

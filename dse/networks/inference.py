@@ -119,9 +119,8 @@ def infer(
         partial: where the outputs so far are written, and found.
         texts: are the rows a student's distinct texts, and not pairs?
     """
-    costs, inputs_of = batches.features.costs, batches.of_pairs
-    if texts:
-        costs, inputs_of = batches.features.texts.lengths, batches.of_texts
+    costs = batches.features.texts.lengths if texts else batches.features.costs
+    inputs_of = batches.of_texts if texts else batches.of_pairs
     places = min(batch_size * batches.max_seq_length, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
     steps, count = by_length(costs, places), len(costs)
     before, outputs = (partial and partial.find(steps)) or (np.zeros(count, dtype=bool), None)

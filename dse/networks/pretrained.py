@@ -45,13 +45,14 @@ class OpenedBert(NamedTuple):
 
 
 def open_bert(
-    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, cache_dir: str = ""
+    name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, **where: Any
 ) -> OpenedBert:
     """Find a BERT, and load its tokenizer, before torch is loaded.
 
-    Raises InputError, naming the flag, where `find_bert`, `check_fits_bert` or `load_tokenizer` refuse it.
+    `where` are cache_dir and hub of `find_bert`. Raises InputError, naming the flag, where `find_bert`,
+    `check_fits_bert` or `load_tokenizer` refuse it.
     """
-    folder = find_bert(name, flag, cache_dir)
+    folder = find_bert(name, flag, **where)
     config = bert_config(folder, flag)
     check_fits_bert(config, max_seq_length, top_layers)
     return OpenedBert(folder, config, load_tokenizer(folder, do_lower_case, flag))
