@@ -165,8 +165,8 @@ class Download:
             return
         headers = {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
         if have:
-            headers |= {"Range": f"bytes={have}-", "If-Range": state or None}  # requests leaves None out
-        options = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
+            headers |= {"Range": f"bytes={have}-"} | ({"If-Range": state} if state else {})
+        options: dict[str, Any] = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
         with requests.get(self.url, headers=headers, **options) as response:
             complete = response.status_code == 416 and response.headers.get("Content-Range", "") == f"bytes */{have}"
             if not (have and complete):

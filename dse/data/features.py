@@ -13,7 +13,7 @@ import logging
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -59,28 +59,30 @@ class Ragged:
 
 
 class Features:
-    """Token ids of a split's pairs, labels and the id of [PAD], in two forms, whose first attribute has the rows."""
+    """Token ids of a split's pairs, labels and the id of [PAD], in two forms."""
 
     ROWS: ClassVar[str]  # what the rows are
-    PARTS: ClassVar[tuple[str, ...]]  # attributes with an entry per pair, which a cache stores beside the rows
+    PARTS: ClassVar[tuple[str, ...]]  # what a cache stores: the rows, and attributes with an entry per pair
+    labels: np.ndarray | None  # (n,), int64 or, for regression, float32
+    pad_id: int
 
     def __len__(self) -> int:
-        return len(getattr(self, self.PARTS[0]))
+        return len(getattr(self, self.PARTS[-1]))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
-        rows = getattr(self, fields(self)[0].name)
-        return rows.arrays() | {name: getattr(self, name) for name in self.PARTS}
+        rows, *others = self.PARTS
+        return getattr(self, rows).arrays() | {name: getattr(self, name) for name in others}
 
 
 @dataclass
 class JointFeatures(Features):
     """Both texts of each pair in one row, for a cross-encoder."""
 
-    ROWS, PARTS = "rows", ("first_lengths",)
+    ROWS, PARTS = "rows", ("tokens", "first_lengths")
     tokens: Ragged
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
-    labels: np.ndarray | None  # (n,), int64 or, for regression, float32
+    labels: np.ndarray | None
     pad_id: int
 
     @property
@@ -97,7 +99,7 @@ class JointFeatures(Features):
 class SeparateFeatures(Features):
     """Each distinct text once, and which texts make up each pair, for the student."""
 
-    ROWS, PARTS = "distinct texts", ("first", "second")
+    ROWS, PARTS = "distinct texts", ("texts", "first", "second")
     texts: Ragged
     first: np.ndarray  # int32, (n,): the row of each pair's first text
     second: np.ndarray  # int32, (n,)
@@ -122,20 +124,20 @@ def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_lengt
     but the first one keeps the budget of a pair, max_seq_length - 3.
     """
     count = len(examples)
-    seconds = examples.second if examples.second is not None else [""] * count
+    seconds = [""] * count if examples.second is None else examples.second
     pieces, places = _distinct_pieces(chain(examples.first, seconds), 2 * count, tokenizer)
     first, second = places[:count], places[count:]
     a, b, is_pair = pieces.lengths[first], pieces.lengths[second], np.fromiter(map(bool, seconds), bool, count)
     keep_a, keep_b = kept_lengths(a, b, is_pair, max_seq_length)
     tokens = _framed(pieces, first, keep_a, second, keep_b, tokenizer)
-    tokens.cut = np.count_nonzero(a + b > keep_a + keep_b)
+    tokens.cut = int((a + b > keep_a + keep_b).sum())
     parts = [tokens, (keep_a + 2).astype(np.int32)]
     return _finished(JointFeatures, parts, task, examples, tokenizer, max_seq_length)
 
 
 def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
     """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
-    texts, places = _encode([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
+    texts, places = _encode(list(chain(*examples.sides)), tokenizer, max_seq_length)
     parts = [texts, places[: len(examples)], places[len(examples) :]]
     return _finished(SeparateFeatures, parts, task, examples, tokenizer, max_seq_length)
 
@@ -157,7 +159,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[
     pieces, places = _distinct_pieces(texts, len(texts), tokenizer)
     rows, keep = np.arange(len(pieces.lengths)), np.minimum(pieces.lengths, max_seq_length - 2)
     tokens = _framed(pieces, rows, keep, rows, np.zeros_like(keep), tokenizer)
-    tokens.cut = np.count_nonzero(pieces.lengths > keep)
+    tokens.cut = int((pieces.lengths > keep).sum())
     return tokens, places
 
 
@@ -178,13 +180,10 @@ def _framed(
     return tokens
 
 
-def _finished(
-    form: type[Features], parts: list[Any], task: Task, examples: Examples, tokenizer: Any, max_seq_length: int
-) -> Any:
+def _finished(form: Any, parts: list[Any], task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> Any:
     """Features with their labels; logs what of a split's files was cut and is unknown, and warns above 5 % unknown."""
-    labels = examples.labels
-    if labels is not None:
-        labels = np.array(labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
+    dtype = np.float32 if task.kind == REGRESSION else np.int64
+    labels = None if examples.labels is None else np.array(examples.labels, dtype=dtype)
     tokens, cut = parts[0], parts[0].cut
     if cut is None:  # rows of that length may have been, and joint ones lack a [SEP] at times
         cut = f"at most {np.count_nonzero(tokens.lengths >= max_seq_length - 1)}"
@@ -326,7 +325,7 @@ def cached_features(
         if arrays is not None:
             logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
             rows = Ragged(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
-            parts = [rows, *(arrays[name] for name in features_class.PARTS)]
+            parts = [rows, *(arrays[name] for name in features_class.PARTS[1:])]
             return _finished(features_class, parts, task, examples, tokenizer, max_seq_length)
         features = make(task, examples, tokenizer, max_seq_length)
         if parallel.is_first():

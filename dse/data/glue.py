@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
@@ -213,7 +213,8 @@ def make_folder(task: str, raw: dict[str, Path], origins: list[dict[str, Any]], 
 
 def build(task: str, raw: dict[str, Path], made: Path) -> None:
     """Write a task's files to the folder `made`, from its fetched files, given by name."""
-    source, splits = SOURCES[task][0], {}
+    source = SOURCES[task][0]
+    splits: Mapping[str, Iterable[str]] = {}
     if task == "SNLI":
         texts, names = made.with_name("texts"), {split: f"snli_1.0_{split}.txt" for split in FILES[task]}
         unzip(raw[source.name], "snli_1.0", texts, source.most, only=names.values())
@@ -291,7 +292,8 @@ def compare(task: str, folder: Path, made_here: bool = False) -> str:
     Raises DownloadError if a file made here is of no use to any script: another header (SNLI's is written here; more
     columns do no harm), or no rows. The user's own folder is theirs.
     """
-    useless, harmless = [], []
+    useless: list[str] = []
+    harmless: list[str] = []
     for split, (rows, header) in FILES[task].items():
         path, names = folder / f"{split}.tsv", header.split("\t" if "\t" in header else None)
         lines = (line.split("\t") for line in read_lines(path, f"a file of {task}"))

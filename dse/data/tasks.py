@@ -71,24 +71,25 @@ _BITS, _ENTAILED, _NLI = ("0", "1"), (ENTAILMENT, "not_entailment"), ("contradic
 _MATCHED, _MISMATCHED = ({"dev": f"dev_{name}.tsv", "test": f"test_{name}.tsv"} for name in ("matched", "mismatched"))
 _ACC = {"metrics": ("acc",)}
 
-TASKS: dict[str, Task] = {
+_LINES: tuple[tuple[str, str, tuple[str, ...], int, int | None, int, dict[str, Any]], ...] = (
+    ("mrpc", "MRPC", _BITS, 3, 4, 0, {}),
+    ("qqp", "QQP", _BITS, 3, 4, 5, {"test_text_a": 1, "test_text_b": 2, "skip_short_rows": True}),
+    ("qnli", "QNLI", _ENTAILED, 1, 2, -1, _ACC),
+    ("rte", "RTE", _ENTAILED, 1, 2, -1, _ACC),
+    ("wnli", "WNLI", _BITS, 1, 2, -1, _ACC),
+    ("sts-b", "STS-B", (), 7, 8, -1, {}),
+    ("mnli", "MNLI", _NLI, 8, 9, -1, {**_MATCHED, "also_validate": (("mm", _MISMATCHED["dev"]),)}),
+    ("mnli-mm", "MNLI", _NLI, 8, 9, -1, _MISMATCHED),
+    ("snli", "SNLI", _NLI, 7, 8, -1, {"test_label": -1, "also_validate": (("test", "test.tsv"),)}),
+    ("allnli", "", _NLI, 0, 0, -1, {"test": None, "parts": ("snli", "mnli")}),
+    ("diagnostic", "diagnostic", _NLI, 1, 2, -1, {"train": None, "dev": None, "test": "diagnostic.tsv"}),
+    ("cola", "CoLA", _BITS, 3, None, 1, {"header": False, "test_text_a": 1, "metrics": ("mcc",)}),
+    ("sst-2", "SST-2", _BITS, 0, None, 1, {"test_text_a": 1, **_ACC}),
+)
+TASKS = {
     name: Task(name, {0: REGRESSION, 2: BINARY, 3: MULTICLASS}[len(labels)], labels, folder=folder, text_a=text_a,
                text_b=text_b, label=label, **{"test": "test.tsv", **others})
-    for name, folder, labels, text_a, text_b, label, others in (
-        ("mrpc", "MRPC", _BITS, 3, 4, 0, {}),
-        ("qqp", "QQP", _BITS, 3, 4, 5, {"test_text_a": 1, "test_text_b": 2, "skip_short_rows": True}),
-        ("qnli", "QNLI", _ENTAILED, 1, 2, -1, _ACC),
-        ("rte", "RTE", _ENTAILED, 1, 2, -1, _ACC),
-        ("wnli", "WNLI", _BITS, 1, 2, -1, _ACC),
-        ("sts-b", "STS-B", (), 7, 8, -1, {}),
-        ("mnli", "MNLI", _NLI, 8, 9, -1, {**_MATCHED, "also_validate": (("mm", _MISMATCHED["dev"]),)}),
-        ("mnli-mm", "MNLI", _NLI, 8, 9, -1, _MISMATCHED),
-        ("snli", "SNLI", _NLI, 7, 8, -1, {"test_label": -1, "also_validate": (("test", "test.tsv"),)}),
-        ("allnli", "", _NLI, 0, 0, -1, {"test": None, "parts": ("snli", "mnli")}),
-        ("diagnostic", "diagnostic", _NLI, 1, 2, -1, {"train": None, "dev": None, "test": "diagnostic.tsv"}),
-        ("cola", "CoLA", _BITS, 3, None, 1, {"header": False, "test_text_a": 1, "metrics": ("mcc",)}),
-        ("sst-2", "SST-2", _BITS, 0, None, 1, {"test_text_a": 1, **_ACC}),
-    )
+    for name, folder, labels, text_a, text_b, label, others in _LINES
 }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
 
 def task_from_dict(line: dict[str, Any]) -> Task:
     """The task that `task_to_dict` wrote. Raises TypeError for other entries."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
     return Task(**{**values, "also_validate": tuple(map(tuple, values.get("also_validate", ())))})
 
 

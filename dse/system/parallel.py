@@ -150,7 +150,7 @@ def synchronized(model: "torch.nn.Module") -> Any:
 
     Raises InputError where no parameter is trained.
     """
-    if size() == 1:
+    if _device is None:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
