@@ -63,8 +63,7 @@ def printable(text: str) -> str:
 def clear_errors(prog: str) -> Iterator[None]:
     """Tell what ends the block in one line on stderr, and leave with its exit code.
 
-    The codes are 2 for input that is refused, 1 for work that cannot go on, 130 for Ctrl-C, 143 for SIGTERM, and 141
-    where the reader of the output, such as `| head`, has stopped.
+    2: refused input; 1: work that cannot go on; 130: Ctrl-C; 143: SIGTERM; 141: the reader of the output has stopped.
     """
     with signals.safe_console():
         try:

@@ -1,8 +1,7 @@
 """From texts to token ids, in two forms, and the cache of both.
 
 Joint, for the teacher: `[CLS] a [SEP] b [SEP]` with token types 0 and 1. Separate, for the student:
-`[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, so no
-padding is stored: networks/batches.py lays batches out.
+`[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, unpadded.
 
     max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
     on a tie the second one does: 4+3 -> 3+3 -> 3+2.
@@ -63,8 +62,6 @@ class Features:
 
     ROWS: ClassVar[str]  # what the rows are
     PARTS: ClassVar[tuple[str, ...]]  # what a cache stores: the rows, and attributes with an entry per pair
-    labels: np.ndarray | None  # (n,), int64 or, for regression, float32
-    pad_id: int
 
     def __len__(self) -> int:
         return len(getattr(self, self.PARTS[-1]))
@@ -82,7 +79,7 @@ class JointFeatures(Features):
     ROWS, PARTS = "rows", ("tokens", "first_lengths")
     tokens: Ragged
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
-    labels: np.ndarray | None
+    labels: np.ndarray | None  # (n,), int64 or, for regression, float32
     pad_id: int
 
     @property
@@ -120,8 +117,7 @@ class SeparateFeatures(Features):
 def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
     """Tokenize pairs (or single sentences) together, cut to max_seq_length.
 
-    An empty second text gives `[CLS] a [SEP]`. A second text without pieces gives no second `[SEP]` either,
-    but the first one keeps the budget of a pair, max_seq_length - 3.
+    A second text without pieces gives `[CLS] a [SEP]`; one that is not empty still keeps the budget of a pair.
     """
     count = len(examples)
     seconds = [""] * count if examples.second is None else examples.second
@@ -248,10 +244,9 @@ def _copy(source: Ragged, rows: np.ndarray, lengths: np.ndarray, target: Ragged,
 
 
 def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of texts. `[SEP]` and its like count as such only where they stand alone between spaces.
+    """Token ids of texts. BERT's special tokens count as such only where they stand alone between spaces.
 
-    So it is in the original; the library alone would find them inside words too, `x[SEP]y`. Tokens that a user added
-    are found as the library finds them.
+    So it is in the original; the library alone would find them inside words. It finds tokens that a user added.
     """
     own = _own_specials(tokenizer)
     backend = tokenizer.backend_tokenizer
@@ -297,13 +292,10 @@ def _with_own_alone(content: str, own: tuple[str, ...]) -> Tokenizer:
 
 def cached_features(
     form: str, task: Task, examples: Examples, tokenizer: Any, max_seq_length: int, path: str | Path, chosen: bool
-) -> Features:
-    """Features from the cache at `path` if it was made from the same, else made now and stored there.
+) -> Any:
+    """JointFeatures (`form` "joint") or SeparateFeatures from the cache at `path`, remade if it was made from others.
 
-    Args:
-        form: "joint" or "separate".
-        chosen: did the user name the path? Then another kind of file there is refused, and so is a place
-            that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
+    `chosen`: did the user name the path? Then InputError for another kind of file there, RunError where writing fails.
     """
     path = Path(path)
     joint = form == "joint"
@@ -335,8 +327,7 @@ def cached_features(
 
 def batches_of(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
     """Lists of up to `count` texts, cut short once they have that many characters, of an iterable of any length."""
-    batch: list[str] = []
-    size = 0
+    batch, size = list[str](), 0
     for text in texts:
         batch.append(text)
         size += len(text)

@@ -44,13 +44,9 @@ class Examples:
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     """Read a split in file order: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
-    `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. A blank line at the end is not
-    a row. The rows of a user's own task must have as many cells as its header (without a header: as the first row);
-    those of GLUE's files need not, but a warning tells of it.
-
-    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (in a user's own
-    task: with too many, too), a label that is not one of the task's, a score that is not a number, bytes that are not
-    UTF-8, and a header that is a row of data.
+    `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. In a user's own task, all rows
+    must have as many cells as line 1. Raises InputError, naming file and line, for a missing or empty file, a row with
+    too few columns, a wrong label or score, bytes that are not UTF-8, and a header that is a row of data.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -185,7 +181,7 @@ def _compare_headers(task: Task, train: Path, other: Path, columns: _Columns) ->
 
 
 def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) -> list[Any]:
-    """The numbers of the columns (None for one that is not there), whose names are looked up in the header.
+    """The numbers of the columns, None for one that is not there; names are looked up in the header.
 
     Those of a user's own task are checked, and count from the left: -1 is replaced.
     """

@@ -118,21 +118,17 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
         return None
     usual = ENTAILMENT if ENTAILMENT in task.labels else task.labels[1] if task.kind == BINARY else None
     label = next((one for one in (asked, task.rank_label) if one is not None), usual)
+    mend = f"give one of {', '.join(task.labels)}"
     if label is None:
-        raise InputError(
-            f"--rank_label: nothing says which label of {task.name} ranks candidates: give one of "
-            f'{", ".join(task.labels)}, or name it in the task\'s JSON ("rank_label")'
-        )
+        mend += ', or name it in the task\'s JSON ("rank_label")'
+        raise InputError(f"--rank_label: nothing says which label of {task.name} ranks candidates: {mend}")
     if label not in task.labels:
-        raise InputError(f"--rank_label: {label!r} is not a label of {task.name}: give one of {', '.join(task.labels)}")
+        raise InputError(f"--rank_label: {label!r} is not a label of {task.name}: {mend}")
     return label
 
 
 def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
-    """The task's line as JSON values, for files that must know which task they belong to.
-
-    It has the rank label, which decides nothing that is read or learned, only where the student `ranks` by one.
-    """
+    """The task's line as JSON values, with its rank label only where the student `ranks` by one."""
     line = json.loads(json.dumps(asdict(task)))
     if not ranks or task.rank_label is None:
         del line["rank_label"]
