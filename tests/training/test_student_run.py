@@ -336,7 +336,7 @@ def test_a_student_that_the_run_did_not_write_stays_in_best(student_flags, tmp_p
     (run,) = (tmp_path / "checkpoints").iterdir()
     mine = DSESiameseClassifier.from_pretrained(run / "best")
     own = {key: value for key, value in mine.origin.items() if key != "stamp"}  # as before there were stamps
-    for origin in (None, {**own, "commands": [["dse_train_runner.py", {"lr": 1}]]}):
+    for origin in ({}, {**own, "commands": [["dse_train_runner.py", {"lr": 1}]]}):
         mine.origin = origin
         mine.save_pretrained(run / "best")
         before = contents(run / "best")
