@@ -8,6 +8,7 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 
 import argparse
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     for task, (train, sets) in data.items():
         counts = sets if task.kind == REGRESSION else {"train": train, **sets}
         logger.info("%s: %s", task.name, ", ".join(f"{split} {len(rows)}" for split, rows in counts.items()))
-        kinds = {**embedders, "bag of words": transfer.bag_of_words(train.first + (train.second or []))}
+        kinds = {**embedders, "bag of words": transfer.bag_of_words(list(chain(*train.sides)))}
         found[dict(args.call).get(task.name, task.folder)] = {
             name: transfer.measure(embed, task, train, sets)
             for name, embed in tqdm(kinds.items(), desc=task.name, disable=None, leave=False)

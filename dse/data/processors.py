@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 from dse.data.tasks import REGRESSION, TASKS, Task
 from dse.system.errors import InputError
@@ -22,17 +23,22 @@ _HEADER_HINT = 'put the names of the columns there (in a task of your own, or gi
 class Examples:
     """The rows of a split, in file order.
 
-    `labels` holds the label's place in `task.labels`, or the score for regression; None without labels.
-    `files` tells what the rows were read from: {"file": name below data_dir, "sha256": of its bytes}.
+    `second` is None for single sentences. `labels` holds the label's place in `task.labels`, or the score for
+    regression; None without labels. `files` tells what was read: {"file": name below data_dir, "sha256": of its bytes}.
     """
 
     first: list[str] = field(default_factory=list)
     second: list[str] | None = None
-    labels: list[int] | list[float] | None = None
+    labels: list[Any] | None = None
     files: list[dict[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.first)
+
+    @property
+    def sides(self) -> list[list[str]]:
+        """The first texts and, of pairs, the second ones."""
+        return [self.first] if self.second is None else [self.first, self.second]
 
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from dse.data.features import joint_features
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
-from dse.experiments.benchmarks import take_turns
+from dse.experiments.benchmarks import Variants, take_turns
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
@@ -78,7 +79,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
         network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
         model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
     examples = read_examples(task, args.data_dir, "train")
-    query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
+    query, sentences = examples.first[0], list(dict.fromkeys(chain(*reversed(examples.sides))))
     some = sentences[:CROSS_ENCODER_PAIRS]
     seconds_per_pair = cross_encoder_seconds(args, task, bert, Examples([query] * len(some), some))
     sentences = sentences[: max(args.candidates)]
@@ -124,11 +125,11 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
 
 def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
     """Measure one number of candidates: print its rows, and return its numbers."""
-    count, memory = len(index), {}
+    count, memory = len(index), dict[str, float]()
     expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
-    variants = {
+    variants: Variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
     }

@@ -1,6 +1,7 @@
 """What a reproduction runs: its stages, the flags that each preset gives the scripts, the settings of Sentence-BERT."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from dse.data.tasks import Task
 
@@ -11,7 +12,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "sentence_bert": (), "rates": ("teacher", *STUDENTS),
 }  # fmt: skip
 OPTIONAL = ("sentence_bert",)
-SENTENCE_BERT = {"epochs": 4, "pairs_per_update": 32, "rate": 5e-5, "warmup": 0.1, "decay": 0.01}
+SENTENCE_BERT: dict[str, Any] = {"epochs": 4, "pairs_per_update": 32, "rate": 5e-5, "warmup": 0.1, "decay": 0.01}
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,7 @@ def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int 
         for concept in chain.from_iterable(SLOTS):
             vectors[[place[word] for word in concept]] += torch.randn(hidden_size)
         bert.embeddings.token_type_embeddings.weight.normal_(std=0.5)
-        attention = bert.encoder.layer[0].attention.self
-        for projection in (attention.query, attention.key):
-            projection.weight.copy_(1.5 * torch.eye(hidden_size))
+        for name in ("query", "key"):
+            bert.get_parameter(f"encoder.layer.0.attention.self.{name}.weight").copy_(1.5 * torch.eye(hidden_size))
     bert.save_pretrained(folder)
     BertTokenizer(vocab=place, do_lower_case=True).save_pretrained(folder)
