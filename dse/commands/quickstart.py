@@ -1,7 +1,6 @@
 """Run stages 2 to 5 on made-up data with a tiny BERT, offline, in about a minute.
 
-The scripts run through their own `main`, with the flags that the log shows. The data is synthetic
-(dse/experiments/synthetic.py): the numbers show that the pipeline works, and nothing about real language.
+The scripts run through their own `main`, with the flags that the log shows.
 """
 
 import argparse
@@ -87,8 +86,7 @@ def print_table(folder: Path, best: Path) -> None:
     print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
     for name, score in ways.items():
         metrics = kind_of(task).metrics(score(), labels)
-        rate = len(rows) / min(repeat(score, number=1, repeat=3))
-        shown = "-" if name == "majority class" else f"{rate:,.0f}"
+        shown = "-" if name == "majority class" else f"{len(rows) / min(repeat(score, number=1, repeat=3)):,.0f}"
         print(f"{name:<16}{metrics['accuracy_0.5']:>10.3f}{metrics['f1_0.5']:>8.3f}{shown:>24}")
 
 
@@ -102,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
     best = run_stages(folder)
     print_table(folder, best)
     print(
-        "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that the pipeline works, not how good "
-        "it is.\nThe student's rate is for stored embeddings, each made once."
+        "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that it works, not how good it is."
+        "\nThe student's rate is for stored embeddings, each made once."
         f"\n\ndata        {folder / 'data'}\nteacher     {folder / 'teacher'}"
         f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
         f"\nstudent     {best}\nlogs        {folder / 'logs'}"

@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if not data:
         raise InputError(f"--data_dir: {data_dir} has no task's train and dev files; download_glue_data.py gets them")
     student = load_student(args)
-    commands = (student.origin or {}).get("commands", [])
-    began = [flags["bert_model"] for _, flags in commands if "bert_model" in flags]
+    began = [flags["bert_model"] for _, flags in (student.origin or {}).get("commands", []) if "bert_model" in flags]
     if not (args.bert_model or began):
         raise InputError("--bert_model: the student does not say which encoder it began with; give it")
     bert = find_bert(args.bert_model or began[-1], "--bert_model")

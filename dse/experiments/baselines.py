@@ -27,6 +27,7 @@ from dse.training.epoch_plan import count_updates, epoch_order
 from dse.training.optimization import NO_DECAY
 
 EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = SENTENCE_BERT.values()
+_LOSSES = {BINARY: "OnlineContrastiveLoss", REGRESSION: "CosineSimilarityLoss", MULTICLASS: "SoftmaxLoss"}
 _STATEFUL = ("loss", "optimizer", "schedule")  # attributes of SentenceBert
 
 
@@ -49,13 +50,8 @@ class SentenceBert:
         torch.manual_seed(seed)
         self.task, self.seed, self.device = task, seed, device
         self.model = sentence_transformer(bert_folder, max_seq_length, str(device))
-        if task.kind == BINARY:
-            self.loss: Any = losses.OnlineContrastiveLoss(self.model)
-        elif task.kind == REGRESSION:
-            self.loss = losses.CosineSimilarityLoss(self.model)
-        else:
-            self.loss = losses.SoftmaxLoss(self.model, self.model.get_embedding_dimension(), len(task.labels))
-        self.loss.to(device)
+        sizes = (self.model.get_embedding_dimension(), len(task.labels)) if task.kind == MULTICLASS else ()
+        self.loss: Any = getattr(losses, _LOSSES[task.kind])(self.model, *sizes).to(device)
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
         """Make the optimizer and its schedule for this number of pairs and epochs."""

@@ -117,21 +117,18 @@ def training(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
     separate, joint = (make(task, examples, bert.tokenizer, length) for make in (separate_features, joint_features))
     student = new_network(bert.folder, DSEConfig.from_flags(args, bert.config))
     teacher = load_teacher(bert.folder, task, fine_tuned=False)
+    measure = partial(train_role, args, bert)
     return {
-        "student": train_role(
-            args, bert, "student", student, student.encoder, separate,
-            lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], 0.5), examples,
-        ),
-        "teacher": train_role(
-            args, bert, "teacher", teacher, teacher.bert, joint,
-            lambda logits, labels, rows: kind.teacher_loss(logits, labels),
-        ),
+        "student": measure("student", student, student.encoder, separate, examples,
+                           lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], 0.5)),
+        "teacher": measure("teacher", teacher, teacher.bert, joint, None,
+                           lambda logits, labels, rows: kind.teacher_loss(logits, labels)),
     }  # fmt: skip
 
 
 def train_role(
-    args: argparse.Namespace, bert: OpenedBert, role: str, model: Any, encoder: Any, features: Any, loss: Any,
-    for_theirs: Examples | None = None,
+    args: argparse.Namespace, bert: OpenedBert, role: str, model: Any, encoder: Any, features: Any,
+    for_theirs: Examples | None, loss: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Time the Trainer's own updates with each padding, and sentence-transformers' on the same batches of examples."""
     batches = Batches(features, "packed", args.max_seq_length)
@@ -232,15 +229,14 @@ def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
     with tempfile.TemporaryDirectory() as place:
         for start in ("first", "second"):
             forget_peak_memory()
-            before, started = peak_memory(), time.perf_counter()
+            before, began = peak_memory(), time.perf_counter()
             rows = read_examples(task, args.data_dir, "train")
             read = time.perf_counter()
             made: Any = cached_features("separate", task, rows, bert.tokenizer, args.max_seq_length, f"{place}/f", True)
             ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
             rate = texts / (ended - read)
-            seconds = f"{read - started:>10.2f}{ended - read:>14.2f}"
-            print(f"{start + ' start':<28}{seconds}{rate:>16,.0f}{memory:>12,.0f} MiB")
-            numbers |= {f"{start}_start_seconds": ended - started, f"{start}_start_memory_mib": memory}
+            print(f"{start + ' start':<28}{read - began:>10.2f}{ended - read:>14.2f}{rate:>16,.0f}{memory:>12,.0f} MiB")
+            numbers |= {f"{start}_start_seconds": ended - began, f"{start}_start_memory_mib": memory}
             numbers.setdefault("texts_per_second", rate)  # of the first start
             numbers |= {"pairs": len(rows), "texts": texts}
             del rows, made

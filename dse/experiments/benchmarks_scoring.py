@@ -1,8 +1,7 @@
 """Measuring what the student is for: one query against very many stored candidates.
 
-One run has the same query and candidates for the cross-encoder, which reads every pair (measured on a part, per pair);
-for the head on blocks of stored embeddings, as in training; and for the index. Embedding the candidates happens once
-and is reported apart.
+The cross-encoder reads every pair (measured on a part, per pair); the head takes blocks of stored embeddings, as in
+training, and so does the index. Embedding the candidates happens once and is reported apart.
 """
 
 import argparse
@@ -109,8 +108,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
 
 def cross_encoder_seconds(args: argparse.Namespace, task: Task, bert: OpenedBert, pairs: Examples) -> float:
     """Seconds per pair of a cross-encoder of --bert_model, packed and by length."""
-    features = joint_features(task, pairs, bert.tokenizer, args.max_seq_length)
-    batches = Batches(features, "packed", args.max_seq_length)
+    batches = Batches(joint_features(task, pairs, bert.tokenizer, args.max_seq_length), "packed", args.max_seq_length)
     teacher = load_teacher(bert.folder, task, fine_tuned=False)  # untrained takes as long
     read = partial(infer, teacher, batches, 10**6, torch.device("cpu"), "teacher")
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]

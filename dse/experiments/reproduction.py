@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dse.data.processors import labelled_test, read_examples
 from dse.data.tasks import Task
@@ -30,8 +30,7 @@ _SECONDS = {"teacher": 0.02, "logits": 0.005, **dict.fromkeys(STUDENTS, 0.02), "
 _MEASURED_ON = 6 * 384**2
 
 
-@dataclass(frozen=True)
-class Encoder:
+class Encoder(NamedTuple):
     """The pre-trained BERT that teacher, students and Sentence-BERT begin with."""
 
     folder: Path

@@ -103,9 +103,8 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
             for split in SPLITS
         },
         **{key: {split: comparisons[key, split] for split in SPLITS} for key in _COMPARISONS},
-        "minutes": row({
-            stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds] for stage in TIMED
-        }),
+        "minutes": row({stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds]
+                        for stage in TIMED}),
         "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in seeds if "rates" in seed), {}),
         "left_out": {  # seeds, of some rows, with the models that they lack
             str(seed): [stage for stage in MODELS if stage in done - records.keys()]
@@ -135,10 +134,9 @@ def missing_stages(output_dir: Path, works: list[Experiment], left: Left, runs: 
         missing.setdefault(work.folder.name, []).append(stage)
     done = {(f"{run['task']}_seed{run['seed']}", run["stage"]) for run in runs}
     ours, shown = {work.folder.name for work in works}, {name for name, _ in done}
-    for folder in sorted(output_dir.glob("*_seed*")):
-        name = folder.name
+    for name in sorted(folder.name for folder in output_dir.glob("*_seed*")):
         # A folder with records of which none is in the tables belongs to another preset or encoder.
-        begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any(folder.glob("*.json")))
+        begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any((output_dir / name).glob("*.json")))
         lacks = [stage for stage in STAGES if stage not in OPTIONAL and (name, stage) not in done]
         if begun and lacks and name not in ours:
             missing[name] = lacks

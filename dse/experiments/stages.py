@@ -62,12 +62,11 @@ def do(work: Experiment, stage: str) -> None:
         raise
     packages = ["torch", "transformers", *(["sentence-transformers"] if stage == "sentence_bert" else [])]
     versions = {"python": platform.python_version(), "dse": __version__, **{name: version(name) for name in packages}}
-    about = {
+    write_json(record, {
         "format": FORMAT, "stage": stage, "finished": utc_stamp(), "seconds": before + time.monotonic() - started,
         **result, "settings": work.settings(stage), "versions": versions, "inputs": inputs,
         "files": {str(path.relative_to(work.folder)): sha256_file(path) for path in files},
-    }  # fmt: skip
-    write_json(record, about)
+    })  # fmt: skip
     spent.unlink(missing_ok=True)
     tidy(work, stage)
 

@@ -42,10 +42,7 @@ COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """The mean over all tokens of the last layer's states, of a BERT as downloaded, with its own casing if it says so.
-
-    Texts are cut where the student cuts them, or where this BERT has no more positions.
-    """
+    """The mean of the last layer's states of a BERT as downloaded, with its own casing; cut as the student's texts."""
     bert = bert_config(folder, "--bert_model")
     network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
     casing = saved_casing(folder, "--bert_model")
