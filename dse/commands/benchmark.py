@@ -45,8 +45,6 @@ def run(args: argparse.Namespace) -> None:
         check_output_file(args.plot, "--plot")
     layers = args.pooler_num_top_hidden_layers
     bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
-
-    # 2. Measure and report.
     import torch
 
     from dse.experiments import benchmarks, benchmarks_scoring

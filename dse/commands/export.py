@@ -27,7 +27,6 @@ def run(args: argparse.Namespace) -> None:
     from dse.storage.student_folder import check_replaceable
 
     check_replaceable(Path(args.output), "--output")
-
     model = DSESiameseClassifier.from_checkpoint(args.trainer_checkpoint)
     model.save_pretrained(args.output)
     epoch = model.origin["epoch"]

@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> None:
 
     check_index_place(Path(args.output), "--output")
     model = load_student(args)
-
     texts = texts_of(args.candidates, "--candidates")
     if args.append:
         index = CandidateIndex.open(args.output, model)

@@ -33,8 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
     cli.add_task_flags(parser)
     add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
-    above = "binary: the second label above this probability; not given: the model's own"
-    add("--threshold", type=cli.threshold, help=above)
+    add("--threshold", type=cli.threshold, help="binary: the second label is above it; not given: the model's own")
     cli.add_inference_flags(parser)
 
 

@@ -1,11 +1,11 @@
 """Run stages 2 to 5 on made-up data with a tiny BERT, offline, in about a minute.
 
-The scripts run through their own `main`, with the flags that the log shows. The data is synthetic
-(dse/experiments/synthetic.py): the numbers show that the pipeline works, and nothing about real language.
+The scripts run through their own `main`, with the flags that the log shows.
 """
 
 import argparse
 import shlex
+from itertools import chain
 from pathlib import Path
 from timeit import repeat
 from typing import Any
@@ -23,7 +23,6 @@ from dse.experiments.synthetic import write_pairs, write_tiny_bert
 from dse.system.files import check_writable
 
 TRAIN_PAIRS, DEV_PAIRS = 3000, 600
-REPEATS = 3
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +57,7 @@ def run_stages(folder: Path) -> Path:
         "--checkpoint_dir", folder / "checkpoints", "--file_log", "--log_dir", folder / "logs",
     )  # fmt: skip
     newest = max((folder / "checkpoints").glob("*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    best = newest.parent / Checkpoint.read(newest).best["file"]
+    best = newest.parent / (Checkpoint.read(newest).best or {})["file"]
     stage(load_dse_checkpoint_example, *common, "--trainer_checkpoint", best)
     return best
 
@@ -76,18 +75,18 @@ def print_table(folder: Path, best: Path) -> None:
     rows = read_examples(task, folder / "data", "dev")
     labels = np.array(rows.labels)
     student = DSESiameseClassifier.from_checkpoint(best)
-    embeddings, places = student.encode(rows.first + rows.second), np.arange(2 * len(rows)).reshape(2, -1)
+    embeddings = student.encode(chain(*rows.sides))
+    first, second = np.arange(2 * len(rows)).reshape(2, -1)
     teacher, _ = load_scorer(str(folder / "teacher"), task, cpu, batch_size=128)
     ways = {
         "majority class": lambda: np.full((len(rows), 1), 1 if labels.mean() >= 0.5 else -1),
         "teacher": lambda: teacher(rows),
-        "student": lambda: score_stored(student.network, embeddings, *places, cpu),
+        "student": lambda: score_stored(student.network, embeddings, first, second, cpu),
     }
     print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
     for name, score in ways.items():
         metrics = kind_of(task).metrics(score(), labels)
-        rate = len(rows) / min(repeat(score, number=1, repeat=REPEATS))
-        shown = "-" if name == "majority class" else f"{rate:,.0f}"
+        shown = "-" if name == "majority class" else f"{len(rows) / min(repeat(score, number=1, repeat=3)):,.0f}"
         print(f"{name:<16}{metrics['accuracy_0.5']:>10.3f}{metrics['f1_0.5']:>8.3f}{shown:>24}")
 
 
@@ -101,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
     best = run_stages(folder)
     print_table(folder, best)
     print(
-        "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that the pipeline works, not how good "
-        "it is.\nThe student's rate is for stored embeddings, each made once."
+        "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that it works, not how good it is."
+        "\nThe student's rate is for stored embeddings, each made once."
         f"\n\ndata        {folder / 'data'}\nteacher     {folder / 'teacher'}"
         f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
         f"\nstudent     {best}\nlogs        {folder / 'logs'}"

@@ -35,8 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
     add("--bert_model", default=cli.DEFAULT_BERT, help="pre-trained encoder: hub name or folder")
     add("--output_dir", default="results", help="where everything goes, and is found again")
-    words = "e.g. mrpc,sts-b; not given: the preset's"
-    add("--tasks", type=lambda text: [word for word in text.split(",") if word], help=words)
+    add("--tasks", type=lambda text: list(filter(None, text.split(","))), help="mrpc,sts-b; not given: the preset's")
     # not -1, a new seed each time: the same command must go on with it
     add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
     cli.add_call_flag(parser)
@@ -138,11 +137,9 @@ def run(args: argparse.Namespace) -> None:
     for done, (work, stage) in enumerate(left):
         if stage not in work.left():  # what it was made from was made again, to the same bits
             continue
-        logger.info(
-            "%d of %d stages left, about %s; now: %s of %s with seed %d",
-            len(left) - done, len(every), duration(reproduction.seconds_left(works, left[done:])),
-            stage, work.task.name, work.seed,
-        )  # fmt: skip
+        time = duration(reproduction.seconds_left(works, left[done:]))
+        logger.info("%d of %d stages left, about %s; now: %s of %s with seed %d",
+                    len(left) - done, len(every), time, stage, work.task.name, work.seed)  # fmt: skip
         with own_advice(work.folder / stage):
             stages.do(work, stage)
         write(left[done + 1 :])

@@ -11,7 +11,7 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     cli.add_inference_flags(parser)
 
 
-def hit_lines(queries: list[str], found: list[list[Any]], as_json: bool) -> Iterator[str]:
+def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool) -> Iterator[str]:
     """A line per query and hit, after a header line in TSV."""
     if not as_json:
         yield "\t".join(COLUMNS) + "\n"

@@ -8,6 +8,7 @@ train and dev files in --data_dir counts, and so do test sets with labels. Print
 
 import argparse
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if not data:
         raise InputError(f"--data_dir: {data_dir} has no task's train and dev files; download_glue_data.py gets them")
     student = load_student(args)
-    commands = (student.origin or {}).get("commands", [])
-    began = [flags["bert_model"] for _, flags in commands if "bert_model" in flags]
+    began = [flags["bert_model"] for _, flags in student.origin.get("commands", []) if "bert_model" in flags]
     if not (args.bert_model or began):
         raise InputError("--bert_model: the student does not say which encoder it began with; give it")
     bert = find_bert(args.bert_model or began[-1], "--bert_model")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     for task, (train, sets) in data.items():
         counts = sets if task.kind == REGRESSION else {"train": train, **sets}
         logger.info("%s: %s", task.name, ", ".join(f"{split} {len(rows)}" for split, rows in counts.items()))
-        kinds = {**embedders, "bag of words": transfer.bag_of_words(train.first + (train.second or []))}
+        kinds = {**embedders, "bag of words": transfer.bag_of_words(list(chain(*train.sides)))}
         found[dict(args.call).get(task.name, task.folder)] = {
             name: transfer.measure(embed, task, train, sets)
             for name, embed in tqdm(kinds.items(), desc=task.name, disable=None, leave=False)

@@ -8,6 +8,7 @@ Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP
 sentence-transformers). AdamW with linear warm-up and decay, as its `fit` does.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dse.training.epoch_plan import count_updates, epoch_order
 from dse.training.optimization import NO_DECAY
 
 EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = SENTENCE_BERT.values()
+_LOSSES = {BINARY: "OnlineContrastiveLoss", REGRESSION: "CosineSimilarityLoss", MULTICLASS: "SoftmaxLoss"}
 _STATEFUL = ("loss", "optimizer", "schedule")  # attributes of SentenceBert
 
 
@@ -48,21 +50,15 @@ class SentenceBert:
         torch.manual_seed(seed)
         self.task, self.seed, self.device = task, seed, device
         self.model = sentence_transformer(bert_folder, max_seq_length, str(device))
-        if task.kind == BINARY:
-            self.loss: Any = losses.OnlineContrastiveLoss(self.model)
-        elif task.kind == REGRESSION:
-            self.loss = losses.CosineSimilarityLoss(self.model)
-        else:
-            self.loss = losses.SoftmaxLoss(self.model, self.model.get_embedding_dimension(), len(task.labels))
-        self.loss.to(device)
+        sizes = (self.model.get_embedding_dimension(), len(task.labels)) if task.kind == MULTICLASS else ()
+        self.loss: Any = getattr(losses, _LOSSES[task.kind])(self.model, *sizes).to(device)
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
         """Make the optimizer and its schedule for this number of pairs and epochs."""
-        groups: dict[float, list[nn.Parameter]] = {DECAY: [], 0.0: []}
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (DECAY, 0.0)]
         for name, parameter in self.loss.named_parameters():
-            groups[0.0 if any(part in name for part in NO_DECAY) else DECAY].append(parameter)
-        by_decay = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
-        self.optimizer = torch.optim.AdamW(by_decay, lr=RATE)
+            groups[any(part in name for part in NO_DECAY)]["params"].append(parameter)
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE)
         updates = epochs * count_updates(pairs, PAIRS_PER_UPDATE, 1)
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, int(WARMUP * updates), updates)
 
@@ -96,7 +92,7 @@ class SentenceBert:
         for rows in tqdm(batches, desc=f"Sentence-BERT, epoch {epoch}", disable=None, leave=False):
             sides = [
                 util.batch_to_device(self.model.preprocess([texts[row] for row in rows]), self.device)
-                for texts in (examples.first, examples.second)
+                for texts in examples.sides
             ]
             loss = self.loss(sides, labels[rows].to(self.device))
             loss.backward()
@@ -111,10 +107,10 @@ class SentenceBert:
     def score(self, examples: Examples) -> np.ndarray:
         """(pairs, 1) cosines, or (pairs, labels) logits, float32."""
         self.loss.eval()
-        texts = list(dict.fromkeys(examples.first + examples.second))
+        texts = list(dict.fromkeys(chain(*examples.sides)))
         place = {text: i for i, text in enumerate(texts)}
         embeddings = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-        u, v = (embeddings[[place[text] for text in side]] for side in (examples.first, examples.second))
+        u, v = (embeddings[[place[text] for text in side]] for side in examples.sides)
         if self.task.kind != MULTICLASS:
             return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
         return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).cpu().numpy()

@@ -38,7 +38,6 @@ from dse.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-PEAK_REPEATS = 5
 _PEAK_SECONDS = 0.02  # of one repeat, at least
 Variants = dict[str, Callable[[], object]]  # what is measured, by name
 Turns = tuple[dict[str, float], dict[str, float], float]  # of take_turns
@@ -46,11 +45,8 @@ PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "
 
 
 def take_turns(variants: Variants, rounds: int, peak: Callable[[], float] = lambda: 0.0) -> Turns:
-    """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest `peak` of the rounds.
-
-    Each variant first runs once unmeasured. A quick one runs up to five times a round, about as long as the slowest, so
-    that each has the same chance of a quiet moment.
-    """
+    """Fastest seconds and peak memory (MiB, of the process) of each variant, and the highest `peak` of the rounds."""
+    # A quick one runs up to five times a round, so that each has the same chance of a quiet moment.
     once = {name: timeit(run, number=1) for name, run in variants.items()}
     repeats = {name: min(5, max(1, round(max(once.values()) / seconds))) for name, seconds in once.items()}
     fastest, memory, highest = dict.fromkeys(variants, float("inf")), dict.fromkeys(variants, 0.0), 0.0
@@ -69,10 +65,7 @@ def useful_gflop(encoder: nn.Module, tokens: int, training: bool) -> float:
 
 
 def matmul_peak(bert: dict[str, Any], tokens: int, training: bool) -> float:
-    """GFLOP a second of a layer's matrix products alone, at `tokens` rows: forward and, in training, backward.
-
-    The best of five of each product, weighted by the time that it takes in a layer.
-    """
+    """GFLOP a second of a layer's matrix products alone, at `tokens` rows: forward and, in training, backward."""
     hidden, inner = bert["hidden_size"], bert["intermediate_size"]
     seconds = flops = 0.0
     for count, width, out in ((4, hidden, hidden), (1, hidden, inner), (1, inner, hidden)):
@@ -89,7 +82,7 @@ def _product_seconds(a: Tensor, b: Tensor) -> float:
     product = partial(torch.mm, a, b)
     product()  # not measured
     calls = max(1, round(_PEAK_SECONDS / timeit(product, number=1)))
-    return min(repeat(product, number=calls, repeat=PEAK_REPEATS)) / calls
+    return min(repeat(product, number=calls, repeat=5)) / calls
 
 
 def report(title: str, turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
@@ -124,21 +117,18 @@ def training(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
     separate, joint = (make(task, examples, bert.tokenizer, length) for make in (separate_features, joint_features))
     student = new_network(bert.folder, DSEConfig.from_flags(args, bert.config))
     teacher = load_teacher(bert.folder, task, fine_tuned=False)
+    measure = partial(train_role, args, bert)
     return {
-        "student": train_role(
-            args, bert, "student", student, student.encoder, separate,
-            lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], 0.5), examples,
-        ),
-        "teacher": train_role(
-            args, bert, "teacher", teacher, teacher.bert, joint,
-            lambda logits, labels, rows: kind.teacher_loss(logits, labels),
-        ),
+        "student": measure("student", student, student.encoder, separate, examples,
+                           lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], 0.5)),
+        "teacher": measure("teacher", teacher, teacher.bert, joint, None,
+                           lambda logits, labels, rows: kind.teacher_loss(logits, labels)),
     }  # fmt: skip
 
 
 def train_role(
-    args: argparse.Namespace, bert: OpenedBert, role: str, model: Any, encoder: Any, features: Any, loss: Any,
-    for_theirs: Examples | None = None,
+    args: argparse.Namespace, bert: OpenedBert, role: str, model: Any, encoder: Any, features: Any,
+    for_theirs: Examples | None, loss: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Time the Trainer's own updates with each padding, and sentence-transformers' on the same batches of examples."""
     batches = Batches(features, "packed", args.max_seq_length)
@@ -174,10 +164,7 @@ def train_role(
 def their_training(
     args: argparse.Namespace, bert: OpenedBert, examples: Examples, groups: list[list[np.ndarray]]
 ) -> Callable[[], None]:
-    """sentence-transformers' training on batches of rows, by update: cosine-similarity loss, AdamW.
-
-    The texts are tokenized beforehand, so its tokenizer's time does not count.
-    """
+    """sentence-transformers' training on batches of rows, by update, tokenized beforehand: cosine loss, AdamW."""
     from sentence_transformers import util
     from sentence_transformers.sentence_transformer import losses
 
@@ -189,10 +176,7 @@ def their_training(
     def inputs(texts: list[str], rows: np.ndarray) -> dict[str, Tensor]:
         return util.batch_to_device(model.preprocess([texts[row] for row in rows]), model.device)
 
-    batches = [
-        [([inputs(texts, rows) for texts in (examples.first, examples.second)], labels[rows]) for rows in group]
-        for group in groups
-    ]
+    batches = [[([inputs(side, rows) for side in examples.sides], labels[rows]) for rows in group] for group in groups]
 
     def train() -> None:
         model.train()
@@ -209,7 +193,7 @@ def their_training(
 def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """Embed the distinct sentences of the first pairs; padding to max_seq_length is measured on a part of them."""
     examples = read_examples(task, args.data_dir, "train")
-    first, second = (side[: args.pairs] for side in (examples.first, examples.second))
+    first, second = (side[: args.pairs] for side in examples.sides)
     features = separate_features(task, Examples(first, second), bert.tokenizer, args.max_seq_length)
     model = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
     lengths = features.texts.lengths
@@ -242,19 +226,18 @@ def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
     """From the data's files to token ids: texts a second, memory, and how long a first and a second start take."""
     numbers: dict[str, Any] = {}
     print(f"\n{'features':<28}{'read, s':>10}{'token ids, s':>14}{'texts a second':>16}{'memory above':>16}")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
         for start in ("first", "second"):
             forget_peak_memory()
-            before, started = peak_memory(), time.perf_counter()
-            examples = read_examples(task, args.data_dir, "train")
+            before, began = peak_memory(), time.perf_counter()
+            rows = read_examples(task, args.data_dir, "train")
             read = time.perf_counter()
-            made = cached_features("separate", task, examples, bert.tokenizer, args.max_seq_length, f"{folder}/f", True)
+            made: Any = cached_features("separate", task, rows, bert.tokenizer, args.max_seq_length, f"{place}/f", True)
             ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
             rate = texts / (ended - read)
-            seconds = f"{read - started:>10.2f}{ended - read:>14.2f}"
-            print(f"{start + ' start':<28}{seconds}{rate:>16,.0f}{memory:>12,.0f} MiB")
-            numbers |= {f"{start}_start_seconds": ended - started, f"{start}_start_memory_mib": memory}
+            print(f"{start + ' start':<28}{read - began:>10.2f}{ended - read:>14.2f}{rate:>16,.0f}{memory:>12,.0f} MiB")
+            numbers |= {f"{start}_start_seconds": ended - began, f"{start}_start_memory_mib": memory}
             numbers.setdefault("texts_per_second", rate)  # of the first start
-            numbers |= {"pairs": len(examples), "texts": texts}
-            del examples, made
+            numbers |= {"pairs": len(rows), "texts": texts}
+            del rows, made
     return numbers

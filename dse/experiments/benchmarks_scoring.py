@@ -1,8 +1,7 @@
 """Measuring what the student is for: one query against very many stored candidates.
 
-One run has the same query and candidates for the cross-encoder, which reads every pair (measured on a part, per pair);
-for the head on blocks of stored embeddings, as in training; and for the index. Embedding the candidates happens once
-and is reported apart.
+The cross-encoder reads every pair (measured on a part, per pair); the head takes blocks of stored embeddings, as in
+training, and so does the index. Embedding the candidates happens once and is reported apart.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dse.data.features import joint_features
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
-from dse.experiments.benchmarks import take_turns
+from dse.experiments.benchmarks import Variants, take_turns
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
@@ -78,7 +78,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
         network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
         model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
     examples = read_examples(task, args.data_dir, "train")
-    query, sentences = examples.first[0], list(dict.fromkeys([*examples.second, *examples.first]))
+    query, sentences = examples.first[0], list(dict.fromkeys(chain(*reversed(examples.sides))))
     some = sentences[:CROSS_ENCODER_PAIRS]
     seconds_per_pair = cross_encoder_seconds(args, task, bert, Examples([query] * len(some), some))
     sentences = sentences[: max(args.candidates)]
@@ -108,8 +108,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
 
 def cross_encoder_seconds(args: argparse.Namespace, task: Task, bert: OpenedBert, pairs: Examples) -> float:
     """Seconds per pair of a cross-encoder of --bert_model, packed and by length."""
-    features = joint_features(task, pairs, bert.tokenizer, args.max_seq_length)
-    batches = Batches(features, "packed", args.max_seq_length)
+    batches = Batches(joint_features(task, pairs, bert.tokenizer, args.max_seq_length), "packed", args.max_seq_length)
     teacher = load_teacher(bert.folder, task, fine_tuned=False)  # untrained takes as long
     read = partial(infer, teacher, batches, 10**6, torch.device("cpu"), "teacher")
     seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]
@@ -124,11 +123,11 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
 
 def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
     """Measure one number of candidates: print its rows, and return its numbers."""
-    count, memory = len(index), {}
+    count, memory = len(index), dict[str, float]()
     expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
-    variants = {
+    variants: Variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
     }

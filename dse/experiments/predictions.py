@@ -28,7 +28,6 @@ from dse.training.kinds import kind_of
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[[Examples], np.ndarray]  # rows to outputs (n, 1) or (n, labels), float32
-STS_RANGE = 0.0, 5.0
 MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not record its own
 
 
@@ -52,10 +51,8 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
     own = model.task
     check_sentence_pairs(task)
     if (own.kind, own.labels) != (task.kind, task.labels):
-        raise InputError(
-            f"--model: a student of {own.name} ({own.kind}, {list(own.labels)}), which does not "
-            f"answer {task.name} ({task.kind}, {list(task.labels)})"
-        )
+        found, wanted = (f"{it.name} ({it.kind}, {list(it.labels)})" for it in (own, task))
+        raise InputError(f"--model: a student of {found}, which does not answer {wanted}")
     if own.name != task.name:
         logger.warning("a student of %s is used for %s", own.name, task.name)
 
@@ -100,6 +97,6 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOL
     if not np.isfinite(outputs).all():
         raise InputError(f"--model: gives NaN or infinite outputs on {task.name}; train it again, slower")
     if task.kind == REGRESSION:
-        scores = np.clip(outputs[:, 0], *STS_RANGE) if task.name == "sts-b" else outputs[:, 0]
+        scores = np.clip(outputs[:, 0], 0.0, 5.0) if task.name == "sts-b" else outputs[:, 0]
         return [f"{score + 0.0:.3f}" for score in scores]  # + 0.0 turns -0.0 into 0.0
     return [task.labels[place] for place in kind_of(task).decisions(outputs, threshold)]

@@ -1,21 +1,20 @@
 """What a reproduction runs: its stages, the flags that each preset gives the scripts, the settings of Sentence-BERT."""
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from dse.data.tasks import Task
 
-STUDENTS = {"dse": None, "labels_only": 0.0, "logits_only": 1.0}  # by stage: the coefficient; None: the preset's
+STUDENTS = {"dse": "", "labels_only": "--distillation_coeff 0.0", "logits_only": "--distillation_coeff 1.0"}  # by stage
 # The stages in order, and for each the stages whose files it reads.
 STAGES: dict[str, tuple[str, ...]] = {
     "teacher": (), "logits": ("teacher",), **dict.fromkeys(STUDENTS, ("logits",)),
     "sentence_bert": (), "rates": ("teacher", *STUDENTS),
 }  # fmt: skip
 OPTIONAL = ("sentence_bert",)
-SENTENCE_BERT = {"epochs": 4, "pairs_per_update": 32, "rate": 5e-5, "warmup": 0.1, "decay": 0.01}
+SENTENCE_BERT: dict[str, Any] = {"epochs": 4, "pairs_per_update": 32, "rate": 5e-5, "warmup": 0.1, "decay": 0.01}
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """What is run: seeds by task, and the scripts' flags beyond data, model, paths and the head's last size."""
 
     seeds: dict[str, tuple[int, ...]]
@@ -27,9 +26,7 @@ class Preset:
         """The flags of a stage's script; a control has another coefficient."""
         if stage not in STUDENTS:
             return list(self.teacher)
-        coefficient = STUDENTS[stage]
-        control = () if coefficient is None else ("--distillation_coeff", str(coefficient))
-        return [*self.student, "--fc_dims", "512", str(task.num_student_outputs), *control]
+        return [*self.student, "--fc_dims", "512", str(task.num_student_outputs), *STUDENTS[stage].split()]
 
     def epochs(self, stage: str) -> int:
         """Passes over the training pairs; a stage that trains nothing makes one."""

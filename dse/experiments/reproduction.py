@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dse.data.processors import labelled_test, read_examples
 from dse.data.tasks import Task
@@ -30,8 +30,7 @@ _SECONDS = {"teacher": 0.02, "logits": 0.005, **dict.fromkeys(STUDENTS, 0.02), "
 _MEASURED_ON = 6 * 384**2
 
 
-@dataclass(frozen=True)
-class Encoder:
+class Encoder(NamedTuple):
     """The pre-trained BERT that teacher, students and Sentence-BERT begin with."""
 
     folder: Path
@@ -78,8 +77,8 @@ class Experiment:
         return {"task": self.task.name, "seed": self.seed, "data": self.data, "bert": self.encoder.hashes,
                 "do_lower_case": self.encoder.lower_case, **chosen}  # fmt: skip
 
-    def record(self, stage: str) -> dict[str, Any] | None:
-        """The record of a stage; None if it is not done."""
+    def record(self, stage: str) -> dict[str, Any]:
+        """The record of a stage; {} if it is not done."""
         return read_record(self.folder / f"{stage}.json")
 
     def inputs(self, stage: str) -> dict[str, Any]:
@@ -95,10 +94,8 @@ class Experiment:
         for stage, record in done.items():
             for key, value in self.settings(stage).items():
                 if (there := record["settings"].get(key)) != value:
-                    raise InputError(
-                        f"--output_dir: {self.folder / stage} was made with {key} {there}, and now it is {value}; "
-                        "name another --output_dir, or remove what is there"
-                    )
+                    made = f"{self.folder / stage} was made with {key} {there}, and now it is {value}"
+                    raise InputError(f"--output_dir: {made}; name another --output_dir, or remove what is there")
             for split in set(self.sets) - set(record.get("metrics", self.sets)):
                 logger.warning("%s was done before the labels of %s were there", self.folder / stage, split)
 
@@ -107,12 +104,11 @@ class Experiment:
         left: list[str] = []
         for stage in self.stages:
             record = self.record(stage)
-            if record is None or set(STAGES[stage]) & set(left) or record["inputs"] != self.inputs(stage):
-                left.append(stage)
-                continue
-            files = {name: sha256_file(path) for name in record["files"] if (path := self.folder / name).is_file()}
-            if files != record["files"]:
-                left.append(stage)
+            if record and not set(STAGES[stage]) & set(left) and record["inputs"] == self.inputs(stage):
+                files = {name: sha256_file(path) for name in record["files"] if (path := self.folder / name).is_file()}
+                if files == record["files"]:
+                    continue
+            left.append(stage)
         return left
 
     def expected_seconds(self, stage: str) -> float:
@@ -133,9 +129,11 @@ def seconds_left(works: list[Experiment], left: Left) -> float:
     return pace * sum(work.expected_seconds(stage) for work, stage in left)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a stage; None if there is none."""
-    record = read_json(path, "the record of a stage") if path.is_file() else None
-    if record is not None and record.get("format") != FORMAT:
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a stage; {} if there is none."""
+    if not path.is_file():
+        return {}
+    record = read_json(path, "the record of a stage")
+    if record.get("format") != FORMAT:
         raise InputError(f"{path}: not a record that this version reads; name another --output_dir, or move it away")
     return record

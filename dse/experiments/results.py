@@ -36,6 +36,7 @@ _WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, thres
           "spearman": "Spearman"}  # fmt: skip
 Spread = dict[str, Any]  # mean, sd (None of one), n
 Records = dict[str, dict[str, Any]]  # by stage, of those that are done
+Runs = list[dict[str, Any]]  # the records with their task and seed
 
 
 def degradation(teacher: float, student: float) -> float | None:
@@ -70,7 +71,7 @@ def spreads(columns: dict[Any, list[float | None]], left_out: set[int]) -> dict[
     left_out.update(place for place, values in by_seed if None in values and set(values) - {None})
 
     def spread(values: list[float | None]) -> Spread | None:
-        kept = [values[place] for place in whole if values[place] is not None]
+        kept = [value for place in whole if (value := values[place]) is not None]
         return {"mean": mean(kept), "sd": stdev(kept) if len(kept) > 1 else None, "n": len(kept)} if kept else None
 
     return {column: spread(values) for column, values in columns.items()}
@@ -78,7 +79,7 @@ def spreads(columns: dict[Any, list[float | None]], left_out: set[int]) -> dict[
 
 def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     """The numbers of a task from the records of each seed."""
-    seeds, left_out = list(by_seed.values()), set()
+    seeds, left_out = list(by_seed.values()), set[int]()
     row = partial(spreads, left_out=left_out)
 
     def values(stage: str, split: str, name: str) -> list[float | None]:
@@ -102,9 +103,8 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
             for split in SPLITS
         },
         **{key: {split: comparisons[key, split] for split in SPLITS} for key in _COMPARISONS},
-        "minutes": row({
-            stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds] for stage in TIMED
-        }),
+        "minutes": row({stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds]
+                        for stage in TIMED}),
         "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in seeds if "rates" in seed), {}),
         "left_out": {  # seeds, of some rows, with the models that they lack
             str(seed): [stage for stage in MODELS if stage in done - records.keys()]
@@ -113,7 +113,7 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]:
+def read_runs(output_dir: Path, works: list[Experiment]) -> Runs:
     """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
     preset, encoder = works[0].preset, works[0].encoder
     runs = []
@@ -127,19 +127,16 @@ def read_runs(output_dir: Path, works: list[Experiment]) -> list[dict[str, Any]]
     return sorted(runs, key=lambda run: order.index(where) if (where := (run["task"], run["seed"])) in order else -1)
 
 
-def missing_stages(
-    output_dir: Path, works: list[Experiment], left: Left, runs: list[dict[str, Any]]
-) -> dict[str, list[str]]:
+def missing_stages(output_dir: Path, works: list[Experiment], left: Left, runs: Runs) -> dict[str, list[str]]:
     """What is not done, by the folder of its task and seed: what this call has `left`, and what others began here."""
     missing: dict[str, list[str]] = {}
     for work, stage in left:
         missing.setdefault(work.folder.name, []).append(stage)
     done = {(f"{run['task']}_seed{run['seed']}", run["stage"]) for run in runs}
     ours, shown = {work.folder.name for work in works}, {name for name, _ in done}
-    for folder in sorted(output_dir.glob("*_seed*")):
-        name = folder.name
+    for name in sorted(folder.name for folder in output_dir.glob("*_seed*")):
         # A folder with records of which none is in the tables belongs to another preset or encoder.
-        begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any(folder.glob("*.json")))
+        begun = name in shown or (name.rpartition("_seed")[0] in TASKS and not any((output_dir / name).glob("*.json")))
         lacks = [stage for stage in STAGES if stage not in OPTIONAL and (name, stage) not in done]
         if begun and lacks and name not in ours:
             missing[name] = lacks
@@ -155,9 +152,7 @@ def collect(
     by_task: dict[str, dict[int, Records]] = {}
     for run in runs:
         by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
-    tasks = {
-        names.get(name, name.upper()): summarize_task(get_task(name), by_seed) for name, by_seed in by_task.items()
-    }
+    tasks = {names.get(name, name.upper()): summarize_task(get_task(name), seeds) for name, seeds in by_task.items()}
     dev, test = ([task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
                  for split in SPLITS)  # fmt: skip
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -268,7 +263,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
             color = f"C{list(MODELS).index(run['stage'])}"
             # A value that is undefined is None here, and leaves a gap.
             axes.plot(range(len(on_dev)), on_dev, marker="o", color=color, alpha=0.7, label=MODELS[run["stage"]])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of all seeds
         axes.legend(handles.values(), handles.keys())
         figure.savefig(folder / "plots" / f"{name}_by_epoch.png", dpi=100)

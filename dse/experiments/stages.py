@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from timeit import timeit
 from typing import Any
@@ -42,7 +43,6 @@ from dse.training.reporting import format_record
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]  # of a stage: command, metrics by split, history
-_RATE_REPEATS = 3
 
 
 def do(work: Experiment, stage: str) -> None:
@@ -62,12 +62,11 @@ def do(work: Experiment, stage: str) -> None:
         raise
     packages = ["torch", "transformers", *(["sentence-transformers"] if stage == "sentence_bert" else [])]
     versions = {"python": platform.python_version(), "dse": __version__, **{name: version(name) for name in packages}}
-    about = {
+    write_json(record, {
         "format": FORMAT, "stage": stage, "finished": utc_stamp(), "seconds": before + time.monotonic() - started,
         **result, "settings": work.settings(stage), "versions": versions, "inputs": inputs,
         "files": {str(path.relative_to(work.folder)): sha256_file(path) for path in files},
-    }  # fmt: skip
-    write_json(record, about)
+    })  # fmt: skip
     spent.unlink(missing_ok=True)
     tidy(work, stage)
 
@@ -96,7 +95,7 @@ def _teacher(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
         finetune_bert, work, "--bert_model", work.encoder.folder, "--output_dir", folder, "--do_train", "--do_eval",
         "--seed", work.seed, *work.preset.flags("teacher", work.task), "--resume",
     )  # fmt: skip
-    training, (score, _) = read_training(folder), load_scorer(str(folder), work.task, select_device(False, 0))
+    training, (score, _) = read_training(folder) or {}, load_scorer(str(folder), work.task, select_device(False, 0))
     result = {"command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets)}
     return result, [folder / name for name in (*training["sha256"], TRAINING)]
 
@@ -156,9 +155,9 @@ def _rates(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     variants = {"teacher": partial(load_scorer(str(work.folder / "teacher"), work.task, device)[0], rows)}
     for name in STUDENTS:
         model = DSESiameseClassifier.from_pretrained(student_folder(work.folder, name)).to(device)
-        embeddings = model.encode([*rows.first, *rows.second])
+        embeddings = model.encode(chain(*rows.sides))
         variants[name] = partial(score_stored, model.network, embeddings, first, second, device)
-    turns = [{name: timeit(score, number=1) for name, score in variants.items()} for _ in range(_RATE_REPEATS)]
+    turns = [{name: timeit(score, number=1) for name, score in variants.items()} for _ in range(3)]
     return {"pairs_per_second": {name: len(rows) / min(turn[name] for turn in turns) for name in variants}}, []
 
 
@@ -172,9 +171,8 @@ _DO: dict[str, Callable[[Experiment, Path], tuple[Result, list[Path]]]] = {
 def student_folder(folder: Path, stage: str) -> Path:
     """The best epoch of a student, below the folder of its task and seed."""
     for run in sorted(folder.glob(f"{stage}/{stage}_*"), reverse=True):
-        found = {told_by(path).get("epoch"): path for path in best_folders(run)}
-        if epochs := found.keys() - {None}:
-            return found[max(epochs)]  # `best`, or a folder beside it if `best` could not be replaced
+        if found := {epoch: path for path in best_folders(run) if (epoch := told_by(path).get("epoch")) is not None}:
+            return found[max(found)]  # `best`, or a folder beside it if `best` could not be replaced
     raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
 
 

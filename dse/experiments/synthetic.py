@@ -2,7 +2,7 @@
 
 A sentence says who did what to what, where and when; each concept has several words, and a sentence has one of four
 forms. A pair is positive if both sentences say the same, with words and form drawn anew, and negative if two of the
-five concepts differ. Nothing learned here says anything about real language.
+five concepts differ.
 """
 
 import random
@@ -56,16 +56,11 @@ def write_pairs(path: Path, rows: int, seed: int) -> None:
 def vocabulary() -> list[str]:
     """BERT's special tokens, then every word of the sentences."""
     words = {word for form in FORMS for word in form.split() if "{" not in word}
-    words.update(*chain.from_iterable(SLOTS))
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words.union(*chain.from_iterable(SLOTS)))]
 
 
 def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
-    """Write a tiny uncased BERT with that vocabulary, as a folder that `from_pretrained` loads.
-
-    It is random but for two things that a cross-encoder does not learn in a minute, and that pre-training would have
-    given it: words of one concept lie close together, and the first layer looks at tokens that resemble its own.
-    """
+    """Write a tiny uncased BERT with that vocabulary, as a folder that `from_pretrained` loads."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
     from transformers.utils import logging as transformers_logging
@@ -79,13 +74,13 @@ def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int 
     )  # fmt: skip
     torch.manual_seed(seed)
     bert = BertModel(config)
+    # As pre-training would have it: words of a concept are close, and the first layer looks at tokens like its own.
     with torch.no_grad():
         vectors = bert.embeddings.word_embeddings.weight.normal_(std=0.3)
         for concept in chain.from_iterable(SLOTS):
             vectors[[place[word] for word in concept]] += torch.randn(hidden_size)
         bert.embeddings.token_type_embeddings.weight.normal_(std=0.5)
-        attention = bert.encoder.layer[0].attention.self
-        for projection in (attention.query, attention.key):
-            projection.weight.copy_(1.5 * torch.eye(hidden_size))
+        for name in ("query", "key"):
+            bert.get_parameter(f"encoder.layer.0.attention.self.{name}.weight").copy_(1.5 * torch.eye(hidden_size))
     bert.save_pretrained(folder)
     BertTokenizer(vocab=place, do_lower_case=True).save_pretrained(folder)

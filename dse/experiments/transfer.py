@@ -42,10 +42,7 @@ COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
-    """The mean over all tokens of the last layer's states, of a BERT as downloaded, with its own casing if it says so.
-
-    Texts are cut where the student cuts them, or where this BERT has no more positions.
-    """
+    """The mean of the last layer's states of a BERT as downloaded, with its own casing; cut as the student's texts."""
     bert = bert_config(folder, "--bert_model")
     network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
     casing = saved_casing(folder, "--bert_model")
@@ -66,7 +63,7 @@ def bag_of_words(training_texts: list[str]) -> Embedder:
 
 def cosine_correlations(embed: Embedder, rows: Examples) -> dict[str, float]:
     """Pearson and Spearman of the pairs' cosines with their scores; the cosine with a zero vector is 0."""
-    u, v = (normalize(embed(side)) for side in (rows.first, rows.second))
+    u, v = (normalize(embed(side)) for side in rows.sides)
     cosines = np.asarray(_product(u, v).sum(axis=1), dtype=np.float64).ravel()
     pearson, spearman = correlations(cosines, np.array(rows.labels))
     return {"pearson": pearson, "spearman": spearman}
@@ -106,10 +103,8 @@ def probe(embed: Embedder, task: Task, train: Examples, sets: dict[str, Examples
         if task.kind == BINARY:
             found[split]["f1"] = float(f1_score(rows.labels, predicted, zero_division=0.0))
     unfinished = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-    logger.info(
-        "%s, %d features: C %g; %d of the fits had not converged after %d steps",
-        task.name, features.shape[1], regression.C_, unfinished, STEPS,
-    )  # fmt: skip
+    logger.info("%s, %d features: C %g; %d of the fits had not converged after %d steps",
+                task.name, features.shape[1], regression.C_, unfinished, STEPS)  # fmt: skip
     return found
 
 
@@ -125,23 +120,18 @@ def check_trainable(task: Task, train: Examples) -> None:
     counts = Counter(train.labels)
     if len(counts) < 2 or max(counts.values()) < FOLDS:
         found = ", ".join(f"{count} of {task.labels[label]}" for label, count in sorted(counts.items()))
-        raise InputError(
-            f"--max_rows: the first {len(train)} rows of {task.folder}'s {task.train} have too few labels ({found}): "
-            f"a regression needs two of them, and {FOLDS} rows of one; give more rows, or move the folder away"
-        )
+        needs = f"a regression needs two of them, and {FOLDS} rows of one; give more rows, or move the folder away"
+        where = f"the first {len(train)} rows of {task.folder}'s {task.train}"
+        raise InputError(f"--max_rows: {where} have too few labels ({found}): {needs}")
 
 
 def tasks_at_hand(data_dir: Path) -> list[Task]:
-    """STS-B if its dev set is there, and the classification tasks whose training and dev sets are there.
-
-    Warns of a folder that lacks one of them.
-    """
+    """STS-B if its dev set is there, and the tasks whose training and dev sets are; warns of one that lacks a set."""
     found = []
-    for task in (TASKS["sts-b"], *(task for task in TASKS.values() if task.kind != REGRESSION)):
-        if task.name in COUNTED_TWICE:
-            continue
+    counted = [task for name, task in TASKS.items() if name not in COUNTED_TWICE]
+    for task in sorted(counted, key=lambda task: task.kind != REGRESSION):
         folder, files = data_dir / task.folder, (task.dev,) if task.kind == REGRESSION else (task.train, task.dev)
-        if not (missing := [file for file in files if not (folder / file).is_file()]):
+        if not (missing := [file for file in files if file and not (folder / file).is_file()]):
             found.append(task)
         elif folder.is_dir():
             logger.warning("%s is left out: %s is not in %s", task.folder, " and ".join(missing), folder)
@@ -164,7 +154,8 @@ def read_tasks(data_dir: Path, max_rows: int) -> dict[Task, tuple[Examples, dict
 
 def first_rows(rows: Examples, count: int) -> Examples:
     """At most `count` rows, from the start."""
-    return Examples(rows.first[:count], rows.second and rows.second[:count], rows.labels[:count], rows.files)
+    labels = rows.labels and rows.labels[:count]
+    return Examples(rows.first[:count], rows.second and rows.second[:count], labels, rows.files)
 
 
 def to_markdown(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:

@@ -90,7 +90,7 @@ def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
         logger.warning("%s: no plots (%s)", folder, error.strerror)
 
 
-def markdown_table(header: Sequence[str], rows: list[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 

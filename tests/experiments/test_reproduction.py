@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -356,7 +355,7 @@ def test_another_encoder_is_refused_though_its_weights_are_the_same(finished, fl
     assert "was made with bert" in refused(reproduce, [*flags, "--bert_model", other])
 
 
-SLOWER = replace(TINY, teacher=("--learning_rate", "5e-4", *TINY.teacher[2:]))
+SLOWER = TINY._replace(teacher=("--learning_rate", "5e-4", *TINY.teacher[2:]))
 
 
 def test_other_settings_are_refused_with_both_values(finished, flags, refused, monkeypatch):
