@@ -317,7 +317,7 @@ def test_a_drawn_seed_is_kept_for_going_on(student_flags, checkpoints, monkeypat
 
 def test_best_and_newest_are_kept_and_reported(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.2, 0.9, 0.5, 0.9])
-    monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", record["validation"]["given"]))
+    monkeypatch.setattr("dse.training.kinds.Binary.score", lambda self, metrics: ("f1", metrics["given"]))
     monkeypatch.setattr("dse.training.kinds.Binary.metrics", lambda *_: {"given": 0.0})
     monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=3))
@@ -358,7 +358,7 @@ def test_two_runs_of_one_second_do_not_share_a_folder(student_flags, monkeypatch
 
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.5, 0.9, 0.8, 0.7, 0.99])
-    monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", record["validation"]["given"]))
+    monkeypatch.setattr("dse.training.kinds.Binary.score", lambda self, metrics: ("f1", metrics["given"]))
     monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=9, patience=2))
     assert len(Checkpoint.read(checkpoints()[-1]).trainer["history"]) == 4
