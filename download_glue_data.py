@@ -3,9 +3,8 @@
 
     python download_glue_data.py --data_dir glue_data --tasks MRPC,STS
 
-Sizes and SHA-256 are compared with recorded ones before anything is unpacked; SNLI has no record. Downloads and
-half-made folders live in <data_dir>/.download; a task's folder appears as a whole, with a download.json that says where
-its files came from and what they are, or not at all. allnli needs no step of its own: it reads SNLI and MNLI.
+Downloads live in <data_dir>/.download. A task's folder appears as a whole, with a download.json that says where its
+files came from, or not at all. allnli needs no step of its own: it reads SNLI and MNLI.
 """
 
 import argparse

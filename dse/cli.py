@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after refusing words that logs, model cards and tables cannot repeat."""
         for word in sys.argv[1:] if args is None else args:
             if found := re.search("[\0\ud800-\udfff]", word):
@@ -63,8 +63,7 @@ def printable(text: str) -> str:
 def clear_errors(prog: str) -> Iterator[None]:
     """Tell what ends the block in one line on stderr, and leave with its exit code.
 
-    The codes are 2 for input that is refused, 1 for work that cannot go on, 130 for Ctrl-C, 143 for SIGTERM, and 141
-    where the reader of the output, such as `| head`, has stopped.
+    2: refused input; 1: work that cannot go on; 130: Ctrl-C; 143: SIGTERM; 141: the reader of the output has stopped.
     """
     with signals.safe_console():
         try:
@@ -82,12 +81,12 @@ def clear_errors(prog: str) -> Iterator[None]:
             signals.flush_or_silence(sys.stdout)
             raise SystemExit(141) from error
         except (MemoryError, OSError, RuntimeError) as error:
-            number = getattr(error, "errno", None)
+            number, file, why = (getattr(error, name, None) for name in ("errno", "filename", "strerror"))
             if number == errno.ENAMETOOLONG:
-                _leave(prog, f"error: {error.filename}: the name is too long; give a shorter one", 2, error)
-            if number == errno.ENOSPC and error.filename is None:
+                _leave(prog, f"error: {file}: the name is too long; give a shorter one", 2, error)
+            if number == errno.ENOSPC and file is None:
                 signals.flush_or_silence(sys.stdout)
-                _leave(prog, f"error: the output cannot be written ({error.strerror}); make room", 1, error)
+                _leave(prog, f"error: the output cannot be written ({why}); make room", 1, error)
             said = isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
             if not said and number != errno.ENOMEM:
                 raise
@@ -258,7 +257,8 @@ def set_up_logging(file: Path | None = None) -> None:
         check_writable(file.parent, "--log_dir", file.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         ours.addHandler(log := logging.FileHandler(file, encoding="utf-8"))
-        log.handleError = lambda _: None  # of a line that a full disk refuses: it is reported where results are written
+        # for a line that a full disk refuses: it is reported where results are written
+        log.handleError = lambda record: None  # type: ignore[method-assign]  # logging offers no argument for it
     for handler in ours.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     if len(ours.handlers) > 1:

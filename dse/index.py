@@ -83,8 +83,8 @@ class CandidateIndex:
         dtype: str = "float32",
     ) -> Self:
         """As `build`, of parts: embeddings (n, embedding_size) as `model.encode` gives them, and their n texts."""
-        keep = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
-        folder = Path(keep.name) / "index" if keep is not None else Path(folder)
+        keep: Any = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
+        folder = Path(keep.name, "index") if folder is None else Path(folder)
         width = model.network.config.embedding_size
         return cls(model, IndexFiles.create(folder, fingerprint(model), width, dtype, parts), keep)
 

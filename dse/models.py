@@ -47,7 +47,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return self
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:
+    def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:  # type: ignore[override]  # the mixin names all
         """A student in evaluation mode on the CPU, float32, of a folder that `save_pretrained` wrote, or of the hub.
 
         `of_hub` is huggingface_hub's revision, token, cache_dir and local_files_only. Raises InputError for a folder
@@ -60,7 +60,9 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         """The student of a checkpoint of dse_train_runner.py, as `from_pretrained` gives it."""
         return cls(**vars(Checkpoint.read(path).student()))
 
-    def save_pretrained(self, folder: str | Path, config: None = None, model_card_kwargs: Any = None) -> None:
+    def save_pretrained(  # type: ignore[override]  # it takes what push_to_hub gives, and refuses the rest
+        self, folder: str | Path, config: None = None, model_card_kwargs: Any = None
+    ) -> None:
         """As `write_student`; `push_to_hub` gives the other arguments, which are not needed."""
         write_student(self, Path(folder))
 
@@ -100,7 +102,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         with self._precision(half):
             distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
         in_order = distinct[batches.features.first].reshape(len(texts), self.network.config.embedding_size)  # or (0, 0)
-        embeddings = torch.from_numpy(in_order)
+        embeddings: Any = torch.from_numpy(in_order)
         if normalize:
             embeddings = functional.normalize(embeddings, eps=torch.finfo(torch.float32).tiny)
         embeddings = embeddings.to(torch.float16 if half else torch.float32)
@@ -124,10 +126,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         """
         _check_batch_size(batch_size)
         batches, width = self._batches(*_sides(pairs)), self.network.config.fc_dims[-1]
-        if len(batches):
-            outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
-        else:
-            outputs = np.empty((0, width), np.float32)
+        outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
         return outputs[:, 0] if width == 1 else outputs
 
     def predict(

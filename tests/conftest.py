@@ -1,44 +1,30 @@
 """A tiny BERT and tiny data in every task's layout, made once per session; nothing is downloaded."""
 
 import json
-import random
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from dse.data.tasks import REGRESSION, TASKS, Task, get_task
-from dse.experiments.synthetic import make_pair, write_tiny_bert
+from dse import index as index_module
+from dse.data.processors import read_examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.experiments.synthetic import write_tiny_bert
+from dse.models import DSESiameseClassifier
+from dse.networks import heads
+from dse.networks.config import DSEConfig
+from dse.networks.pretrained import bert_config
+from dse.networks.student import new_network
+from dse.storage import index_files
+from dse.storage.logits import logits_identity, save_logits
 
-GOLDEN = Path(__file__).parent / "golden"
+pytest.register_assert_rewrite("helpers")
+from helpers import as_flags, write_task  # noqa: E402
+
 torch.set_num_threads(1)  # for models this small; on a busy machine threads wait for each other for minutes
-
-
-def write_task(folder: Path, task: Task, rows: int = 24) -> Path:
-    """Write all labelled files of a task below `folder`, made-up sentences in the task's columns."""
-    if task.parts:
-        for part in task.parts:
-            write_task(folder / TASKS[part].folder, TASKS[part], rows)
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [task.train, task.dev, *(file for _, file in task.also_validate)]
-    for seed, file in enumerate(filter(None, files)):
-        rng = random.Random(seed)
-        lines = ["\t".join(f"column{i}" for i in range(11))] if task.header else []
-        for _ in range(rows):
-            positive, first, second = make_pair(rng)
-            cells = [""] * 11
-            cells[task.text_a] = first
-            if task.text_b is not None:
-                cells[task.text_b] = second
-            if task.kind == REGRESSION:
-                cells[task.label] = f"{2.0 + 2 * positive + rng.random():.2f}"
-            else:
-                cells[task.label] = task.labels[positive if len(task.labels) == 2 else rng.randrange(3)]
-            lines.append("\t".join(cells))
-        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +51,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def logits(tmp_path_factory, data):
     """A function from a task's name to random teacher logits that belong to its tiny data."""
-    from dse.data.processors import read_examples
-    from dse.storage.logits import logits_identity, save_logits
-
     folder = tmp_path_factory.mktemp("logits")
 
     def path_of(name: str) -> Path:
@@ -112,11 +95,6 @@ def student_flags(bert, data, logits, tmp_path):
 @pytest.fixture
 def student(bert):
     """A function that makes an untrained student of a task, the same one each time, ready for texts."""
-    from dse.data.tokenizers import load_tokenizer
-    from dse.models import DSESiameseClassifier
-    from dse.networks.config import DSEConfig
-    from dse.networks.pretrained import bert_config
-    from dse.networks.student import new_network
 
     def make(name: str = "mrpc", **changes: object):
         torch.manual_seed(3)
@@ -150,18 +128,6 @@ def teacher_flags(bert, data, tmp_path):
         }
         return as_flags(values)
 
-    return flags
-
-
-def as_flags(values: dict[str, object]) -> list[str]:
-    """{"epochs": 2, "fp16": True, "seed": None} to ["--epochs", "2", "--fp16"]."""
-    flags: list[str] = []
-    for name, value in values.items():
-        if value is None or value is False:
-            continue
-        flags.append(f"--{name}")
-        if value is not True:
-            flags += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
     return flags
 
 
@@ -211,3 +177,30 @@ def checkpoints(tmp_path):
         return sorted(paths, key=lambda path: int(path.stem.rsplit("_", 1)[1]))
 
     return listed
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bert):
+    return load_tokenizer(bert, True, "--bert_model")
+
+
+@pytest.fixture
+def told(caplog):
+    """A function that does some work and gives the lines that were logged of dev.tsv, with their levels."""
+
+    def lines(work) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "dse"):
+            work()
+        records = [(record.levelname, record.getMessage()) for record in caplog.records]
+        return [f"{level} {line}" for level, line in records if line.startswith("dev.tsv: ")]
+
+    return lines
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 5 rows, made 8 at a time, two queries at once: nothing ends where something else does."""
+    places = ((index_files, "BLOCK", 5), (index_module, "BLOCK", 5), (index_module, "_EMBED_AT_ONCE", 8))
+    for module, name, value in (*places, (index_module, "_QUERIES", 2), (heads, "_PART", 40)):
+        monkeypatch.setattr(module, name, value)

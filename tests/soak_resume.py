@@ -5,7 +5,7 @@
 Each time fine-tuning, logits and student training of a tiny model run one after the other in a process of their own
 (processes.py), which is killed once; the same again then goes on to the end. Weights, optimizer, random numbers,
 metrics, logits and the saved student must be the same bits. Ends with `identical: K of N`; exit code 1 unless all were.
-Not collected by pytest, whose suite has a shorter form (test_resume.py).
+Not collected by pytest, whose suite has a shorter form (test_soak.py).
 """
 
 import argparse

@@ -26,8 +26,14 @@ from dse.training.run import Run
 from dse.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
 TINY = GOLDEN / "tiny-bert"
+
+
 CASES = json.loads((GOLDEN / "training_cases.json").read_text())
+
+
 TASKS = {"binary": get_task("mrpc"), "multiclass": get_task("mnli"), "regression": get_task("sts-b")}
 
 

@@ -1,40 +1,26 @@
-"""The index: scores of the head on pairs, the best ones, files that are whole, spoiled or of another model."""
+"""The index: scores of the head on pairs, and the best ones."""
 
-import errno
-import os
+import json
 import random
-import threading
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
+from helpers import CANDIDATES, OWN_TASK, QUERIES, TRIO, as_flags, pair_scores
 
+import dse_train_runner
+from dse import __main__ as entry
 from dse import index as index_module
+from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import make_pair
-from dse.index import CandidateIndex, Hit
-from dse.networks import heads
-from dse.storage import index_files
+from dse.index import CandidateIndex, Hit, rank_scores
+from dse.models import DSESiameseClassifier
+from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
 
-CANDIDATES = [make_pair(random.Random(seed))[2] for seed in range(23)]
-QUERIES = [make_pair(random.Random(seed))[1] for seed in (100, 101, 102)]
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks of 5 rows, made 8 at a time, two queries at once: nothing ends where something else does."""
-    places = ((index_files, "BLOCK", 5), (index_module, "BLOCK", 5), (index_module, "_EMBED_AT_ONCE", 8))
-    for module, name, value in (*places, (index_module, "_QUERIES", 2), (heads, "_PART", 40)):
-        monkeypatch.setattr(module, name, value)
-
-
-def pair_scores(model, queries: list[str], candidates: list[str]) -> np.ndarray:
-    """The second way: every pair through the head as in training, (queries, candidates, outputs)."""
-    scores = model.score([(query, candidate) for query in queries for candidate in candidates])
-    return scores.reshape(len(queries), len(candidates), -1)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.mark.parametrize("extra", [-1, 12])
@@ -121,32 +107,6 @@ def test_half_the_space(student, tmp_path):
         CandidateIndex.build(model, CANDIDATES, dtype="int8")
 
 
-def test_a_stop_leaves_the_index_as_it_was(student, tmp_path):
-    model = student()
-
-    def stopped():
-        yield from CANDIDATES
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        CandidateIndex.build(model, stopped(), tmp_path / "index")
-    assert list(tmp_path.iterdir()) == []
-    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    scores = index.score(QUERIES)
-    for begin in (index.append, lambda texts: CandidateIndex.build(model, texts, tmp_path / "index")):
-        with pytest.raises(KeyboardInterrupt):
-            begin(stopped())
-        index = CandidateIndex.open(tmp_path / "index", model)
-        np.testing.assert_array_equal(index.score(QUERIES), scores)
-    (tmp_path / "index" / "vectors.bin").open("ab").write(b"left by a kill")
-    index.append(["one more"])
-    index = CandidateIndex.open(tmp_path / "index", model)
-    assert index.text(23) == "one more"
-    np.testing.assert_allclose(
-        index.score(QUERIES)[:, 23], pair_scores(model, QUERIES, ["one more"])[:, 0, 0], rtol=1e-4
-    )
-
-
 def test_another_models_index_is_refused(student, tmp_path):
     CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
     CandidateIndex.open(tmp_path / "index", student())
@@ -157,33 +117,6 @@ def test_another_models_index_is_refused(student, tmp_path):
         CandidateIndex.open(tmp_path / "index", other)
 
 
-@pytest.mark.parametrize("file", ["vectors.bin", "ends.bin", "texts.bin", "index.json"])
-def test_a_changed_byte_is_found(student, tmp_path, file):
-    """Each byte in turn of the small files, some of the big one."""
-    model = student()
-    CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    path = tmp_path / "index" / file
-    whole = path.read_bytes()
-    for place in range(0, len(whole), max(1, len(whole) // 40)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(InputError, match=r"index|build it anew"):
-            CandidateIndex.open(tmp_path / "index", model).search(QUERIES, 23)
-    path.write_bytes(whole[:-2])
-    with pytest.raises(InputError, match=f"{file}"):
-        CandidateIndex.open(tmp_path / "index", model)
-    path.unlink()
-    with pytest.raises(InputError, match=f"{file}"):
-        CandidateIndex.open(tmp_path / "index", model)
-
-
-def test_other_folders_are_not_overwritten(student, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    for place, message in ((tmp_path, "holds other files"), (tmp_path / "notes.txt", "is a file")):
-        with pytest.raises(InputError, match=message):
-            CandidateIndex.build(student(), CANDIDATES, place)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
 def test_embeddings_that_are_there_already(student):
     model = student()
     parts = [(model.encode(CANDIDATES[a:b]), CANDIDATES[a:b]) for a, b in ((0, 9), (9, 23))]
@@ -192,50 +125,6 @@ def test_embeddings_that_are_there_already(student):
     assert [index.text(row) for row in range(23)] == CANDIDATES
     with pytest.raises(ValueError, match="expected"):
         CandidateIndex.from_embeddings(model, [(parts[0][0], CANDIDATES[:8])])
-
-
-def test_a_users_index_json_is_not_taken_for_ours(student, tmp_path):
-    (tmp_path / "index.json").write_text('{"name": "my site"}')
-    with pytest.raises(InputError, match=r"holds other files \(index\.json\)"):
-        CandidateIndex.build(student(), CANDIDATES, tmp_path)
-    index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "ours")
-    (tmp_path / "ours" / "candidates.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds other files \(candidates\.txt\)"):
-        index.save(tmp_path / "ours")
-
-
-def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
-    """While candidates are appended another index is built at the same place: it waits, and is whole."""
-    model, built, asked = student(), [], threading.Event()
-
-    class Lock(FileLock):
-        def __enter__(self):
-            if threading.current_thread() is other:
-                asked.set()
-            return super().__enter__()
-
-    def rebuild() -> None:
-        built.append(CandidateIndex.build(model, CANDIDATES[:3], tmp_path / "index"))
-
-    other = threading.Thread(target=rebuild)
-
-    def slowly():
-        yield CANDIDATES[0]
-        other.start()
-        while other.is_alive() and not asked.wait(0.01):
-            pass
-        other.join(timeout=0.2)
-        assert other.is_alive(), "the rebuild did not wait"
-        yield CANDIDATES[1]
-
-    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    monkeypatch.setattr(index_files, "FileLock", Lock)
-    index.append(slowly())
-    assert len(index) == 25
-    other.join()
-    again = CandidateIndex.open(tmp_path / "index", model)
-    assert len(again) == len(built[0]) == 3
-    assert [again.text(row) for row in range(3)] == CANDIDATES[:3]
 
 
 def test_what_is_no_list_of_texts(student, tmp_path):
@@ -256,56 +145,6 @@ def test_numbers_that_are_not_finite_are_not_stored(student, tmp_path):
     assert not (tmp_path / "index").exists()
 
 
-def test_an_index_larger_than_memory_opens(student, tmp_path):
-    """As many vectors as memory does not hold, in a file with holes."""
-    model = student()
-    index = CandidateIndex.build(model, CANDIDATES[:1], tmp_path / "index")
-    rows = (3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // (4 * index.width)
-    os.truncate(tmp_path / "index" / "vectors.bin", 4 * rows * index.width)
-    content = index_files._read_content(tmp_path / "index")
-    mapped = {**content, "count": rows, "text_bytes": 0}
-    with open(tmp_path / "index" / "ends.bin", "ab") as file:
-        file.truncate(8 * rows)
-    opened = CandidateIndex(model, index_files.IndexFiles(tmp_path / "index", mapped))
-    assert len(opened.vectors(rows - 1, rows)) == 1
-
-
-def test_append_goes_on_from_what_another_process_appended(student, tmp_path):
-    model = student()
-    CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    one, other = (CandidateIndex.open(tmp_path / "index", model) for _ in range(2))
-    one.append(["first", "second"])
-    other.append(["third"])
-    again = CandidateIndex.open(tmp_path / "index", model)
-    for index in (other, again):
-        assert [index.text(row) for row in range(len(index))] == [*CANDIDATES, "first", "second", "third"]
-        np.testing.assert_allclose(
-            index.score(QUERIES)[:, 23:],
-            pair_scores(model, QUERIES, ["first", "second", "third"])[..., 0],
-            rtol=1e-4,
-            atol=1e-5,
-        )
-
-
-def test_append_counts_what_was_appended_while_it_waited_for_the_lock(student, tmp_path, monkeypatch):
-    model = student()
-    index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    other = CandidateIndex.open(tmp_path / "index", model)
-
-    class TakenByAnother(FileLock):
-        """Another append, which has the lock, ends before this one gets it."""
-
-        def __enter__(self):
-            monkeypatch.setattr(index_files, "FileLock", FileLock)
-            other.append(["theirs"])
-            return super().__enter__()
-
-    monkeypatch.setattr(index_files, "FileLock", TakenByAnother)
-    index.append(["mine"])
-    again = CandidateIndex.open(tmp_path / "index", model)
-    assert [again.text(row) for row in range(len(again))] == [*CANDIDATES, "theirs", "mine"]
-
-
 def test_nothing_is_appended_to_another_models_index(student, tmp_path):
     index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
     other = student()
@@ -317,51 +156,95 @@ def test_nothing_is_appended_to_another_models_index(student, tmp_path):
     assert len(CandidateIndex.open(tmp_path / "index", other)) == 3
 
 
-def test_append_waits_for_another_one(student, tmp_path, monkeypatch):
-    index = CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
-    monkeypatch.setattr(index_files, "FileLock", partial(FileLock, timeout=0))  # waits no longer than that
-    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(Timeout):
-        index.append(["more"])
-    index.append(["more"])
-    assert len(CandidateIndex.open(tmp_path / "index", index.model)) == 24
-
-
-def test_a_lock_counts_in_the_folder_that_is_there(tmp_path, monkeypatch):
-    """Another folder takes the place while one waits for the lock."""
-    folder, taken = tmp_path / "index", []
-    folder.mkdir()
-
-    class Lock:
-        def __init__(self, path):
-            self.folder = path.parent
-
-        def __enter__(self):
-            taken.append(self.folder.stat().st_ino)
-            if len(taken) == 1:
-                self.folder.rename(tmp_path / "old")
-                self.folder.mkdir()
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(index_files, "FileLock", Lock)
-    with index_files._locked(folder):
-        assert len(taken) == 2
-        assert taken[1] == folder.stat().st_ino
-
-
-def test_a_file_that_cannot_be_opened_is_not_called_truncated(student, tmp_path, monkeypatch):
-    CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
-
-    def too_many(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(index_files, "open", too_many, raising=False)
-    with pytest.raises(InputError, match=r"vectors\.bin: cannot be read \(Too many open files\)"):
-        CandidateIndex.open(tmp_path / "index", student())
-
-
 def test_embeddings_as_tensors_are_stored_too(student):
     model = student()
     parts = [(model.encode(CANDIDATES[:2], convert_to="tensor"), CANDIDATES[:2])]
     assert len(CandidateIndex.from_embeddings(model, parts)) == 2
+
+
+def write_rows(path: Path, labels: tuple[str, str], rows: int, seed: int) -> None:
+    """Made-up pairs; the first label stands for pairs of one meaning."""
+    rng = random.Random(seed)
+    lines = ["index\tleft\tright\tverdict"]
+    for i in range(rows):
+        same, first, second = make_pair(rng)
+        lines.append(f"{i}\t{first}\t{second}\t{labels[1 - same]}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module", params=["rte", "own"])
+def first_label_wanted(request, tmp_path_factory, bert):
+    """The `best` of a student that has learned a task whose first label is the wanted one: entailment, or match."""
+    folder = tmp_path_factory.mktemp("first_label")
+    (folder / "own.json").write_text(json.dumps(OWN_TASK))
+    name = "rte" if request.param == "rte" else str(folder / "own.json")
+    task = get_task(name)
+    for split, rows, seed in (("train", 600, 1), ("dev", 100, 2)):
+        write_rows(folder / f"{split}.tsv", task.labels, rows, seed)
+    train = read_examples(task, folder, "train")
+    of_second = 6.0 * torch.tensor(train.labels) - 3.0
+    path = folder / "logits.pt"
+    save_logits(path, torch.stack([-of_second, of_second], dim=1), logits_identity(task, train.files, len(train)))
+    dse_train_runner.main(as_flags({
+        "task_name": name, "data_dir": folder, "distillation_logits_path": path, "bert_model": bert,
+        "do_lower_case": True, "max_seq_length": 32, "pooler_num_top_hidden_layers": 2, "fc_dims": [32, 1],
+        "epochs": 5, "gradient_accumulation_steps": 1, "lr": 3e-3, "dropout": 0, "store_checkpoints": True,
+        "checkpoint_dir": folder / "runs", "log_dir": folder,
+    }))  # fmt: skip
+    return next((folder / "runs").glob("*/best"))
+
+
+def test_the_wanted_candidate_ranks_first(first_label_wanted, tmp_path):
+    """20 queries, each with its one paraphrase among 20 candidates: in the index, by the command, by probability."""
+    model = DSESiameseClassifier.from_pretrained(first_label_wanted)
+    rng = random.Random(5)
+    pairs = [pair[1:] for pair in (make_pair(rng) for _ in range(60)) if pair[0]][:20]
+    queries, candidates = (list(side) for side in zip(*pairs, strict=True))
+    found = CandidateIndex.build(model, candidates).search(queries, 20)
+    assert sum(hits[0].row == i for i, hits in enumerate(found)) >= 19
+    assert sum(hits[-1].row == i for i, hits in enumerate(found)) == 0
+
+    (tmp_path / "q.txt").write_text("\n".join(queries))
+    (tmp_path / "c.txt").write_text("\n".join(candidates))
+    entry.main(["score", "--model", str(first_label_wanted), "--queries", str(tmp_path / "q.txt"), "--top_k", "1",
+                "--candidates", str(tmp_path / "c.txt"), "--output", str(tmp_path / "hits.jsonl")])  # fmt: skip
+    hits = [json.loads(line) for line in (tmp_path / "hits.jsonl").read_text().splitlines()]
+    assert [hit["row"] for hit in hits] == [hits[0].row for hits in found]
+    assert [hit["score"] for hit in hits] == pytest.approx([hits[0].score for hits in found], abs=1e-5)
+
+    everyone = [(queries[0], candidate) for candidate in candidates]
+    wanted = model.predict(everyone, probabilities=True)
+    assert wanted.argmax() == found[0][0].row
+    both = model.predict(everyone, probabilities="all")
+    np.testing.assert_array_equal(both[:, 0], wanted)
+    np.testing.assert_allclose(both.sum(axis=1), 1, atol=1e-6)
+    assert model.predict(everyone)[found[0][0].row] == model.task.labels[0]
+    np.testing.assert_allclose(
+        1 / (1 + np.exp(-np.array([hit.score for hit in found[0]]))), np.sort(wanted)[::-1], atol=1e-5
+    )
+    card = (first_label_wanted / "README.md").read_text()
+    label = model.task.labels[0]
+    assert f"candidates rank by the probability of `{label}`" in card
+    assert f"`predict(probabilities=True)` gives the probability of `{label}`" in card
+
+
+def test_rank_scores_by_hand():
+    """Log-odds of the rank label; logits (0, ln 2, 0) give entailment p = 2 / 4."""
+    outputs = torch.tensor([[2.5], [-1.0]])
+    assert rank_scores(outputs, get_task("mrpc")).tolist() == [2.5, -1.0]
+    assert rank_scores(outputs, get_task("qnli")).tolist() == [-2.5, 1.0]
+    assert rank_scores(outputs, get_task("qnli"), "not_entailment").tolist() == [2.5, -1.0]
+    assert rank_scores(outputs, get_task("sts-b")).tolist() == [2.5, -1.0]
+    nli = torch.log(torch.tensor([[1.0, 2.0, 1.0], [1.0, 6.0, 1.0]]))
+    assert rank_scores(nli, get_task("snli")).tolist() == pytest.approx([0.0, np.log(3)], abs=1e-6)
+    # The higher logit is the lower probability where another label's is higher still.
+    assert rank_scores(torch.tensor([[0.0, 1.0, 0.0], [9.0, 2.0, 9.0]]), get_task("snli")).argmax() == 0
+
+
+def test_scores_that_are_nan_are_refused(student):
+    model = student()
+    index = CandidateIndex.build(model, TRIO)
+    with torch.no_grad():
+        model.network.siamese_head.fc_layers[-1].bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="scores are NaN or infinite"):
+        index.search("soon")

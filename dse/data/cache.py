@@ -1,7 +1,6 @@
-"""Caches of arrays that know what they were made from.
+"""Caches of arrays, which count only while all that they were made from is the same.
 
-A cache is a safetensors file. Its header says what it was made from (for features: data by hash, task, tokenizer by
-content, casing, length, form) and holds the hash of its content; it counts only while all of that is the same.
+A cache is a safetensors file; its header says what it was made from, and holds the hash of its content.
 """
 
 import contextlib
@@ -81,5 +80,5 @@ def _content_hash(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()

@@ -1,9 +1,7 @@
 """Files from the net that can be trusted: fetched with patience, compared with the record, unpacked within bounds.
 
-A file grows as NAME.part. NAME.json beside it says which address, and which state of the file there (its ETag or date),
-the bytes came from, so that a later try or run can ask for the missing bytes alone. Only a complete file that agrees
-with its record takes the name; one that does not is kept as NAME.<hash>.bad. Proxies and certificates are those of
-requests (HTTPS_PROXY, REQUESTS_CA_BUNDLE, .netrc).
+A file grows as NAME.part; NAME.json says which state of which address its bytes came from, so that a later run can go
+on. One that does not agree with its record is kept as NAME.<hash>.bad. Proxies and certificates are those of requests.
 """
 
 import errno
@@ -40,10 +38,7 @@ MOST_FILES = 1000  # in an archive
 
 
 class DownloadError(RunError):
-    """A file cannot be had, or cannot be trusted. The message is one line.
-
-    `wait` is the least number of seconds until another try, which may succeed; None: it would fail too.
-    """
+    """A file cannot be had or trusted. `wait`: the least seconds until a try that may succeed; None: none may."""
 
     def __init__(self, why: str, wait: int | None = None) -> None:
         super().__init__(why)
@@ -137,10 +132,7 @@ class Download:
             return {}
 
     def progress(self) -> tuple[int, str]:
-        """Bytes of the part that a request can continue from, and the server's name for their state ('': none).
-
-        Without that name, only a recorded hash can show that the file changed in between.
-        """
+        """Bytes of the part to continue from, and their state ('': none; then only a recorded hash shows a change)."""
         note, have = self.note(), self.received()
         state = str(note.get("state", ""))
         usable = state if self.size is None else have <= self.size
@@ -165,8 +157,8 @@ class Download:
             return
         headers = {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
         if have:
-            headers |= {"Range": f"bytes={have}-", "If-Range": state or None}  # requests leaves None out
-        options = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
+            headers |= {"Range": f"bytes={have}-"} | ({"If-Range": state} if state else {})
+        options: dict[str, Any] = {"stream": True, "timeout": TIME_OUT, "hooks": {"response": _stay_encrypted}}
         with requests.get(self.url, headers=headers, **options) as response:
             complete = response.status_code == 416 and response.headers.get("Content-Range", "") == f"bytes */{have}"
             if not (have and complete):
@@ -265,9 +257,8 @@ def _state_of(response: requests.Response) -> str:
 def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[str] = ()) -> None:
     """Write the files below `folder` in a zip archive, or `only` those names, to `into`, an empty or missing folder.
 
-    Raises DownloadError: before anything is written for absolute paths, `..`, links and other special files anywhere
-    in the archive, and for more than `most` bytes in all; for damaged contents (CRC) and for two files of one name
-    after some files were written. Raises OSError if the disk has no room.
+    Raises DownloadError, before anything is written, for unsafe members anywhere in the archive and more than `most`
+    bytes, and later for damaged contents (CRC) and two files of one name; OSError if the disk has no room.
     """
     try:
         with ZipFile(archive) as zipped:

@@ -1,8 +1,7 @@
 """From texts to token ids, in two forms, and the cache of both.
 
 Joint, for the teacher: `[CLS] a [SEP] b [SEP]` with token types 0 and 1. Separate, for the student:
-`[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, so no
-padding is stored: networks/batches.py lays batches out.
+`[CLS] x [SEP]` for each distinct text once. Ids lie end to end in one int32 array with offsets, unpadded.
 
     max_seq_length 8, a of 4 pieces, b of 3: the budget is 8 - 3 = 5. The longer text loses its last piece,
     on a tie the second one does: 4+3 -> 3+3 -> 3+2.
@@ -13,7 +12,7 @@ import logging
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -59,25 +58,25 @@ class Ragged:
 
 
 class Features:
-    """Token ids of a split's pairs, labels and the id of [PAD], in two forms, whose first attribute has the rows."""
+    """Token ids of a split's pairs, labels and the id of [PAD], in two forms."""
 
     ROWS: ClassVar[str]  # what the rows are
-    PARTS: ClassVar[tuple[str, ...]]  # attributes with an entry per pair, which a cache stores beside the rows
+    PARTS: ClassVar[tuple[str, ...]]  # what a cache stores: the rows, and attributes with an entry per pair
 
     def __len__(self) -> int:
-        return len(getattr(self, self.PARTS[0]))
+        return len(getattr(self, self.PARTS[-1]))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
-        rows = getattr(self, fields(self)[0].name)
-        return rows.arrays() | {name: getattr(self, name) for name in self.PARTS}
+        rows, *others = self.PARTS
+        return getattr(self, rows).arrays() | {name: getattr(self, name) for name in others}
 
 
 @dataclass
 class JointFeatures(Features):
     """Both texts of each pair in one row, for a cross-encoder."""
 
-    ROWS, PARTS = "rows", ("first_lengths",)
+    ROWS, PARTS = "rows", ("tokens", "first_lengths")
     tokens: Ragged
     first_lengths: np.ndarray  # int32, (n,): tokens of type 0, i.e. `[CLS] a [SEP]`
     labels: np.ndarray | None  # (n,), int64 or, for regression, float32
@@ -97,7 +96,7 @@ class JointFeatures(Features):
 class SeparateFeatures(Features):
     """Each distinct text once, and which texts make up each pair, for the student."""
 
-    ROWS, PARTS = "distinct texts", ("first", "second")
+    ROWS, PARTS = "distinct texts", ("texts", "first", "second")
     texts: Ragged
     first: np.ndarray  # int32, (n,): the row of each pair's first text
     second: np.ndarray  # int32, (n,)
@@ -118,24 +117,23 @@ class SeparateFeatures(Features):
 def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
     """Tokenize pairs (or single sentences) together, cut to max_seq_length.
 
-    An empty second text gives `[CLS] a [SEP]`. A second text without pieces gives no second `[SEP]` either,
-    but the first one keeps the budget of a pair, max_seq_length - 3.
+    A second text without pieces gives `[CLS] a [SEP]`; one that is not empty still keeps the budget of a pair.
     """
     count = len(examples)
-    seconds = examples.second if examples.second is not None else [""] * count
+    seconds = [""] * count if examples.second is None else examples.second
     pieces, places = _distinct_pieces(chain(examples.first, seconds), 2 * count, tokenizer)
     first, second = places[:count], places[count:]
     a, b, is_pair = pieces.lengths[first], pieces.lengths[second], np.fromiter(map(bool, seconds), bool, count)
     keep_a, keep_b = kept_lengths(a, b, is_pair, max_seq_length)
     tokens = _framed(pieces, first, keep_a, second, keep_b, tokenizer)
-    tokens.cut = np.count_nonzero(a + b > keep_a + keep_b)
+    tokens.cut = int((a + b > keep_a + keep_b).sum())
     parts = [tokens, (keep_a + 2).astype(np.int32)]
     return _finished(JointFeatures, parts, task, examples, tokenizer, max_seq_length)
 
 
 def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> SeparateFeatures:
     """Tokenize each distinct text alone: its pieces cut to max_seq_length - 2 between `[CLS]` and `[SEP]`."""
-    texts, places = _encode([*examples.first, *(examples.second or [])], tokenizer, max_seq_length)
+    texts, places = _encode(list(chain(*examples.sides)), tokenizer, max_seq_length)
     parts = [texts, places[: len(examples)], places[len(examples) :]]
     return _finished(SeparateFeatures, parts, task, examples, tokenizer, max_seq_length)
 
@@ -157,7 +155,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[
     pieces, places = _distinct_pieces(texts, len(texts), tokenizer)
     rows, keep = np.arange(len(pieces.lengths)), np.minimum(pieces.lengths, max_seq_length - 2)
     tokens = _framed(pieces, rows, keep, rows, np.zeros_like(keep), tokenizer)
-    tokens.cut = np.count_nonzero(pieces.lengths > keep)
+    tokens.cut = int((pieces.lengths > keep).sum())
     return tokens, places
 
 
@@ -178,13 +176,10 @@ def _framed(
     return tokens
 
 
-def _finished(
-    form: type[Features], parts: list[Any], task: Task, examples: Examples, tokenizer: Any, max_seq_length: int
-) -> Any:
+def _finished(form: Any, parts: list[Any], task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> Any:
     """Features with their labels; logs what of a split's files was cut and is unknown, and warns above 5 % unknown."""
-    labels = examples.labels
-    if labels is not None:
-        labels = np.array(labels, dtype=np.float32 if task.kind == REGRESSION else np.int64)
+    dtype = np.float32 if task.kind == REGRESSION else np.int64
+    labels = None if examples.labels is None else np.array(examples.labels, dtype=dtype)
     tokens, cut = parts[0], parts[0].cut
     if cut is None:  # rows of that length may have been, and joint ones lack a [SEP] at times
         cut = f"at most {np.count_nonzero(tokens.lengths >= max_seq_length - 1)}"
@@ -249,10 +244,9 @@ def _copy(source: Ragged, rows: np.ndarray, lengths: np.ndarray, target: Ragged,
 
 
 def _word_pieces(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of texts. `[SEP]` and its like count as such only where they stand alone between spaces.
+    """Token ids of texts. BERT's special tokens count as such only where they stand alone between spaces.
 
-    So it is in the original; the library alone would find them inside words too, `x[SEP]y`. Tokens that a user added
-    are found as the library finds them.
+    So it is in the original; the library alone would find them inside words. It finds tokens that a user added.
     """
     own = _own_specials(tokenizer)
     backend = tokenizer.backend_tokenizer
@@ -298,13 +292,10 @@ def _with_own_alone(content: str, own: tuple[str, ...]) -> Tokenizer:
 
 def cached_features(
     form: str, task: Task, examples: Examples, tokenizer: Any, max_seq_length: int, path: str | Path, chosen: bool
-) -> Features:
-    """Features from the cache at `path` if it was made from the same, else made now and stored there.
+) -> Any:
+    """JointFeatures (`form` "joint") or SeparateFeatures from the cache at `path`, remade if it was made from others.
 
-    Args:
-        form: "joint" or "separate".
-        chosen: did the user name the path? Then another kind of file there is refused, and so is a place
-            that cannot be written; otherwise the former is remade and the latter means no cache, with a warning.
+    `chosen`: did the user name the path? Then InputError for another kind of file there, RunError where writing fails.
     """
     path = Path(path)
     joint = form == "joint"
@@ -326,7 +317,7 @@ def cached_features(
         if arrays is not None:
             logger.info("%s features of %d rows from the cache %s", form, len(examples), path)
             rows = Ragged(arrays["ids"], arrays["offsets"], int(arrays["cut"][0]) if "cut" in arrays else None)
-            parts = [rows, *(arrays[name] for name in features_class.PARTS)]
+            parts = [rows, *(arrays[name] for name in features_class.PARTS[1:])]
             return _finished(features_class, parts, task, examples, tokenizer, max_seq_length)
         features = make(task, examples, tokenizer, max_seq_length)
         if parallel.is_first():
@@ -336,8 +327,7 @@ def cached_features(
 
 def batches_of(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
     """Lists of up to `count` texts, cut short once they have that many characters, of an iterable of any length."""
-    batch: list[str] = []
-    size = 0
+    batch, size = list[str](), 0
     for text in texts:
         batch.append(text)
         size += len(text)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
@@ -101,8 +101,7 @@ FILES = {
 def get_task(task: str, data_dir: Path, mirror: Mirror) -> tuple[str, str]:
     """Make sure that a task's folder is in `data_dir`; return what became of it, in a word and in detail.
 
-    Raises DownloadError if its files cannot be had or are not the task's, or if the user's own are in the way;
-    OSError or RunError if the disk refuses a file.
+    Raises DownloadError for files that cannot be had or used, or are in the way; OSError, RunError if the disk refuses.
     """
     folder, area = data_dir / FOLDERS[task], data_dir / AREA
     making = area / f"{task}.making"
@@ -135,10 +134,7 @@ def one_at_a_time(path: Path) -> filelock.AcquireReturnProxy:
 
 
 def what_is_there(task: str, folder: Path) -> str | None:
-    """Describe a task's folder that needs no download; None if it needs one.
-
-    Raises DownloadError for a folder that is neither: its files may be the user's, so they are left alone.
-    """
+    """Describe a folder that needs no download; None if it needs one. Raises DownloadError for one that is neither."""
     again, lacking = f"move {folder} away to have it made again", _lacking(task, folder)
     if not (folder / RECORD).is_file():
         if len(lacking) == len(FILES[task]):
@@ -192,8 +188,7 @@ def fetch_sources(task: str, area: Path, mirror: Mirror) -> tuple[dict[str, Path
 def make_folder(task: str, raw: dict[str, Path], origins: list[dict[str, Any]], made: Path) -> str:
     """Fill the folder `made` from a task's fetched files and record them; return what `compare` says of it.
 
-    Raises DownloadError for files of no use. Downloads among them that have no record to vouch for them are kept
-    aside, so that the next run fetches them again.
+    Raises DownloadError for files of no use; downloads that no record vouches for are kept aside, to be fetched again.
     """
     try:
         build(task, raw, made)
@@ -213,7 +208,8 @@ def make_folder(task: str, raw: dict[str, Path], origins: list[dict[str, Any]], 
 
 def build(task: str, raw: dict[str, Path], made: Path) -> None:
     """Write a task's files to the folder `made`, from its fetched files, given by name."""
-    source, splits = SOURCES[task][0], {}
+    source = SOURCES[task][0]
+    splits: Mapping[str, Iterable[str]] = {}
     if task == "SNLI":
         texts, names = made.with_name("texts"), {split: f"snli_1.0_{split}.txt" for split in FILES[task]}
         unzip(raw[source.name], "snli_1.0", texts, source.most, only=names.values())
@@ -256,10 +252,7 @@ def _mrpc_rows(path: Path, columns: int, header: str = "") -> Iterator[list[str]
 
 
 def convert_snli(path: Path) -> Iterator[str]:
-    """The lines of snli_1.0_*.txt in GLUE's order of columns; the header names the file's own.
-
-    Rows without a gold label are left out; labels of single annotators that a row lacks are empty.
-    """
+    """The lines of snli_1.0_*.txt that have a gold label, in GLUE's order of columns; what a row lacks is empty."""
     lines = read_lines(path, "SNLI's text file")
     header = next(lines, "")
     names, wanted = header.split("\t"), f"captionID pairID {_PARSES}".split()
@@ -288,10 +281,9 @@ def convert_snli(path: Path) -> Iterator[str]:
 def compare(task: str, folder: Path, made_here: bool = False) -> str:
     """Compare headers and row counts with the task's; warn of each difference, and return them for the closing table.
 
-    Raises DownloadError if a file made here is of no use to any script: another header (SNLI's is written here; more
-    columns do no harm), or no rows. The user's own folder is theirs.
+    Raises DownloadError if a file made here has no rows or, but for SNLI's, a header that begins otherwise.
     """
-    useless, harmless = [], []
+    useless, harmless = list[str](), list[str]()
     for split, (rows, header) in FILES[task].items():
         path, names = folder / f"{split}.tsv", header.split("\t" if "\t" in header else None)
         lines = (line.split("\t") for line in read_lines(path, f"a file of {task}"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 from dse.data.tasks import REGRESSION, TASKS, Task
 from dse.system.errors import InputError
@@ -22,29 +23,30 @@ _HEADER_HINT = 'put the names of the columns there (in a task of your own, or gi
 class Examples:
     """The rows of a split, in file order.
 
-    `labels` holds the label's place in `task.labels`, or the score for regression; None without labels.
-    `files` tells what the rows were read from: {"file": name below data_dir, "sha256": of its bytes}.
+    `second` is None for single sentences. `labels` holds the label's place in `task.labels`, or the score for
+    regression; None without labels. `files` tells what was read: {"file": name below data_dir, "sha256": of its bytes}.
     """
 
     first: list[str] = field(default_factory=list)
     second: list[str] | None = None
-    labels: list[int] | list[float] | None = None
+    labels: list[Any] | None = None
     files: list[dict[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.first)
 
+    @property
+    def sides(self) -> list[list[str]]:
+        """The first texts and, of pairs, the second ones."""
+        return [self.first] if self.second is None else [self.first, self.second]
+
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     """Read a split in file order: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
-    `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. A blank line at the end is not
-    a row. The rows of a user's own task must have as many cells as its header (without a header: as the first row);
-    those of GLUE's files need not, but a warning tells of it.
-
-    Raises InputError, naming file and line, for a missing or empty file, a row with too few columns (in a user's own
-    task: with too many, too), a label that is not one of the task's, a score that is not a number, bytes that are not
-    UTF-8, and a header that is a row of data.
+    `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. In a user's own task, all rows
+    must have as many cells as line 1. Raises InputError, naming file and line, for a missing or empty file, a row with
+    too few columns, a wrong label or score, bytes that are not UTF-8, and a header that is a row of data.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -53,14 +55,13 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
     if task.parts:  # one after the other
-        whole = Examples(second=[], labels=[])
+        whole: list[list[Any]] = [[], [], [], []]
         for part in (TASKS[name] for name in task.parts):
             rows = read_examples(part, data_dir / part.folder, split)
-            whole.first += rows.first
-            whole.second += rows.second
-            whole.labels += rows.labels
-            whole.files += [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
-        return whole
+            files = [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
+            for column, more in zip(whole, (rows.first, rows.second or [], rows.labels or [], files), strict=True):
+                column += more
+        return Examples(*whole)
     columns: _Columns = (task.text_a, task.text_b, task.label)
     header, own = task.header, task.name not in TASKS
     if split == "test":
@@ -69,13 +70,13 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
         header = header or not own  # GLUE's test sets have one, CoLA's too
     rows = _read_tsv(data_dir / name, task, columns, header)
     if header and own and split != "train":
-        _compare_headers(task, data_dir / task.train, data_dir / name, columns)
+        _compare_headers(task, data_dir / (task.train or ""), data_dir / name, columns)
     return rows
 
 
 def labelled_test(task: Task, data_dir: Path) -> Examples | None:
     """The test set with its labels, where they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
-    if task.test_label is not None and (data_dir / task.test).is_file():
+    if task.test and task.test_label is not None and (data_dir / task.test).is_file():
         return read_examples(task, data_dir, "test")
     if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
         with_labels = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
@@ -86,18 +87,18 @@ def labelled_test(task: Task, data_dir: Path) -> Examples | None:
 def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Examples:
     own = task.name not in TASKS
     lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
-    if (first := next(lines, None)) is None:
+    if (line_1 := next(lines, None)) is None:
         raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
-    names = first.split("\t")
+    names = line_1.split("\t")
     place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
     if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
         _check_header_label(task, path, names, place_label)
     used = [place for place in places if place is not None]
     # in GLUE's files, a last column must not be one of those before it
     needed = len(names) if own else max(used) + (2 if -1 in used else 1)
-    rows = Examples(second=None if place_b is None else [], labels=None if place_label is None else [])
+    first, second, labels = [], [], []
     skipped, uneven, text = 0, 0, ""
-    for number, line in enumerate(lines if header else chain([first], lines), 2 if header else 1):
+    for number, line in enumerate(lines if header else chain([line_1], lines), 2 if header else 1):
         cells = line.split("\t")
         if len(cells) < needed and task.skip_short_rows:
             skipped += 1
@@ -109,26 +110,27 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
         uneven += len(cells) != len(names)
         if cells[place_a] != text:  # NLI repeats its premises: one string serves all
             text = cells[place_a]
-        rows.first.append(text)
+        first.append(text)
         if place_b is not None:
-            rows.second.append(cells[place_b])
+            second.append(cells[place_b])
         if place_label is not None:
             if (label := _label(task, cell := cells[place_label])) is None:
                 wanted = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
                 found = f"{'label' if task.labels else 'score'} {cell!r}"
                 raise InputError(f"{path}, line {number}: {found} is not {wanted}")
-            rows.labels.append(label)
+            labels.append(label)
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
-    if not len(rows):
+    if not first:
         found = f"no row has the {needed} columns that {task.name} needs" if skipped else "no rows of data in it"
         raise InputError(f"{path}: {found}; expected one pair per line")
     if uneven:
         logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
-                       "the left (the last: from the right)", path, uneven, len(rows), len(names))  # fmt: skip
+                       "the left (the last: from the right)", path, uneven, len(first), len(names))  # fmt: skip
+    about = {"file": path.name, "sha256": sha256_file(path)}
+    rows = Examples(first, None if place_b is None else second, None if place_label is None else labels, [about])
     checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
     _check_texts(path, rows, [names[place] for place in places[:2] if checked and place is not None])
-    rows.files.append({"file": path.name, "sha256": sha256_file(path)})
     return rows
 
 
@@ -155,13 +157,12 @@ def _check_header_label(task: Task, path: Path, names: list[str], place: int) ->
 
 def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
     """Warn of quoting; raise InputError where `names`, the cells of a header above the texts, are texts of rows too."""
-    columns = [rows.first] if rows.second is None else [rows.first, rows.second]
-    for name, texts in zip(names, columns, strict=False):
+    for name, texts in zip(names, rows.sides, strict=False):
         if name and name in texts:
             found = f"its cell {name!r} is a text of a row too"
             raise InputError(f"{path}, line 1: a header is expected, but {found}; {_HEADER_HINT}")
-    quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in chain.from_iterable(columns))
-    if quoted > 0.9 * len(columns) * len(rows):
+    quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in chain(*rows.sides))
+    if quoted > 0.9 * len(rows.sides) * len(rows):
         logger.warning("%s: nearly all texts begin and end with a quotation mark, which counts as part of the text; "
                        "if the file was written with CSV quoting, write it again without", path)  # fmt: skip
 
@@ -173,18 +174,18 @@ def _compare_headers(task: Task, train: Path, other: Path, columns: _Columns) ->
     except InputError:  # where there is no train file
         return
     both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
-    numbers = [pair for pair in both if all(isinstance(column, int) for column in pair)]  # names are found, or refused
+    numbers = [(own, trained) for own, trained in both if isinstance(own, int) and isinstance(trained, int)]
     if any(ours[own : own + 1 or None] != theirs[trained : trained + 1 or None] for own, trained in numbers):
         logger.warning("%s, line 1: the header %r, and %s has %r: does each file have a header, and are the columns "
                        "the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
 
 
-def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) -> list[int | None]:
-    """The numbers of the columns, whose names are looked up in the header.
+def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) -> list[Any]:
+    """The numbers of the columns, None for one that is not there; names are looked up in the header.
 
     Those of a user's own task are checked, and count from the left: -1 is replaced.
     """
-    places: list[int | None] = []
+    places: list[Any] = []
     for column in columns:
         if isinstance(column, str):
             if names.count(column) != 1:

@@ -71,24 +71,25 @@ _BITS, _ENTAILED, _NLI = ("0", "1"), (ENTAILMENT, "not_entailment"), ("contradic
 _MATCHED, _MISMATCHED = ({"dev": f"dev_{name}.tsv", "test": f"test_{name}.tsv"} for name in ("matched", "mismatched"))
 _ACC = {"metrics": ("acc",)}
 
-TASKS: dict[str, Task] = {
+_LINES: tuple[tuple[str, str, tuple[str, ...], int, int | None, int, dict[str, Any]], ...] = (
+    ("mrpc", "MRPC", _BITS, 3, 4, 0, {}),
+    ("qqp", "QQP", _BITS, 3, 4, 5, {"test_text_a": 1, "test_text_b": 2, "skip_short_rows": True}),
+    ("qnli", "QNLI", _ENTAILED, 1, 2, -1, _ACC),
+    ("rte", "RTE", _ENTAILED, 1, 2, -1, _ACC),
+    ("wnli", "WNLI", _BITS, 1, 2, -1, _ACC),
+    ("sts-b", "STS-B", (), 7, 8, -1, {}),
+    ("mnli", "MNLI", _NLI, 8, 9, -1, {**_MATCHED, "also_validate": (("mm", _MISMATCHED["dev"]),)}),
+    ("mnli-mm", "MNLI", _NLI, 8, 9, -1, _MISMATCHED),
+    ("snli", "SNLI", _NLI, 7, 8, -1, {"test_label": -1, "also_validate": (("test", "test.tsv"),)}),
+    ("allnli", "", _NLI, 0, 0, -1, {"test": None, "parts": ("snli", "mnli")}),
+    ("diagnostic", "diagnostic", _NLI, 1, 2, -1, {"train": None, "dev": None, "test": "diagnostic.tsv"}),
+    ("cola", "CoLA", _BITS, 3, None, 1, {"header": False, "test_text_a": 1, "metrics": ("mcc",)}),
+    ("sst-2", "SST-2", _BITS, 0, None, 1, {"test_text_a": 1, **_ACC}),
+)
+TASKS = {
     name: Task(name, {0: REGRESSION, 2: BINARY, 3: MULTICLASS}[len(labels)], labels, folder=folder, text_a=text_a,
                text_b=text_b, label=label, **{"test": "test.tsv", **others})
-    for name, folder, labels, text_a, text_b, label, others in (
-        ("mrpc", "MRPC", _BITS, 3, 4, 0, {}),
-        ("qqp", "QQP", _BITS, 3, 4, 5, {"test_text_a": 1, "test_text_b": 2, "skip_short_rows": True}),
-        ("qnli", "QNLI", _ENTAILED, 1, 2, -1, _ACC),
-        ("rte", "RTE", _ENTAILED, 1, 2, -1, _ACC),
-        ("wnli", "WNLI", _BITS, 1, 2, -1, _ACC),
-        ("sts-b", "STS-B", (), 7, 8, -1, {}),
-        ("mnli", "MNLI", _NLI, 8, 9, -1, {**_MATCHED, "also_validate": (("mm", _MISMATCHED["dev"]),)}),
-        ("mnli-mm", "MNLI", _NLI, 8, 9, -1, _MISMATCHED),
-        ("snli", "SNLI", _NLI, 7, 8, -1, {"test_label": -1, "also_validate": (("test", "test.tsv"),)}),
-        ("allnli", "", _NLI, 0, 0, -1, {"test": None, "parts": ("snli", "mnli")}),
-        ("diagnostic", "diagnostic", _NLI, 1, 2, -1, {"train": None, "dev": None, "test": "diagnostic.tsv"}),
-        ("cola", "CoLA", _BITS, 3, None, 1, {"header": False, "test_text_a": 1, "metrics": ("mcc",)}),
-        ("sst-2", "SST-2", _BITS, 0, None, 1, {"test_text_a": 1, **_ACC}),
-    )
+    for name, folder, labels, text_a, text_b, label, others in _LINES
 }  # fmt: skip
 
 
@@ -117,21 +118,17 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
         return None
     usual = ENTAILMENT if ENTAILMENT in task.labels else task.labels[1] if task.kind == BINARY else None
     label = next((one for one in (asked, task.rank_label) if one is not None), usual)
+    mend = f"give one of {', '.join(task.labels)}"
     if label is None:
-        raise InputError(
-            f"--rank_label: nothing says which label of {task.name} ranks candidates: give one of "
-            f'{", ".join(task.labels)}, or name it in the task\'s JSON ("rank_label")'
-        )
+        mend += ', or name it in the task\'s JSON ("rank_label")'
+        raise InputError(f"--rank_label: nothing says which label of {task.name} ranks candidates: {mend}")
     if label not in task.labels:
-        raise InputError(f"--rank_label: {label!r} is not a label of {task.name}: give one of {', '.join(task.labels)}")
+        raise InputError(f"--rank_label: {label!r} is not a label of {task.name}: {mend}")
     return label
 
 
 def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
-    """The task's line as JSON values, for files that must know which task they belong to.
-
-    It has the rank label, which decides nothing that is read or learned, only where the student `ranks` by one.
-    """
+    """The task's line as JSON values, with its rank label only where the student `ranks` by one."""
     line = json.loads(json.dumps(asdict(task)))
     if not ranks or task.rank_label is None:
         del line["rank_label"]
@@ -140,7 +137,7 @@ def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
 
 def task_from_dict(line: dict[str, Any]) -> Task:
     """The task that `task_to_dict` wrote. Raises TypeError for other entries."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
     return Task(**{**values, "also_validate": tuple(map(tuple, values.get("also_validate", ())))})
 
 

@@ -26,8 +26,7 @@ _SPLITTING = {
 def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     """BERT's WordPiece tokenizer with the casing that --do_lower_case decides.
 
-    Raises InputError when the folder's tokenizer is another one, which the flag would not reach. Warns when
-    the model was saved with the other casing.
+    Raises InputError when the folder's is another one. Warns when the model was saved with the other casing.
     """
     saved = saved_casing(folder, flag)
     check_tokenizer_class(folder, flag)
@@ -88,10 +87,9 @@ def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -
         said = {f"id of {token!r}": place for token, place in _json_in(folder / "added_tokens.json").items()}
     for key, value in said.items():
         if used.get(key) != value:
-            raise InputError(
-                f"{flag}: the tokenizer of {folder} would not follow its files: {key} is {value!r} there, and "
-                f"{used.get(key)!r} as loaded; make tokenizer_config.json say the same if it can, or take another model"
-            )
+            differs = f"{key} is {value!r} there, and {used.get(key)!r} as loaded"
+            mend = "make tokenizer_config.json say the same if it can, or take another model"
+            raise InputError(f"{flag}: the tokenizer of {folder} would not follow its files: {differs}; {mend}")
 
 
 def _json_in(path: Path) -> dict[str, Any]:
@@ -104,13 +102,10 @@ def saved_casing(folder: Path, flag: str) -> bool | None:
     whole = _json_in(folder / "tokenizer.json")
     model, normalizer = whole.get("model") or {}, whole.get("normalizer") or {}
     # transformers would take the vocabulary and silently put BERT's own rules around it.
-    if (folder / "tokenizer.json").is_file() and (
-        model.get("type", "WordPiece") != "WordPiece" or normalizer.get("type") != "BertNormalizer"
-    ):
-        raise InputError(
-            f"{flag}: {folder} has a {model.get('type')} tokenizer with normalizer {normalizer.get('type')}, which "
-            "does not honour --do_lower_case; expected BERT's (WordPiece, BertNormalizer)"
-        )
+    types = model.get("type", "WordPiece"), normalizer.get("type")
+    if (folder / "tokenizer.json").is_file() and types != ("WordPiece", "BertNormalizer"):
+        found = f"a {model.get('type')} tokenizer with normalizer {types[1]}, which does not honour --do_lower_case"
+        raise InputError(f"{flag}: {folder} has {found}; expected BERT's (WordPiece, BertNormalizer)")
     return _json_in(folder / "tokenizer_config.json").get("do_lower_case", normalizer.get("lowercase"))
 
 

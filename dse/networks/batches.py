@@ -1,4 +1,4 @@
-"""A split's features as batches that a network takes: packed, or padded.
+"""A split's features as batches that a network takes.
 
 packed    rows end to end without padding, in groups of similar length (packed_bert.py)
 batch     padded to the batch's longest row
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dse.data.features import Features, Ragged
+from dse.data.features import Ragged
 
 _FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
 _SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
@@ -27,15 +27,12 @@ def padding_for(device: torch.device, asked: str | None) -> str:
 
 
 class Batches:
-    """The rows of a split, laid out for a network.
+    """The rows of a split's Features, of either form, laid out for a network by one of config.PADDINGS.
 
-    Args:
-        features: joint for a teacher, separate for a student.
-        padding: one of config.PADDINGS.
-        max_seq_length: what "max" pads to, and what sizes of steps are counted by; None: the longest row.
+    max_seq_length: what "max" pads to, and what sizes of steps are counted by; None: the longest row.
     """
 
-    def __init__(self, features: Features, padding: str = "batch", max_seq_length: int | None = None) -> None:
+    def __init__(self, features: Any, padding: str = "batch", max_seq_length: int | None = None) -> None:
         self.features, self.padding = features, padding
         self.max_seq_length = max_seq_length or int(features.costs.max())
 
@@ -100,7 +97,7 @@ class PackedBatch:
         return replace(self, groups=groups, **_tensors(self, device))
 
 
-def _tensors(record: Group | PackedBatch, device: torch.device) -> dict[str, Tensor]:
+def _tensors(record: Group | PackedBatch, device: torch.device) -> dict[str, Any]:
     return {name: x.to(device) for name, x in vars(record).items() if isinstance(x, Tensor)}
 
 
@@ -114,13 +111,14 @@ def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = No
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     starts = np.cumsum(lengths) - lengths
     count = int(lengths.sum())
-    ids, positions, types = np.zeros((3, _few_sizes(count)), dtype=np.int64)
-    positions[:count] = np.arange(count) - np.repeat(starts, lengths)
-    ids[:count] = tokens.ids[np.repeat(tokens.offsets[rows], lengths) + positions[:count]]
+    places = np.arange(count) - np.repeat(starts, lengths)
+    ids, positions, types = torch.zeros((3, _few_sizes(count)), dtype=torch.int64)
+    ids[:count] = torch.from_numpy(tokens.ids[np.repeat(tokens.offsets[rows], lengths) + places])
+    positions[:count] = torch.from_numpy(places)
     if first_lengths is not None:
-        types[:count] = positions[:count] >= np.repeat(first_lengths[order], lengths)
-    ids, positions, types, starts, back = map(torch.from_numpy, (ids, positions, types, starts, np.argsort(order)))
-    return PackedBatch(ids, positions, None if first_lengths is None else types, starts, back, list(_groups(lengths)))
+        types[:count] = torch.from_numpy(places >= np.repeat(first_lengths[order], lengths))
+    begin, back = map(torch.from_numpy, (starts, np.argsort(order)))
+    return PackedBatch(ids, positions, None if first_lengths is None else types, begin, back, list(_groups(lengths)))
 
 
 def _few_sizes(count: int) -> int:
@@ -144,14 +142,14 @@ def _groups(lengths: np.ndarray) -> Iterator[Group]:
     while len(lengths):
         similar = int((lengths[:_MOST] >= _SHORTEST * lengths[0]).sum())
         some, lengths = np.split(lengths, [max(similar, _FEWEST)])
-        mask = np.arange(some[0]) < some[:, None]
+        length = int(some[0])
+        mask = np.arange(length) < some[:, None]
         back = np.flatnonzero(mask)
         place = np.zeros(mask.size, dtype=np.int64)
         place[back] = np.arange(len(back))
-        bias = None
-        if len(back) < mask.size:
-            bias = torch.from_numpy(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, :])
-        yield Group(*mask.shape, *map(torch.from_numpy, (place, back, mask.astype(np.int64))), bias)
+        ones = torch.from_numpy(mask.astype(np.int64))
+        bias = None if len(back) == mask.size else ((1 - ones) * _MASKED)[:, None]
+        yield Group(len(some), length, torch.from_numpy(place), torch.from_numpy(back), ones, bias)
 
 
 class _Pad(torch.autograd.Function):

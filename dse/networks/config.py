@@ -60,7 +60,7 @@ class DSEConfig:
         return self.pooled_size if added == -1 else added
 
 
-def check_fc_dims(fc_dims: list[int] | tuple[int, ...], task: Task) -> None:
+def check_fc_dims(fc_dims: list[int], task: Task) -> None:
     """Raise InputError unless the head's last layer is as wide as the task's outputs."""
     if fc_dims[-1] != task.num_student_outputs:
         raise InputError(

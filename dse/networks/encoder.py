@@ -1,10 +1,10 @@
 """What student and teacher have in common: a BERT that makes one vector of each row of token ids."""
 
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel
 
 from dse.networks.batches import PackedBatch, by_group, padded, padded_inputs
 from dse.networks.kernels import is_plain
@@ -13,25 +13,19 @@ from dse.networks.poolers import Pooler
 
 
 class PooledBert(nn.Module):
-    """BERT, a pooler of its last `top_layers` layers, dropout and a linear layer, `classifier`, if there is one."""
+    """A BertModel, a pooler of its last `top_layers` layers, dropout and a linear `classifier`, if there is one."""
 
     def __init__(
-        self, bert: BertModel, pooler: Pooler, top_layers: int, dropout: nn.Dropout, classifier: nn.Linear | None
+        self, bert: Any, pooler: Pooler, top_layers: int, dropout: nn.Dropout, classifier: nn.Linear | None
     ) -> None:
         super().__init__()
         self.pooler, self.top_layers = pooler, top_layers
         self.bert, self.dropout, self.classifier = bert, dropout, classifier
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        packed: PackedBatch | None = None,
-    ) -> Tensor:
+    def forward(self, *args: Tensor, packed: PackedBatch | None = None, **inputs: Tensor) -> Tensor:
         """(batch, length) ids, mask and types, int64, or the same rows packed, to (batch, width), float32."""
         if packed is None:
-            pooled = self._pool(input_ids, attention_mask, token_type_ids)
+            pooled = self._pool(*args, **inputs)
         elif is_plain(self.bert):
             pooled = self._pool_packed(packed)
         else:
@@ -44,11 +38,8 @@ class PooledBert(nn.Module):
         if self.pooler.is_berts:
             return self.bert.pooler(layers.pop().index_select(0, batch.order).unsqueeze(1))
         # By layer and group, the states of the group's tokens.
-        parts = [by_group(states, batch) for states in layers]
-        pooled = [
-            self.pooler.pool([padded(states, group) for states in layers], group.mask)
-            for group, *layers in zip(batch.groups, *parts, strict=True)
-        ]
+        parts = zip(batch.groups, *(by_group(states, batch) for states in layers), strict=True)
+        pooled = [self.pooler.pool([padded(x, group) for x in states], group.mask) for group, *states in parts]
         return torch.cat(pooled).index_select(0, batch.order)
 
     def _pool(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:

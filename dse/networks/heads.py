@@ -6,6 +6,7 @@ candidates. A head is a class here, with both ways, and its name in config.HEAD_
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class SiameseHead(nn.Module):
         super().__init__()
         none = torch.empty(0, config.embedding_size)
         sizes = (self.blocks(none, none).shape[1], *config.fc_dims)
-        self.fc_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.fc_layers: Any = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
         """(batch, embedding_size) twice to the first layer's input."""
@@ -37,9 +38,9 @@ class SiameseHead(nn.Module):
             kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), torch.float32)
             u, v = u.to(kind), v.to(kind)
         x = self.blocks(u, v)
-        for layer in self.fc_layers[:-1]:
-            x = torch.relu(layer(x))
-        return self.fc_layers[-1](x)
+        for place, layer in enumerate(self.fc_layers):
+            x = layer(x.relu() if place else x)
+        return x
 
     def factorised(self) -> Callable[[Tensor, Tensor], Tensor]:
         """A function from (queries, size) and (candidates, size) to (queries, candidates, outputs), all float32.

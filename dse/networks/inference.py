@@ -74,7 +74,7 @@ class PartialOutputs:
         logger.info("going on after %d of %d rows, as %s has them", done.sum(), len(done), self.path)
         return done, outputs
 
-    def after(self, steps: int, outputs: np.ndarray | None, done: np.ndarray) -> None:
+    def after(self, steps: int, outputs: Any, done: np.ndarray) -> None:
         """Write, when it is time, what is done after so many steps: the rows that `done`, (n,), names in any process.
 
         All processes call it at each step. Raises Stopped, after writing, when a signal asks for it.
@@ -113,10 +113,8 @@ def infer(
     """Outputs for all rows, (n, width), float32, in file order, without dropout; each process computes some steps.
 
     Args:
-        model: a network of `batches`; it is in evaluation mode meanwhile.
         batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
         what, show: name of the progress bar; None: where the output is a terminal.
-        partial: where the outputs so far are written, and found.
         texts: are the rows a student's distinct texts, and not pairs?
     """
     costs = batches.features.texts.lengths if texts else batches.features.costs
@@ -158,10 +156,7 @@ def embed_texts(
 def infer_pairs(
     network: SiameseNetwork, rows: Batches, batch_size: int, device: torch.device, what: str, show: bool | None = None
 ) -> np.ndarray:
-    """What `infer` gives of a student's pairs, (n, fc_dims[-1]), float32; each distinct text is embedded once.
-
-    batch_size counts pairs of texts.
-    """
+    """As `infer` for a student's pairs, (n, fc_dims[-1]), float32; batch_size counts pairs; a text is embedded once."""
     embeddings = embed_texts(network, rows, 2 * batch_size, device, what, show)
     return score_stored(network, embeddings, rows.features.first, rows.features.second, device)
 
@@ -170,7 +165,7 @@ def score_stored(
     network: SiameseNetwork, embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, device: torch.device
 ) -> np.ndarray:
     """The head's outputs (n, fc_dims[-1]), float32, of rows `first` and `second` (n,) of (texts, size) embeddings."""
-    outputs = []
+    outputs = [np.empty((0, network.config.fc_dims[-1]), np.float32)]
     with _inference(network):
         for pairs in in_batches(np.arange(len(first)), _PAIRS_PER_STEP):
             u, v = (torch.from_numpy(embeddings[rows[pairs]]).to(device) for rows in (first, second))
@@ -190,10 +185,7 @@ def _inference(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _of_all(outputs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The outputs (n, width) of all processes, of each the rows (n,) that it has done, and which rows those are.
-
-    A row that none has done is NaN, so that no file has zeros for it.
-    """
+    """The rows (n, width) that the processes have done, NaN for others, never zeros; and which rows are done, (n,)."""
     if parallel.size() == 1:
         return outputs, done
     done_by = parallel.summed(done.astype(np.int64))

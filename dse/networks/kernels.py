@@ -5,7 +5,6 @@ taken too.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,17 @@ _PLAIN_LAYERS = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleLis
 _PLAIN_MODULES = ("transformers.models.bert.modeling_bert", "transformers.activations", "torch.nn.modules.activation",
                   "dse.networks.")  # fmt: skip
 
-
 # oneDNN's linear. torch's own takes MKL for float32, which is a fifth slower on the AMD processor where both were
 # measured, and 4 % faster on Intel's.
-_LINEAR: Callable[..., Tensor] | None = None
+_LINEAR: Any = None
 _CPU = Path("/proc/cpuinfo")  # where the system has one
 _INTEL = os.access(_CPU, os.R_OK) and b"GenuineIntel" in _CPU.read_bytes()
 if torch.backends.mkldnn.is_available() and not _INTEL:
     _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # The gradient of a softmax in one pass; written out, it takes three.
-_SOFTMAX_BACKWARD: Callable[..., Tensor] | None = getattr(torch.ops.aten, "_softmax_backward_data", None)
+_SOFTMAX_BACKWARD: Any = getattr(torch.ops.aten, "_softmax_backward_data", None)
 # All norms of a list of tensors in one call; 200 calls for a BERT-base otherwise.
-_NORMS: Callable[..., list[Tensor]] | None = getattr(torch, "_foreach_norm", None)
+_NORMS: Any = getattr(torch, "_foreach_norm", None)
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

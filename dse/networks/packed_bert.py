@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import BertModel
 
 from dse.networks.batches import Group, PackedBatch, by_group, padded
 from dse.networks.kernels import linear, softmax_backward
+
+_Shapes = Sequence[tuple[int, ...]]
+_Factors = Sequence[Tensor | None]  # of dropout, by group
 
 
 class _Attention(torch.autograd.Function):
@@ -49,9 +52,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, weights, keep, kept = ctx.saved_tensors
         group, heads, width = ctx.group, ctx.heads, q.shape[2]
         if group.bias is not None:
-            scattered = gradient.new_zeros(group.rows * group.length, heads * width)
-            scattered[group.back] = gradient
-            gradient = scattered
+            zeros = gradient.new_zeros(group.rows * group.length, heads * width)
+            gradient = zeros.index_copy_(0, group.back, gradient)
         gradient = gradient.view(group.rows, group.length, heads, width).transpose(1, 2)
         gradient = gradient.reshape(group.rows * heads, group.length, width)
         of_weights = torch.bmm(gradient, v.transpose(1, 2))
@@ -73,7 +75,7 @@ def _scores(q: Tensor, k: Tensor, group: Group, heads: int) -> Tensor:
     return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
 
 
-def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def keep_factors(shapes: _Shapes, rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Dropout's factors, 0 or 1 / (1 - rate), for tensors of the given shapes; from torch's random numbers.
 
     Each takes 16 random bits, which round the rate to a multiple of 1/65536; torch's own mask costs many times more.
@@ -88,9 +90,6 @@ def keep_factors(shapes: list[tuple[int, ...]], rate: float, device: torch.devic
     return [part.view(shape) for part, shape in zip(factors.split(sizes), shapes, strict=True)]
 
 
-_Factors = Sequence[Tensor | None]  # by group
-
-
 class _Keep(NamedTuple):
     """Dropout's factors for one layer; None where nothing is dropped."""
 
@@ -100,17 +99,14 @@ class _Keep(NamedTuple):
 
 
 def _draw(bert: BertModel, batch: PackedBatch, like: Tensor, last_alone: bool) -> tuple[Tensor | None, list[_Keep]]:
-    """The factors for the embeddings, which are `like`, (tokens, hidden), and for each layer.
-
-    With `last_alone` the last layer is computed for each row's first token only.
-    """
+    """Factors for the embeddings, which are `like`, (tokens, hidden), and each layer, as `layer_states` takes them."""
     config, groups, heads = bert.config, batch.groups, bert.config.num_attention_heads
     alone = [False] * (len(bert.encoder.layer) - 1) + [last_alone]  # by layer
     rows = [len(like), *(len(batch.starts) if first else len(like) for first in alone for _ in range(2))]
     hidden = [(count, like.shape[1]) for count in rows]
     weights = [(group.rows * heads, 1 if first else group.length, group.length) for first in alone for group in groups]
 
-    def factors(shapes: list[tuple[int, ...]], rate: float) -> list[Any]:
+    def factors(shapes: _Shapes, rate: float) -> list[Any]:
         return keep_factors(shapes, rate, like.device, like.dtype) if bert.training and rate else [None] * len(shapes)
 
     embeddings, *outputs = factors(hidden, config.hidden_dropout_prob)
@@ -125,12 +121,11 @@ def layer_states(bert: BertModel, batch: PackedBatch, last_alone: bool = False) 
     (rows, hidden). Where gradient checkpointing is on, a layer's own states are forgotten until the backward pass.
     """
     modules = bert.embeddings
-    states = modules.word_embeddings(batch.ids)
     types = modules.token_type_embeddings
-    states = states + (types.weight[0] if batch.types is None else types(batch.types))
+    states = modules.word_embeddings(batch.ids) + (types.weight[0] if batch.types is None else types(batch.types))
     states = modules.LayerNorm(states + modules.position_embeddings(batch.positions))
-    keep, keeps = _draw(bert, batch, states, last_alone)
-    states = states if keep is None else states * keep
+    factors, keeps = _draw(bert, batch, states, last_alone)
+    states = states if factors is None else states * factors
     attentions = [_attend] * (len(keeps) - 1) + [_attend_alone if last_alone else _attend]
     for layer, keep, attend in zip(bert.encoder.layer, keeps, attentions, strict=True):
         if layer.gradient_checkpointing and layer.training:
@@ -140,7 +135,7 @@ def layer_states(bert: BertModel, batch: PackedBatch, last_alone: bool = False) 
         yield states
 
 
-def _layer(layer: nn.Module, attend: Callable[..., Any], states: Tensor, batch: PackedBatch, keep: _Keep) -> Tensor:
+def _layer(layer: Any, attend: Callable[..., Any], states: Tensor, batch: PackedBatch, keep: _Keep) -> Tensor:
     """One BertLayer with `_attend` or `_attend_alone`: (tokens, hidden) to as many rows as that gives."""
     context, residual = attend(layer.attention.self, states, batch, keep.weights)
     states = _add_and_norm(layer.attention.output, context, residual, keep.context)
@@ -149,7 +144,7 @@ def _layer(layer: nn.Module, attend: Callable[..., Any], states: Tensor, batch: 
     return _add_and_norm(layer.output, inner, states, keep.output)
 
 
-def _attend(own: nn.Module, states: Tensor, batch: PackedBatch, keep: _Factors) -> tuple[Tensor, Tensor]:
+def _attend(own: Any, states: Tensor, batch: PackedBatch, keep: _Factors) -> tuple[Tensor, Tensor]:
     """Context and residual, each (tokens, hidden)."""
     projected = by_group(_project(states, own.query, own.key, own.value), batch)
     contexts = [
@@ -160,7 +155,7 @@ def _attend(own: nn.Module, states: Tensor, batch: PackedBatch, keep: _Factors) 
     return torch.cat([*contexts, idle]), states
 
 
-def _attend_alone(own: nn.Module, states: Tensor, batch: PackedBatch, keep: _Factors) -> tuple[Tensor, Tensor]:
+def _attend_alone(own: Any, states: Tensor, batch: PackedBatch, keep: _Factors) -> tuple[Tensor, Tensor]:
     """The same for the first token of each row alone, each (rows, hidden)."""
     first, heads = states.index_select(0, batch.starts), own.num_attention_heads
     queries = linear(first, own.query.weight, own.query.bias).split([group.rows for group in batch.groups])
@@ -176,13 +171,13 @@ def _attend_alone(own: nn.Module, states: Tensor, batch: PackedBatch, keep: _Fac
     return torch.cat(context), first
 
 
-def _project(states: Tensor, *modules: nn.Module) -> Tensor:
+def _project(states: Tensor, *modules: Any) -> Tensor:
     """Several linear layers of one input as one matrix product, their outputs side by side."""
     weight = torch.cat([module.weight for module in modules])
     return linear(states, weight, torch.cat([module.bias for module in modules]))
 
 
-def _add_and_norm(module: nn.Module, inputs: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
+def _add_and_norm(module: Any, inputs: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
     """What BertSelfOutput and BertOutput do: a projection, dropout, the residual, a layer norm."""
     projected = linear(inputs, module.dense.weight, module.dense.bias)
     total = projected + residual if keep is None else torch.addcmul(residual, projected, keep.to(projected.dtype))

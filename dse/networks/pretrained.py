@@ -47,10 +47,9 @@ class OpenedBert(NamedTuple):
 def open_bert(
     name: str, flag: str, do_lower_case: bool, max_seq_length: int, top_layers: int = 1, **where: Any
 ) -> OpenedBert:
-    """Find a BERT, and load its tokenizer, before torch is loaded.
+    """Find a BERT, as `find_bert` does, and load its tokenizer, before torch is loaded.
 
-    `where` are cache_dir and hub of `find_bert`. Raises InputError, naming the flag, where `find_bert`,
-    `check_fits_bert` or `load_tokenizer` refuse it.
+    Raises InputError, naming the flag, where `find_bert`, `check_fits_bert` or `load_tokenizer` refuse it.
     """
     folder = find_bert(name, flag, **where)
     config = bert_config(folder, flag)
@@ -59,11 +58,9 @@ def open_bert(
 
 
 def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Path:
-    """The local folder of a BERT, with its weights.
+    """The local folder of a BERT: the one named or, with `hub`, one of the hub, downloaded to cache_dir if given.
 
-    The name is that of a folder or, with `hub`, one on the hub, which is downloaded to cache_dir, or to the hub
-    library's own place. Raises InputError, naming the flag, for what is not a BERT, or lacks weights or has spoiled
-    ones.
+    Raises InputError, naming the flag, for what is not a BERT, or lacks weights or has spoiled ones.
     """
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
@@ -177,19 +174,17 @@ def bert_config(folder: Path, flag: str) -> dict[str, Any]:
         if not right:
             raise InputError(f"{flag}: {folder / 'config.json'}: {key} is {config[key]!r}; expected {expected}")
 
-    numbers = (int, float)  # and not bool, which is a kind of int
-    for key, plain in _PLAIN.items():
-        check(key, config.get(key) in (None, plain), f"{plain!r}, as in a plain BERT: nothing else is computed here")
-    for key in _SIZES:
-        value = config.get(key, 1)
-        check(key, type(value) is int and value > 0, "a whole number above 0")
-    for key in _DROPOUTS:
-        value = config.get(key, 0)
-        unset = value is None and key == "classifier_dropout"
-        check(key, unset or (type(value) in numbers and 0 <= value <= MOST_DROPOUT), "a rate from 0 to below 1")
-    for key in ("layer_norm_eps", "initializer_range"):
-        value = config.get(key, 0.02)
-        check(key, type(value) in numbers and 0 < value < math.inf, "a number above 0")
+    for key, value in config.items():
+        number = type(value) in (int, float)  # and not bool, which is a kind of int
+        if key in _PLAIN:
+            plain = f"{_PLAIN[key]!r}, as in a plain BERT: nothing else is computed here"
+            check(key, value in (None, _PLAIN[key]), plain)
+        elif key in _SIZES:
+            check(key, type(value) is int and value > 0, "a whole number above 0")
+        elif key in _DROPOUTS and (key, value) != ("classifier_dropout", None):
+            check(key, number and 0 <= value <= MOST_DROPOUT, "a rate from 0 to below 1")
+        elif key in ("layer_norm_eps", "initializer_range"):
+            check(key, number and 0 < value < math.inf, "a number above 0")
     heads = config.get("num_attention_heads", 12)
     check("hidden_size", config["hidden_size"] % heads == 0, f"a multiple of num_attention_heads, {heads}")
     labels = config.get("id2label") or {}

@@ -5,7 +5,7 @@ additional layer, `siamese_head.fc_layers.<i>.…` the head (heads.py).
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class SiameseNetwork(nn.Module):
         pooled = PooledBert(bert, config.pooler, config.pooler_num_top_hidden_layers, dropout, layer)
         if config.freeze_bert:
             bert.requires_grad_(False)
-        self.dse_model = nn.ModuleDict({"bert": pooled})  # one level more than needed, for the original's names
+        self.dse_model: Any = nn.ModuleDict({"bert": pooled})  # one level more than needed, for the original's names
         self.siamese_head = HEADS[config.siamese_head_type](config)
 
     @property
@@ -85,7 +85,7 @@ class Student:
     task: Task
     max_seq_length: int  # token ids per sentence
     threshold: float = DEFAULT_THRESHOLD  # binary: above it, strictly, a pair has the second label
-    origin: dict[str, Any] | None = None  # what is known of its training: epoch, metrics, commands (script, flags)
+    origin: dict[str, Any] = field(default_factory=dict)  # of its training: epoch, metrics, commands (script, flags)
 
 
 def empty_network(config: DSEConfig) -> SiameseNetwork:

@@ -27,16 +27,14 @@ class Teacher(PooledBert):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.classifier.weight.device
+        return self.bert.device
 
 
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
     """A cross-encoder, float32, from the folder of a BERT; the task's labels name its logits.
 
-    Args:
-        fine_tuned: True for a folder that finetune_bert.py made for this task, whose classifier is used as it
-            is; raises InputError for any other. False for training: the classifier starts from
-            N(0, initializer_range), bias 0, even where the folder has one.
+    With `fine_tuned` its classifier is used as it is; raises InputError where finetune_bert.py did not make it for this
+    task. Otherwise a new classifier, N(0, initializer_range) and bias 0, takes the place of any in the folder.
     """
     config, labels = bert_config(folder, "the teacher"), list(task.labels) or ["score"]
     if config.get("type_vocab_size", 2) < 2 and task.text_b is not None:

@@ -58,9 +58,8 @@ class Checkpoint:
     def student(self, network: SiameseNetwork | None = None, tokenizer: Any = None) -> Student:
         """The student, with what is known of its training, of which the last epoch counts.
 
-        Args:
-            network, tokenizer: those at hand, used as they are. None: made of what the checkpoint holds, in evaluation
-                mode on the CPU; no pre-trained weights are needed.
+        A network and tokenizer at hand are used as they are; else they are made of what the checkpoint holds, in
+        evaluation mode on the CPU. Raises InputError where its weights and its architecture differ.
         """
         if network is None:
             try:
@@ -70,7 +69,7 @@ class Checkpoint:
                 why = f"its weights and its architecture differ ({one_line(error)})"
                 raise InputError(f"--trainer_checkpoint: {why}") from error
         history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
-        record = history[-1] if history else {"epoch": None}
+        record: dict[str, Any] = history[-1] if history else {"epoch": None}
         metrics, flags = record.get("validation", {}), {**self.run, "random_seed": self.trainer["seed"]}
         origin = {
             "epoch": record["epoch"],

@@ -25,7 +25,7 @@ from dse.system.text_files import checked_texts, elements
 BLOCK = 4096  # rows that are scored, and checked, at once
 _INDEX, _LOCK = "index.json", ".lock"  # locked while an append writes, or another index takes the folder's place
 _FILES = VECTORS, _ENDS, _TEXTS = ("vectors.bin", "ends.bin", "texts.bin")
-_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _INT64 = np.dtype("<i8")
 _ATTEMPTS = 5  # to open one that is replaced meanwhile
 _FORMAT = FolderFormat(
@@ -44,7 +44,8 @@ class IndexFiles:
 
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
         self.folder, self.content = folder, content
-        self.arrays, self._checked = {}, set()  # files by name; the blocks that were compared, by first row and file
+        self.arrays: dict[str, np.ndarray] = {}  # by file
+        self._checked: set[tuple[int, str]] = set()  # the blocks that were compared, by first row and file
         for name, (dtype, shape) in _shapes(content).items():
             try:
                 with open(folder / name, "rb") as file:  # a map stays what it is when another file takes the name
@@ -113,7 +114,7 @@ class IndexFiles:
         """
         content = self.arrays[file][places or slice(start, start + BLOCK)]
         if (start, file) not in self._checked:
-            if zlib.crc32(content) != self.content["sums"][start // BLOCK][_FILES.index(file)]:
+            if zlib.crc32(content.data) != self.content["sums"][start // BLOCK][_FILES.index(file)]:
                 rows = f"{start} to {min(start + BLOCK, len(self)) - 1}"
                 raise InputError(f"{self.folder / file}: spoiled, in rows {rows} (CRC-32 differs); {_FORMAT.mend}")
             self._checked.add((start, file))

@@ -40,10 +40,8 @@ def position_of(name: str) -> Position | None:
 class States:
     """A run's states by position. Only its own are ever removed or replaced, after a newer one is whole.
 
-    Args:
-        stem: with which its files' names begin.
-        own: was the folder made for the run? Then it goes when it ends up empty.
-        mine: tells which of the files are the run's; None: all.
+    Their names begin with `stem`, and `mine`, if given, tells them from other runs'. A folder of the run's `own` goes
+    when it ends up empty.
     """
 
     def __init__(self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] | None = None) -> None:
@@ -66,10 +64,7 @@ class States:
     def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:
         """Write a state whole, unless the one of this position is there, then remove what is not needed any more.
 
-        Args:
-            entries: what `load_tensors` is to give.
-            name: of a checkpoint's file; a state has its own.
-            best_epoch: whose checkpoint is kept.
+        A checkpoint's file has a `name`. That of the best epoch is kept.
         """
         if not name and position in self.files:
             return self.files[position]

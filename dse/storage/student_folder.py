@@ -107,7 +107,7 @@ def read_student(
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
     threshold = config.get("threshold", DEFAULT_THRESHOLD)
-    return Student(network.eval(), tokenizer, task, config["max_seq_length"], threshold, config.get("origin"))
+    return Student(network.eval(), tokenizer, task, config["max_seq_length"], threshold, config.get("origin") or {})
 
 
 def _weights_of(network: SiameseNetwork) -> dict[str, torch.Tensor]:
@@ -124,7 +124,7 @@ def fingerprint(student: Student) -> str:
     digest = hashlib.sha256()
     for name, tensor in _weights_of(student.network).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
+        digest.update(tensor.view(torch.uint8).numpy().data)
     architecture = student.network.config.to_dict()
     bert = architecture.pop("bert")  # of which another version of transformers may know more
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
@@ -195,7 +195,7 @@ def _remove_older_best(run: Path, newest: Path, stamp: str) -> None:
 
 def model_card(student: Student) -> str:
     """README.md of a student: YAML for the hub, metrics, use, commands."""
-    origin = student.origin or {}
+    origin = student.origin
     parts = [
         "---\nlibrary_name: dse\npipeline_tag: sentence-similarity\ntags:\n- sentence-similarity\n"
         "- distilled-sentence-embedding\n- knowledge-distillation\n---",

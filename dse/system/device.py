@@ -15,10 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
-    """CUDA where there is a GPU, unless told otherwise; else the CPU, for which freed memory is kept.
-
-    Raises InputError for a GPU that is not there.
-    """
+    """CUDA where there is a GPU, unless told otherwise; else the CPU. Raises InputError for a GPU that is not there."""
     import torch
 
     if no_gpu or not torch.cuda.is_available():

@@ -1,8 +1,6 @@
 """Refusals of paths, hashes, JSON, and files that are written whole or not at all.
 
-Every file that outlives a process (caches, logits, checkpoints, results) goes through `atomic_write`: the bytes go to
-a hidden neighbour, are flushed, and only then take the name. `replace_folder` puts a folder in the place of an earlier
-one in one step; `write_folder_whole` does so file by file where the folder may hold other files too.
+What outlives a process goes to a hidden neighbour, is flushed, and only then takes its name.
 """
 
 import contextlib
@@ -41,10 +39,7 @@ def sha256_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes `path`'s place once the block ends without an error.
-
-    Raises RunError where the disk refuses (full, read-only, gone).
-    """
+    """Yield a path whose file takes the place of `path` after the block. Raises RunError where the disk refuses."""
     path = Path(path)
     with disk_errors(path), _neighbour(path) as beside:
         yield beside
@@ -109,10 +104,7 @@ def _rename_over(beside: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _neighbour(path: Path, seconds: float = _STALE_SECONDS) -> Iterator[Path]:
-    """Yield a hidden name beside `path` that nothing has; what stands there at the end of the block goes.
-
-    The folder is made if need be, and parts of `path` that killed processes left in it go first, if they are older.
-    """
+    """Yield a hidden name beside `path` that nothing has, in a folder that is made; remove what is there at the end."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_parts(path.parent, glob.escape(path.name), seconds)
@@ -213,10 +205,9 @@ def check_file(path: str | Path, flag: str, hint: str) -> None:
 
 
 def check_name(path: str | Path, flag: str) -> None:
-    """Raise InputError unless a file can have that path, and so can the hidden neighbour that is written first.
+    """Raise InputError unless a file can have that path, which is UTF-8, and so can its hidden neighbour.
 
-    The path must be UTF-8, since files that are UTF-8 name it, and not too long. The system is asked about each name
-    on its own: limits differ between the file systems on the way, and a folder that is missing hides those below it.
+    The system is asked about each name: limits differ between the file systems on the way.
     """
     path = Path(path).absolute()
     try:
@@ -229,10 +220,9 @@ def check_name(path: str | Path, flag: str) -> None:
             place.lstat()
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                raise InputError(
-                    f"{flag}: {place.name[:50]}... is too long for a file's name, or its path is: it has "
-                    f"{len(os.fsencode(place.name))} bytes with what this program adds; give shorter names"
-                ) from error
+                size = f"{len(os.fsencode(place.name))} bytes with what this program adds"
+                what = f"{place.name[:50]}... is too long for a file's name, or its path is: it has {size}"
+                raise InputError(f"{flag}: {what}; give shorter names") from error
 
 
 def _nearest(path: Path) -> Path:
@@ -241,10 +231,9 @@ def _nearest(path: Path) -> Path:
 
 
 def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
-    """Raise InputError unless files can be made in `folder` or, where it does not exist yet, in its nearest parent.
+    """Raise InputError unless files, of names up to `name`, can be made in `folder` or its nearest parent that exists.
 
-    `name` is the longest that a file there will have. A file is made to find out: permission bits say nothing about
-    read-only mounts or root.
+    A file is made to find out: permission bits say nothing about read-only mounts or root.
     """
     check_name(Path(folder) / name, flag)
     try:

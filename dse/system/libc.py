@@ -27,8 +27,7 @@ def _function(name: str) -> Callable[..., int]:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next tensor, and take no tensor's memory directly from the system.
 
-    By default each big tensor's memory is mapped anew, and the kernel clears its pages as they are touched, which takes
-    longer than most of what is computed on it. Without mallopt nothing changes but the speed.
+    By default each big tensor's is mapped anew, which takes longer than most of what is computed on it.
     """
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
         _function("mallopt")(option, value)

@@ -1,10 +1,7 @@
-"""Several processes that train one model, or infer with it, together, as torchrun starts them.
-
-    torchrun --nproc_per_node 2 dse_train_runner.py …
+"""Several processes that torchrun starts, and that train one model, or infer with it, together.
 
 Every process has all of the data and the model. It takes every N-th row of each training batch, and every N-th batch of
-an inference; DistributedDataParallel averages the gradients. Of the outputs, each has zeros where others computed. Only
-the first process writes files. In a process that runs alone, these functions change nothing.
+an inference, whose other outputs are zeros. Only the first process writes files. One process alone: nothing changes.
 """
 
 import contextlib
@@ -60,10 +57,7 @@ def join(device: "torch.device") -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Leave the other processes at the end of the block, if this one joined them within it.
-
-    Raises RunError where one of them is lost; torchrun then ends all.
-    """
+    """Leave the other processes, if this one joined them in the block. Raises RunError where one is lost."""
     global _device
     try:
         yield
@@ -146,11 +140,8 @@ def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
 
 
 def synchronized(model: "torch.nn.Module") -> Any:
-    """The model or, with several processes, its DistributedDataParallel, which averages gradients but in `no_sync`.
-
-    Raises InputError where no parameter is trained.
-    """
-    if size() == 1:
+    """The model or, of several processes, its DistributedDataParallel. Raises InputError where nothing is trained."""
+    if _device is None:
         return model
     from torch.nn.parallel import DistributedDataParallel
 

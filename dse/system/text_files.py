@@ -15,10 +15,9 @@ _TEXTS = "the texts, a UTF-8 file with one per line, or - for standard input"
 
 
 def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str = "--data_dir") -> Iterator[str]:
-    r"""The lines of a UTF-8 file, of a pipe or, for `-`, of standard input, without their ends: \n, \r\n or \r.
+    r"""The lines of a UTF-8 file, of a pipe or, for `-`, of standard input, without \n, \r\n or \r at their ends.
 
-    Raises InputError, which names the file's role, `what`, and the flag that named it or its folder, where it cannot be
-    read or is not UTF-8. A byte-order mark at the start is dropped, unless `keep_mark` is set.
+    Raises InputError, which names the file's role, `what`, and its `flag`. `keep_mark` keeps a byte-order mark.
     """
     name, number = (f"{flag}: standard input" if path == "-" else path), 0
     try:
@@ -54,11 +53,9 @@ def texts_of(path: str, flag: str) -> Iterator[str]:
 
 
 def elements(value: Any, what: str, of: str) -> Iterator[Any]:
-    """The elements of a value that is in order and whose elements are what a caller expects.
+    """The elements of a value in order. Raises TypeError, which names it (`what`) and what is expected (`of`).
 
-    Raises TypeError, which names the value (`what`) and what is expected (`of`), for what cannot be iterated, and for a
-    string, which would give its letters, bytes (numbers), a mapping (keys), a table (its columns' names) and a set (any
-    order).
+    Refused are what cannot be iterated, strings, bytes, mappings, sets and tables, which give their columns' names.
     """
     refused = isinstance(value, str | bytes | bytearray | Mapping | set | frozenset) or hasattr(value, "columns")
     with contextlib.suppress(TypeError):  # of what cannot be iterated

@@ -1,0 +1,164 @@
+"""The commands that index candidates and score them."""
+
+import io
+import json
+import os
+import sys
+import threading
+
+import pytest
+import torch
+from helpers import TEXTS, as_flags
+
+from dse import __main__ as entry
+from dse.index import CandidateIndex
+from dse.models import DSESiameseClassifier
+
+
+@pytest.fixture
+def saved(student, tmp_path):
+    """A student's folder."""
+    student().save_pretrained(tmp_path / "student")
+    return str(tmp_path / "student")
+
+
+def run_score(*flags: object) -> None:
+    entry.main(["score", *map(str, flags)])
+
+
+def test_index_and_score_commands(saved, tmp_path, capsys):
+    (tmp_path / "candidates.txt").write_text("\n".join(TEXTS[:5]))
+    (tmp_path / "more.txt").write_text("\n".join(TEXTS[5:]) + "\n")
+    (tmp_path / "queries.txt").write_text("\n".join(TEXTS[:2]) + "\n")
+    base = ("index", "--model", saved, "--output", str(tmp_path / "index"))
+    entry.main([*base, "--candidates", str(tmp_path / "candidates.txt")])
+    entry.main([*base, "--candidates", str(tmp_path / "more.txt"), "--append"])
+    (tmp_path / "all.txt").write_text("\n".join(TEXTS))
+    flags = ("--model", saved, "--queries", tmp_path / "queries.txt", "--top_k", 3)
+    run_score(*flags, "--candidates", tmp_path / "index", "--output", tmp_path / "hits.jsonl")
+    run_score(*flags, "--candidates", tmp_path / "all.txt", "--output", tmp_path / "hits.tsv")
+    capsys.readouterr()
+    run_score(*flags, "--candidates", tmp_path / "index", "--format", "jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "hits.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    model = DSESiameseClassifier.from_pretrained(saved)
+    expected = [
+        {"query_row": i, "query": query, "rank": rank, "row": row, "score": score, "candidate": TEXTS[row]}
+        for i, query in enumerate(TEXTS[:2])
+        for rank, (score, row) in enumerate(
+            sorted(((s, r) for r, s in enumerate(model.score([(query, t) for t in TEXTS]))), reverse=True)[:3], 1
+        )
+    ]
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line == {**wanted, "score": pytest.approx(wanted["score"], rel=1e-4)}
+    header, *rows = [line.split("\t") for line in (tmp_path / "hits.tsv").read_text().splitlines()]
+    assert header == list(expected[0])
+    assert [[int(row[0]), row[1], int(row[2]), int(row[3]), row[5]] for row in rows] == [
+        [line[key] for key in ("query_row", "query", "rank", "row", "candidate")] for line in lines
+    ]
+
+
+def test_strange_lines(saved, tmp_path, monkeypatch, refused, caplog):
+    """Empty lines are texts, long ones are cut, a tab becomes a space in TSV, the last line needs no end."""
+    lines = ["", TEXTS[0], "a\tb", "x" * 100_000, "word " * 20_000, "\ufeffmark", "ends\u2028here", "last"]
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\nthree")))
+    flags = ("--model", saved, "--candidates", tmp_path / "c.txt", "--top_k", 99)
+    run_score(*flags, "--queries", "-", "--output", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").split("\n")[:-1]]
+    assert len(rows) == 3 * len(lines)
+    assert {row["row"]: row["candidate"] for row in rows} == dict(enumerate(lines))
+    assert [row["query"] for row in rows[:: len(lines)]] == ["one", "", "three"]
+    assert "--candidates: 1 of the lines are empty" in caplog.text
+    (tmp_path / "q.txt").write_text("one")
+    run_score(*flags, "--queries", tmp_path / "q.txt", "--output", tmp_path / "out.tsv")
+    rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text("utf-8").split("\n")[:-1]]
+    assert {len(row) for row in rows} == {6}
+    assert "a b" in {row[5] for row in rows}
+
+    (tmp_path / "bad.txt").write_bytes(b"fine\ncaf\xe9\n")
+    for texts in ("--queries", "--candidates"):
+        other = "--candidates" if texts == "--queries" else "--queries"
+        argv = ["score", "--model", saved, texts, tmp_path / "bad.txt", other, tmp_path / "q.txt"]
+        assert "bad.txt, line 2: byte 0xe9 is not valid UTF-8" in refused(entry.main, argv)
+    index = ["index", "--model", saved, "--candidates", tmp_path / "bad.txt", "--output", tmp_path / "index"]
+    assert "line 2" in refused(entry.main, index)
+    assert not (tmp_path / "index").exists()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9")))
+    argv = ["score", "--model", saved, "--queries", "-", "--candidates", tmp_path / "q.txt"]
+    assert "--queries: standard input, line 2: byte 0xe9 is not valid UTF-8" in refused(entry.main, argv)
+
+
+def test_a_pipe_with_a_name(saved, tmp_path, refused):
+    """It can be read only once: a bad byte is refused with its line, and nothing waits for more."""
+    (tmp_path / "q.txt").write_text("one")
+    for content in (b"\xef\xbb\xbfone\rtwo\r\n\nlast", b"one\ncaf\xe9"):
+        fifo = tmp_path / f"fifo{len(content)}"
+        os.mkfifo(fifo)
+        writer = threading.Thread(target=fifo.write_bytes, args=(content,))
+        writer.start()
+        argv = ["score", "--model", saved, "--queries", tmp_path / "q.txt", "--candidates", fifo]
+        if b"\xe9" in content:
+            assert f"{fifo}, line 2: byte 0xe9 is not valid UTF-8" in refused(entry.main, argv)
+        else:
+            run_score(*argv[1:], "--output", tmp_path / "out.jsonl")
+            rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+            assert {row["row"]: row["candidate"] for row in rows} == dict(enumerate(["one", "two", "", "last"]))
+        writer.join()
+
+
+def test_standard_output_is_utf_8_and_may_be_cut_off(saved, tmp_path, monkeypatch, capsys):
+    """Through a pipe of which two lines are read, as `| head -n 2` does, in a terminal of another encoding."""
+    (tmp_path / "queries.txt").write_text("a \u2264 b\n" * 3000, encoding="utf-8")
+    (tmp_path / "candidates.txt").write_text("a \u2264 b\n" * 9, encoding="utf-8")
+    seen, (ours, theirs) = [], os.pipe()
+
+    def head():
+        with open(ours, "rb") as file:
+            seen.extend(file.readline() for _ in range(2))
+
+    reader = threading.Thread(target=head)
+    reader.start()
+    argv = ["score", "--model", saved, "--queries", tmp_path / "queries.txt", "--top_k", 5]
+    with pytest.raises(SystemExit) as stop, open(theirs, "w", encoding="latin-1") as pipe:  # whose end flushes
+        monkeypatch.setattr(sys, "stdout", pipe)
+        entry.main([str(word) for word in [*argv, "--candidates", tmp_path / "candidates.txt"]])
+    reader.join()
+    assert stop.value.code == 141
+    assert seen[1].decode("utf-8").split("\t")[1] == "a \u2264 b"
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch):
+    queries = tmp_path / "q.txt"
+    queries.write_text("one\n")
+    model = student()
+    with torch.no_grad():
+        model.network.siamese_head.fc_layers[0].bias += 1
+    CandidateIndex.build(model, TEXTS, tmp_path / "foreign")
+    score = ["score", "--model", saved, "--queries", queries, "--candidates", queries]
+
+    def line(argv: list, **changes: object) -> str:
+        return refused(entry.main, [*argv, *as_flags(changes)])  # of a flag given twice the last one counts
+
+    assert "none.txt: cannot read the texts" in line(score, queries=tmp_path / "none.txt")
+    assert "(Is a directory)" in line(score, queries=tmp_path)
+    assert "no index of candidates" in line(score, candidates=tmp_path)
+    assert "another model" in line(score, candidates=tmp_path / "foreign")
+    assert "can be read once" in line(score, queries="-", candidates="-")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", None)
+        assert "--output: standard output is closed" in line(score)
+    assert "no student" in line(score, model=tmp_path)
+    assert "is not a label of mrpc: give one of 0, 1" in line(score, rank_label="entailment")
+    assert "is a folder" in line(score, output=tmp_path)
+    assert "0 is below 1" in line(score, top_k=0)
+    index = ["index", "--model", saved, "--candidates", queries, "--output", tmp_path / "index"]
+    assert "holds other files" in line(index, output=tmp_path)
+    assert "no index of candidates" in refused(entry.main, [*index, "--append"])
+    assert "--half" in refused(entry.main, [*index, "--append", "--half"])
+    export = ["export", "--trainer_checkpoint", queries, "--output", tmp_path / "exported"]
+    assert "not a checkpoint" in line(export)
+    assert "there is no file" in line(export, trainer_checkpoint=tmp_path / "none.pt")
+    assert "is a file" in line(export, output=queries)
+    assert not (tmp_path / "exported").exists()

@@ -1,0 +1,106 @@
+"""The task table, and own tasks in JSON."""
+
+import json
+
+import pytest
+from helpers import DEEP, OWN_TASK, check_outcome, names_of, outcome, own_task
+
+from dse.data.tasks import TASKS, Task, get_task, ranked_label, task_from_dict, task_to_dict, winning_threshold
+from dse.system.errors import InputError
+
+
+def test_which_label_ranks():
+    three = Task("mine", "multiclass", ("good", "bad", "neither"))
+    with pytest.raises(InputError, match="which label of mine ranks candidates: give one of good, bad, neither"):
+        ranked_label(three)
+    assert ranked_label(three, "bad") == "bad"
+    assert ranked_label(Task("mine", "binary", ("yes", "no"))) == "no"
+    assert ranked_label(Task("mine", "binary", ("entailment", "other"))) == "entailment"
+    with pytest.raises(InputError, match="'maybe' is not a label of rte"):
+        ranked_label(get_task("rte"), "maybe")
+    with pytest.raises(InputError, match="sts-b is a regression"):
+        ranked_label(get_task("sts-b"), "1")
+
+
+def test_rank_label_in_a_tasks_json(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(OWN_TASK))
+    task = get_task(str(path))
+    assert (task.rank_label, ranked_label(task)) == ("match", "match")
+    assert task_from_dict(json.loads(json.dumps(task_to_dict(task, ranks=True)))) == task
+    assert "rank_label" not in task_to_dict(task), "a run, or a cache, would be another's when it is changed"
+    assert "rank_label" not in task_to_dict(get_task("mrpc"), ranks=True), (
+        "files from before the key would count as another task's"
+    )
+    path.write_text(json.dumps({**OWN_TASK, "labels": [0, 1], "rank_label": 0}))
+    assert ranked_label(get_task(str(path))) == "0"
+    path.write_text(json.dumps({**OWN_TASK, "rank_label": "maybe"}))
+    with pytest.raises(InputError, match="rank_label 'maybe' is not one of the labels"):
+        get_task(str(path))
+
+
+def test_of_equal_thresholds_the_one_nearest_to_a_half():
+    metrics = {f"f1_{threshold}": f1 for threshold, f1 in ((0.1, 1.0), (0.4, 1.0), (0.6, 0.5), (0.9, 1.0))}
+    assert winning_threshold(metrics) == 0.4
+    assert winning_threshold({"loss": 1.0}) is None
+
+
+def test_the_table_is_the_papers():
+    """Kind, width of logits and of the student's outputs, by hand."""
+    widths = {name: (task.kind, task.num_logits, task.num_student_outputs) for name, task in TASKS.items()}
+    binary, multiclass = ("binary", 2, 1), ("multiclass", 3, 3)
+    assert widths == {
+        **dict.fromkeys(("mrpc", "qqp", "qnli", "rte", "wnli", "cola", "sst-2"), binary),
+        **dict.fromkeys(("mnli", "mnli-mm", "snli", "allnli", "diagnostic"), multiclass),
+        "sts-b": ("regression", 1, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"kind": "ranking"}, "kind 'ranking' is not one of"),
+        ({"labels": ["yes"]}, "needs two labels"),
+        ({"kind": "regression"}, "needs no labels"),
+        ({"txt_b": 1}, "unknown key 'txt_b'"),
+        ({"text_b": 1.5}, "'text_b' must be int or str or null"),
+        ({"text_b": True}, "'text_b' must be int or str or null"),
+        ({"text_b": -2}, "column numbers start at 0"),
+        ({"text_b": "answer", "header": False}, "need a header line"),
+        ({"metrics": ["bleu"]}, "knows acc, f1, acc_and_f1, mcc"),
+        ({"metrics": [["acc"]]}, "'metrics' must be a list of strings"),
+        ({"name": "mrpc"}, "and not one of the table"),
+        ({"name": "a/b"}, "and not one of the table"),
+    ],
+)
+def test_own_task_refused(tmp_path, line, message):
+    with pytest.raises(InputError, match=message):
+        get_task(str(own_task(tmp_path, **line)))
+
+
+# (name, a task's JSON, expected: a part of the refusal, or its labels)
+JSON = [
+    ("a byte-order mark", b'\xef\xbb\xbf{"labels": ["no", "yes"]}', ["no", "yes"]),
+    ("labels that are integers", '{"labels": [0, 1]}', ["0", "1"]),
+    ("labels that are decimals", '{"labels": [0.0, 1.50]}', "strings or whole numbers, found [0.0, 1.5]"),
+    ("numbers and strings", '{"labels": ["no", 1]}', ["no", "1"]),
+    ("a number and its string", '{"labels": ["1", 1]}', "needs two labels"),
+    ("booleans", '{"labels": [false, true]}', "must be a list of strings or whole numbers, found [False, True]"),
+    ("nothing", '{"labels": [null, "yes"]}', "'labels' must be a list of strings or whole numbers"),
+    ("no number", '{"labels": [NaN, 1]}', "'labels' must be a list of strings or whole numbers"),
+    ("a decimal as a column", '{"text_b": 1.0}', "'text_b' must be int or str or null, found 1.0"),
+    ("metrics that are numbers", '{"metrics": [1]}', "'metrics' must be a list of strings, found [1]"),
+    ("deep", '{"labels": ' + DEEP, "is not valid JSON (maximum recursion depth exceeded"),
+    ("NUL in a file's name", r'{"test": "a\u0000b.tsv"}',
+     r"'test' has a character that no file can have: 'a\x00b.tsv'"),
+    ("half a character in a file's name", r'{"dev": "a\ud800b.tsv"}', "'dev' has a character that no file can have"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "line", "expected"), JSON, ids=names_of(JSON))
+def test_json(name, line, expected, tmp_path, caplog):
+    path = tmp_path / "mine.json"
+    line = line if isinstance(line, bytes) else line.encode()
+    others = b'"kind": "binary", "text_a": 0, "label": -1, "labels": ["no", "yes"], '
+    path.write_bytes(line.replace(b"{", b"{" + others, 1))
+    check_outcome(outcome(lambda: list(get_task(str(path)).labels), caplog), expected)

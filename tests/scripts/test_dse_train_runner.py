@@ -1,0 +1,118 @@
+"""dse_train_runner.py: every task of pairs, outputs, and what repeats bit for bit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PAIR_TASKS, STAMP, assert_same_run
+from safetensors.torch import load_file
+
+import dse_train_runner
+from dse.data.features import separate_features
+from dse.data.processors import read_examples
+from dse.data.tasks import get_task
+from dse.networks.batches import Batches
+from dse.networks.inference import infer
+from dse.storage.checkpoint import Checkpoint
+from dse.training.kinds import measure_student
+
+
+@pytest.mark.parametrize("name", PAIR_TASKS)
+def test_every_pair_task_trains_a_student(name, student_flags, checkpoints):
+    dse_train_runner.main(student_flags(name))
+    task = get_task(name)
+    checkpoint = vars(Checkpoint.read(checkpoints()[-1]))
+    validation = checkpoint["trainer"]["history"][-1]["validation"]
+    own = {
+        "binary": {"loss", "accuracy_0.5", "precision_0.5", "recall_0.5", "f1_0.5"},
+        "multiclass": {"loss", "accuracy"},
+        "regression": {"loss", "pearson", "spearman"},
+    }[task.kind]
+    prefixes = {"mnli": ["mm_"], "snli": ["test_"]}.get(name, [])
+    assert set(validation) == own | {prefix + metric for prefix in prefixes for metric in own}
+    score = {"binary": "f1", "multiclass": "accuracy", "regression": "pearson"}[task.kind]
+    assert re.fullmatch(rf"bert_distillation_{STAMP}_{score}_-?\d\.\d{{3}}_epoch_1\.pt", checkpoints()[-1].name)
+    assert re.fullmatch(rf"bert_distillation_{STAMP}", checkpoints()[-1].parent.name)
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return Checkpoint.read(path).model
+
+
+def test_two_runs_with_one_seed_are_the_same_and_two_seeds_are_not(student_flags, checkpoints, tmp_path):
+    for folder, seed in (("one", 3), ("two", 3), ("other", 4)):
+        dse_train_runner.main(student_flags(random_seed=seed, checkpoint_dir=tmp_path / folder))
+    one, two, other = (checkpoints(folder)[-1] for folder in ("one", "two", "other"))
+    assert_same_run(one, two)
+    assert not torch.equal(*(weights_of(path)["siamese_head.fc_layers.0.weight"] for path in (one, other)))
+
+
+def test_a_frozen_encoder_stays_as_it_was(student_flags, checkpoints, bert):
+    dse_train_runner.main(student_flags(freeze_bert=True, pooler_type="cls", additional_embedding_layer_size=6))
+    trained, start = weights_of(checkpoints()[-1]), load_file(bert / "model.safetensors")
+    frozen = {name: tensor for name, tensor in trained.items() if name.startswith("dse_model.bert.bert.")}
+    assert len(frozen) == len(start)
+    assert all(torch.equal(tensor, start[name.removeprefix("dse_model.bert.bert.")]) for name, tensor in frozen.items())
+    moments = Checkpoint.read(checkpoints()[-1]).trainer["optimizer"]["state"]
+    assert len(moments) == len(trained) - len(frozen)
+    dse_train_runner.main(
+        student_flags(freeze_bert=True, pooler_type="cls", additional_embedding_layer_size=6, epochs=3,
+                      trainer_checkpoint=checkpoints()[-1])
+    )  # fmt: skip
+    again = weights_of(checkpoints()[-1])
+    assert all(torch.equal(again[name], frozen[name]) for name in frozen)
+    assert not torch.equal(again["siamese_head.fc_layers.0.weight"], trained["siamese_head.fc_layers.0.weight"])
+
+
+def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
+    scores = iter([0.5, 0.9, 0.8, 0.7, 0.99])
+    monkeypatch.setattr("dse.training.kinds.Binary.score", lambda self, metrics: ("f1", metrics["given"]))
+    monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"given": next(scores)})
+    dse_train_runner.main(student_flags(epochs=9, patience=2))
+    assert len(Checkpoint.read(checkpoints()[-1]).trainer["history"]) == 4
+    dse_train_runner.main(student_flags(epochs=9, patience=2, trainer_checkpoint=checkpoints()[-1]))
+    assert next(scores) == 0.99, "a run that had stopped early was trained on"
+
+
+def test_the_checkpoint_alone_gives_the_validation_metrics_again(student_flags, checkpoints, data):
+    dse_train_runner.main(student_flags(additional_embedding_layer_size=6, tune_positive_thresholds=[0.4, 0.5]))
+    whole = Checkpoint.read(checkpoints()[-1])
+    student, checkpoint = whole.student(), vars(whole)
+    task = get_task("mrpc")
+    features = separate_features(task, read_examples(task, data("mrpc"), "dev"), student.tokenizer, 32)
+    batches = Batches(features, "max", 32)  # the run's own were packed
+    outputs = infer(student.network, batches, 7, torch.device("cpu"), "again")
+    again = measure_student(task, (0.4, 0.5), outputs, features.labels)
+    assert again == pytest.approx(checkpoint["trainer"]["history"][-1]["validation"], abs=1e-5)
+
+
+def test_schedule_in_updates(student_flags, checkpoints, tmp_path):
+    """24 pairs, batches of 8 by 2: 2 updates an epoch, 4 in all; the original's schedule counts 3 * 2 batches."""
+    flags = {"lr": 1.0e-4, "warmup_proportion": 0.0}
+    dse_train_runner.main(student_flags(**flags))
+    rates = [record["rate"] for record in Checkpoint.read(checkpoints()[-1]).trainer["history"]]
+    assert rates == pytest.approx([1e-4 * (1 - 2 / 6), 1e-4 * (1 - 4 / 6)])
+    dse_train_runner.main(student_flags(**flags, schedule_in_updates=True, checkpoint_dir=tmp_path / "updates"))
+    rates = [record["rate"] for record in Checkpoint.read(checkpoints("updates")[-1]).trainer["history"]]
+    assert rates == pytest.approx([1e-4 * (1 - 2 / 4), 0.0])
+
+
+def test_logs_plots_and_evaluation_before_training(student_flags, tmp_path, caplog):
+    flags = {"file_log": True, "plot_metrics": True, "plots_dir": tmp_path / "plots", "experiment_name": "mine"}
+    dse_train_runner.main(student_flags(**flags, run_evaluation_before_fine_tune=True))
+    (log,) = (tmp_path / "logs").glob("*.log")
+    assert re.fullmatch(rf"mine_{STAMP}\.log", log.name)
+    assert "before training: loss" in log.read_text()
+    records = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    plots = {path.name for path in (tmp_path / "plots" / log.stem).iterdir()}
+    assert plots == {f"mine_{name}.png" for name in records[0]["train"]}
+
+
+def test_a_bare_tensor_of_logits_is_taken_with_a_warning(student_flags, copied, logits, caplog):
+    folder = copied(logits("mrpc").parent)
+    (folder / "mrpc_logits.json").unlink()
+    dse_train_runner.main(student_flags(distillation_logits_path=folder / "mrpc_logits.pt", epochs=1))
+    assert "no mrpc_logits.json beside it" in caplog.text

@@ -1,0 +1,200 @@
+"""run_distillation_logits_creator.py: logits in file order that go on where they stopped."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import STAMP, as_flags, flip, results_of, stopped
+from safetensors.torch import load_file, save_file
+
+import finetune_bert
+import run_distillation_logits_creator
+from dse.data.features import joint_features
+from dse.data.processors import read_examples
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.networks.batches import Batches
+from dse.networks.teacher import Teacher, load_teacher
+
+
+def test_a_foreign_training_json_beside_a_teacher_is_nothing_to_the_logits(creator, tmp_path):
+    (tmp_path / "teacher" / "training.json").write_text('{"sha256": ["mine"]}')
+    run_distillation_logits_creator.main(creator)
+    commands = json.loads((tmp_path / "teacher_logits.json").read_text())["commands"]
+    assert [script for script, _ in commands] == ["run_distillation_logits_creator.py"]
+
+
+@pytest.fixture
+def creator(data, teacher_flags, tmp_path):
+    """Flags of run_distillation_logits_creator.py over a teacher made for the test; several steps for 24 pairs."""
+    finetune_bert.main(teacher_flags(do_eval=False))
+    values = {"task_name": "mrpc", "data_dir": data("mrpc"), "do_lower_case": True, "max_seq_length": 48}
+    values |= {"train_features_path": tmp_path / "features", "bert_checkpoint_dir": tmp_path / "teacher"}
+    return as_flags({**values, "output_dir": tmp_path, "batch_size": 1, "save_every": 3})
+
+
+def stop_forward(monkeypatch, number: int) -> list[int]:
+    """Send SIGTERM within the teacher's n-th step; the list grows with each step."""
+    original, calls = Teacher.forward, []
+
+    def counted(*args, **inputs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **inputs)
+
+    monkeypatch.setattr(Teacher, "forward", counted)
+    return calls
+
+
+def test_logits_go_on_where_they_stopped(creator, tmp_path, monkeypatch, capsys):
+    run_distillation_logits_creator.main(creator)
+    unbroken = (tmp_path / "teacher_logits.pt").read_bytes()
+    (tmp_path / "teacher_logits.pt").unlink()
+    with monkeypatch.context() as patched:
+        before = stop_forward(patched, 5)
+        code, line = stopped(run_distillation_logits_creator.main, creator, capsys)
+    assert (code, len(before)) == (143, 5)
+    assert "outputs so far in" in line
+    assert not (tmp_path / "teacher_logits.pt").exists()
+    with monkeypatch.context() as patched:
+        after = stop_forward(patched, 0)
+        run_distillation_logits_creator.main(creator)
+    in_all = stop_forward(monkeypatch, 0)
+    assert (tmp_path / "teacher_logits.pt").read_bytes() == unbroken
+    assert not (tmp_path / "teacher_logits.partial").exists()
+    run_distillation_logits_creator.main(creator)
+    assert len(after) == len(in_all) - 5 > 0
+
+
+def test_logits_that_go_on_with_another_length(creator, tmp_path, monkeypatch, capsys):
+    """The ids are the same at both lengths, and the steps are not: no row may be left out between them."""
+    path = tmp_path / "teacher_logits.pt"
+    run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
+    unbroken = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patched:
+        stop_forward(patched, 5)
+        stopped(run_distillation_logits_creator.main, creator, capsys)
+    partial = torch.load(tmp_path / "teacher_logits.partial", weights_only=True)
+    assert 0 < partial["done"].sum() < len(partial["done"])
+    assert partial["outputs"][~partial["done"]].isnan().all()
+    assert partial["outputs"][partial["done"]].isfinite().all()
+    run_distillation_logits_creator.main([*creator, "--max_seq_length", "64"])
+    assert torch.load(path, weights_only=True).abs().sum(dim=1).min() > 0
+    assert path.read_bytes() == unbroken
+
+
+def test_logits_of_other_work_or_spoiled_ones_are_begun_anew(creator, tmp_path, monkeypatch, capsys, caplog):
+    with monkeypatch.context() as patched:
+        stop_forward(patched, 4)
+        stopped(run_distillation_logits_creator.main, creator, capsys)
+    partial = (tmp_path / "teacher_logits.partial").read_bytes()
+    run_distillation_logits_creator.main([*creator, "--batch_size", "2"])
+    assert "is of other work: begun anew" in caplog.text
+    (tmp_path / "teacher_logits.partial").write_bytes(partial)
+    flip(tmp_path / "teacher_logits.partial")
+    run_distillation_logits_creator.main(creator)
+    assert "teacher_logits.partial is spoiled: begun anew" in caplog.text
+
+
+def test_a_spoiled_teacher_is_refused(creator, tmp_path, refused):
+    flip(tmp_path / "teacher" / "model.safetensors", 0.9)
+    line = refused(run_distillation_logits_creator.main, creator)
+    assert "model.safetensors is spoiled: its SHA-256 in training.json is" in line
+
+
+def test_the_teachers_folder_logits_and_their_identity(teacher_flags, data, tmp_path):
+    # 24 pairs, 8 per update by 2 batches of 4: 3 updates an epoch.
+    finetune_bert.main(teacher_flags(gradient_accumulation_steps=2, num_train_epochs=2, file_log=True, seed=7))
+    results = results_of(tmp_path / "teacher")
+    assert results["global_step"] == "6"
+    (log,) = (tmp_path / "logs").glob("*.log")
+    assert re.fullmatch(rf"run_classifier_mrpc_{STAMP}\.log", log.name)
+    records = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert float(results["loss"]) == records[-1]["train"]["loss"]
+    assert float(results["acc"]) == records[-1]["validation"]["acc"]
+
+    argv = ["--task_name", "mrpc", "--data_dir", data("mrpc"), "--do_lower_case", "--max_seq_length", 48]
+    argv += ["--train_features_path", data("mrpc") / "train_tiny_bert_48_mrpc", "--batch_size", 5]
+    argv += ["--bert_checkpoint_dir", tmp_path / "teacher", "--output_dir", tmp_path / "logits"]
+    run_distillation_logits_creator.main([str(flag) for flag in argv])
+    logits = torch.load(tmp_path / "logits" / "teacher_logits.pt", weights_only=True)
+    assert (logits.dtype, logits.shape) == (torch.float32, (24, 2))
+    about = json.loads((tmp_path / "logits" / "teacher_logits.json").read_text())
+    assert (about["task"], about["rows"], about["labels"], about["max_seq_length"]) == ("mrpc", 24, ["0", "1"], 48)
+
+    # The second way: one pair at a time, in file order.
+    task = get_task("mrpc")
+    teacher = load_teacher(tmp_path / "teacher", task, fine_tuned=True).eval()
+    tokenizer = load_tokenizer(tmp_path / "teacher", True, "--bert_model")
+    features = joint_features(task, read_examples(task, data("mrpc"), "train"), tokenizer, 48)
+    batches = Batches(features)
+    with torch.inference_mode():
+        singly = torch.cat([teacher(**batches.of_pairs(np.array([i]))) for i in range(24)])
+    torch.testing.assert_close(logits, singly, atol=1e-5, rtol=0)
+
+
+def test_the_finetune_cache_serves_the_logits_stage(teacher_flags, data, tmp_path, caplog):
+    finetune_bert.main(teacher_flags())
+    argv = ["--task_name", "mrpc", "--data_dir", data("mrpc"), "--do_lower_case", "--max_seq_length", 48]
+    argv += ["--train_features_path", data("mrpc") / "train_tiny_bert_48_mrpc", "--output_dir", tmp_path / "logits"]
+    caplog.clear()
+    run_distillation_logits_creator.main([str(f) for f in [*argv, "--bert_checkpoint_dir", tmp_path / "teacher"]])
+    assert "joint features of 24 rows from the cache" in caplog.text
+
+
+def with_labels(folder: Path, edit_json, labels: list[str]) -> Path:
+    """A teacher's folder whose config names its labels so, in that order."""
+    edit_json(folder / "config.json", id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)})
+    training = json.loads((folder / "training.json").read_text())
+    del training["sha256"]["config.json"]
+    (folder / "training.json").write_text(json.dumps(training))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["rte", "sts-b"])
+def test_a_teacher_that_contradicts_the_labels_is_told_of(kind, teacher_flags, data, tmp_path, caplog, edit_json):
+    """The classifier's rows change places (a regression's sign changes): LABEL_0 is now the task's second label."""
+    finetune_bert.main(teacher_flags(kind, num_train_epochs=12, learning_rate=3e-3, train_batch_size=4, do_eval=None))
+    folder = tmp_path / "teacher"
+    flags = as_flags({"task_name": kind, "data_dir": data(kind), "bert_checkpoint_dir": folder, "do_lower_case": True,
+                      "train_features_path": tmp_path / "features", "output_dir": tmp_path, "max_seq_length": 48,
+                      })  # fmt: skip
+    caplog.clear()
+    run_distillation_logits_creator.main(flags)
+    told = (
+        "the teacher agrees with the training labels in" if kind == "rte" else "Pearson correlation with the training"
+    )
+    assert told in caplog.text
+    assert "less than" not in caplog.text
+
+    weights = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name].flip(0) if kind == "rte" else -weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if kind == "rte":
+        with_labels(folder, edit_json, ["LABEL_0", "LABEL_1"])
+    (folder / "training.json").unlink()
+    caplog.clear()
+    run_distillation_logits_creator.main(flags)
+    how = (
+        "agrees with the training labels less than"
+        if kind == "rte"
+        else "correlates negatively with the training labels"
+    )
+    assert f"the teacher {how}" in caplog.text
+    if kind == "rte":
+        assert "does not name its labels: whether they are in the order ['entailment', 'not_entailment']" in caplog.text
+    logits = torch.load(tmp_path / "teacher_logits.pt", weights_only=True)
+    labels = np.array(read_examples(get_task(kind), data(kind), "train").labels)
+    if kind == "rte":
+        assert (logits.argmax(dim=1).numpy() == labels).mean() < 0.5
+    else:
+        assert np.corrcoef(logits[:, 0].numpy(), labels)[0, 1] < 0

@@ -1,0 +1,93 @@
+"""What every program does: the log, the terminal, lack of memory."""
+
+import errno
+import importlib
+import logging
+import os
+import sys
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import dse_train_runner
+import finetune_bert
+from dse import cli
+
+
+@pytest.mark.parametrize("how", ["full", "gone", "closed"])
+def test_a_console_that_cannot_be_written_ends_nothing(how, teacher_flags, tmp_path, monkeypatch):
+    """The log's lines and the progress bar, of a stage that ends as if nothing had been."""
+    if how == "full":
+        console = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        console = os.fdopen(writer, "w", buffering=1)
+        if how == "closed":
+            console.close()
+    bars, original = [], tqdm.__init__
+
+    def shown(self, *args, **options):
+        bars.append(self)
+        original(self, *args, **{**options, "disable": False, "mininterval": 0, "miniters": 1})
+
+    monkeypatch.setattr(tqdm, "__init__", shown)
+    monkeypatch.setattr(sys, "stderr", console)
+    finetune_bert.main(teacher_flags())
+    assert (tmp_path / "teacher" / "eval_results.txt").exists()
+    assert any(bar.n == 3 for bar in bars), "no bar of a training was shown"
+    with pytest.raises(SystemExit) as stop:
+        finetune_bert.main(teacher_flags())  # whose one line is lost, its exit code is not
+    assert stop.value.code == 2
+
+
+def no_memory(error: Exception):
+    def raised(*_, **__):
+        raise error
+
+    return raised
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flags, student_flags, monkeypatch, capsys):
+    for script, argv in (("finetune_bert", teacher_flags()), ("dse_train_runner", student_flags())):
+        module = importlib.import_module(script)
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+            patched.setattr(module, "get_task", no_memory(error))
+            module.main(argv)
+        assert stop.value.code == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        ways = ("the batch size", "--gradient_accumulation_steps", "--bf16", "--gradient_checkpointing")
+        assert all(text in told for text in [f"{script}.py: error: out of memory (", *ways])
+
+
+def test_a_head_beyond_memory(student_flags, refused, capsys):
+    for changes in ({"fc_dims": [2**63, 1]}, {"additional_embedding_layer_size": 2**63}):
+        assert "is above 9223372036854775807" in refused(dse_train_runner.main, student_flags(**changes))
+    for sizes in ([2**40, 1], [2**62, 1]):
+        with pytest.raises(SystemExit) as stop:
+            dse_train_runner.main(student_flags(fc_dims=sizes))
+        assert stop.value.code == 1
+        assert "take smaller layers" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_errors_are_not_hidden(monkeypatch, teacher_flags):
+    monkeypatch.setattr(finetune_bert, "get_task", no_memory(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        finetune_bert.main(teacher_flags())
+
+
+def test_the_log_on_the_terminal(capsys):
+    cli.set_up_logging()
+    logging.getLogger("dse.test").warning("caf\u00e9 %s", "\x1b[2J\r\nforged")
+    assert capsys.readouterr().err.endswith(" WARNING caf\u00e9 \\x1b[2J\\r\\nforged\n")
