@@ -181,9 +181,9 @@ class StudentRun(Run):
             best = {"epoch": epoch, "file": newest or self.states.files[epoch + 1, 0].name,
                     "threshold": winning_threshold(trainer.history[epoch]["validation"])}  # fmt: skip
         return vars(Checkpoint(
-            model=trainer.model.state_dict(), architecture=self.config.to_dict(), tokenizer=self.tokenizer_files,
-            task=task_to_dict(self.task, ranks=True), data=self.data, run=self.flags, trainer=trainer.state_dict(),
-            stamp=self.stamp, best=best,
+            model=trainer.model.state_dict(), architecture=trainer.model.config.to_dict(), data=self.data,
+            tokenizer=self.tokenizer_files, task=task_to_dict(self.task, ranks=True), run=self.flags,
+            trainer=trainer.state_dict(), stamp=self.stamp, best=best,
         ))  # fmt: skip
 
     def after_epoch(self, record: Record) -> bool:
