@@ -59,9 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_resume_flags(parser)
     add("--random_seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
     add("--epochs", type=count, default=5, help="epochs in all")
-    add(
-        "--validate_every", type=count, default=1, help="epochs between validations (and checkpoints); the last has one"
-    )
+    add("--validate_every", type=count, default=1, help="epochs between validations and checkpoints; the last has one")
     add("--patience", type=count, help="stop after so many validations without a better score")
     add("--batch_size", type=count, default=16, help="pairs per step (not per update)")
     add("--val_batch_size", type=count, default=128, help="pairs of full length per step of validation")
@@ -168,20 +166,17 @@ def make_trainer(
     from dse.training.optimization import make_optimizer
     from dse.training.trainer import Trainer
 
-    coefficient, device, kind = args.distillation_coeff, network.device, kind_of(task)
+    alpha, kind = args.distillation_coeff, kind_of(task)
     # The original's schedule counts batches, though updates are fewer; the paper's numbers rest on it.
     per_update = args.gradient_accumulation_steps if args.schedule_in_updates else 1
     t_total = count_updates(len(batches), args.batch_size, per_update) * args.epochs
-    targets = kind.targets(logits).to(device)
+    targets = kind.targets(logits).to(network.device)
     return Trainer(
         network,
         EpochPlan(batches, args.batch_size, args.gradient_accumulation_steps, seed),
-        loss=lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], coefficient),
-        measure=partial(
-            measure_student, task, args.tune_positive_thresholds, targets=targets.cpu(), coefficient=coefficient
-        ),
+        loss=lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], alpha),
+        measure=partial(measure_student, task, args.tune_positive_thresholds, targets=targets.cpu(), coefficient=alpha),
         optimizer=make_optimizer(network, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
-        device=device,
         precision=cli.precision_of(args),
     )
 
@@ -193,7 +188,7 @@ def validate(
     from dse.networks.inference import infer_pairs
     from dse.training.kinds import measure_student
 
-    metrics = {}
+    metrics: dict[str, float] = {}
     for split, rows in batches.items():
         if split != "train":
             outputs = infer_pairs(network, rows, args.val_batch_size, network.device, f"validate {split}")

@@ -156,7 +156,6 @@ def golden_trainer(case: dict, batches: Batches, model: SiameseNetwork, losses: 
         loss=loss,
         measure=lambda outputs, labels: {},
         optimizer=make_optimizer(model, case["lr"], case["t_total"], case["warmup_proportion"]),
-        device=torch.device("cpu"),
     )
 
 

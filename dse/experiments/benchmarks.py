@@ -134,7 +134,7 @@ def train_role(
     batches = Batches(features, "packed", args.max_seq_length)
     plan = EpochPlan(batches, args.batch_size, args.gradient_accumulation_steps, args.random_seed)
     optimizer = make_optimizer(model, 1e-9, 10**6, 0.1)
-    trainer = Trainer(model, plan, loss, lambda outputs, labels: {}, optimizer, torch.device("cpu"))
+    trainer = Trainer(model, plan, loss, lambda outputs, labels: {}, optimizer)
     first = [rows for group in plan.groups(0) for rows in group][: args.steps]
     groups = in_batches(first, args.gradient_accumulation_steps)
 

@@ -50,8 +50,8 @@ class States:
         self.files = {position: path for path in paths if (position := position_of(path.name)) is not None}
         self._spoiled: list[Path] = []
 
-    def newest(self, load: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest state that `load` can read; None where there is none. Raises InputError when all are spoiled."""
+    def newest(self, load: Callable[[Path], Any]) -> tuple[Path, Any]:
+        """The newest state that `load` can read, and what it gives. Raises InputError where it can read none."""
         for position in sorted(self.files, reverse=True):
             path = self.files[position]
             try:
@@ -59,9 +59,7 @@ class States:
             except InputError as error:
                 logger.warning("%s; looking for the state before it", error)
                 self._spoiled.append(self.files.pop(position))
-        if self._spoiled:
-            raise InputError(f"--resume: none of the states in {self.folder} can be read; leave it out to start anew")
-        return None
+        raise InputError(f"--resume: none of the states in {self.folder} can be read; leave it out to start anew")
 
     def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:
         """Write a state whole, unless the one of this position is there, then remove what is not needed any more.

@@ -5,9 +5,9 @@ batch's loss divided by the batches of its group; the last group of an epoch may
 
     5 batches by 2 -> (1/2, 1/2), (1/2, 1/2), (1)
 
-Packed batches of a group share a pass where that needs no more room than one padded batch: the sum is the same, and
-bigger matrix products are faster. Several processes (system/parallel.py) take their parts of each batch; the mean over
-the batch's n rows stays what it is, since a part of k rows weighs k / n.
+Packed batches of a group share a pass where they need no more room than one batch padded to max_seq_length: the sum
+stays the same, and bigger matrix products are faster. Others have a pass each. Several processes (system/parallel.py)
+take their parts of each batch; the mean over its n rows stays what it is, since a part of k rows weighs k / n.
 """
 
 import argparse
@@ -68,11 +68,7 @@ class EpochPlan:
         return np.concatenate([rows for group in self.groups(epoch)[:updates] for rows in group])
 
     def passes(self, group: list[np.ndarray], update: int = 0) -> list[list[BatchPart]]:
-        """This process's parts of the batches of an update (counted from 0), by pass through the model.
-
-        Packed ones share a pass while they fit in the places that one batch padded to max_seq_length has; others have
-        one each.
-        """
+        """This process's parts of the batches of an update (counted from 0), by pass through the model."""
         first = update * self.accumulation_steps + 1
         parts = [
             BatchPart(rows, parallel.size() * len(rows) / len(whole), first + i)
@@ -83,7 +79,8 @@ class EpochPlan:
         parts = parts or [BatchPart(group[0][:1], 0.0, first)]
         if self.batches.padding != "packed":
             return [[part] for part in parts]
-        costs, passes, room = self.batches.features.costs, [], -1
+        costs, room = self.batches.features.costs, -1
+        passes: list[list[BatchPart]] = []
         for part in parts:
             needed = int(costs[part.rows].sum())
             if needed > room:

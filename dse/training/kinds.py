@@ -107,11 +107,9 @@ class Binary(Kind):
         for threshold in thresholds:
             predicted = self.decisions(outputs, threshold)
             found = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0.0)
-            values = {
-                "accuracy": (predicted == labels).mean(),
-                **dict(zip(("precision", "recall", "f1"), found[:3], strict=True)),
-            }
-            metrics |= {f"{name}_{threshold}": float(value) for name, value in values.items()}
+            values = ((predicted == labels).mean(), *found[:3])
+            names = (f"{name}_{threshold}" for name in ("accuracy", "precision", "recall", "f1"))
+            metrics |= zip(names, map(float, values), strict=True)
         return metrics
 
     def score(self, metrics: Metrics) -> tuple[str, float]:

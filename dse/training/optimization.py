@@ -57,16 +57,13 @@ class BertAdam(torch.optim.Optimizer):
     @property
     def next_rate(self) -> float:
         """The rate that the next update will use, of the first group."""
-        return self._rate_of(self.param_groups[0])
-
-    def _rate_of(self, group: dict[str, Any]) -> float:
-        return scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
+        return scheduled_rate(self.param_groups[0]["lr"], self.updates, self.t_total, self.warmup)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's takes a closure
         """Make one update from the gradients; a parameter without gradient is left alone, decay included."""
         for group in self.param_groups:
-            rate = self._rate_of(group)
+            rate = scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
             group["updates"] += 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -99,7 +96,7 @@ def make_optimizer(
         head_lr: another peak rate for the parameters whose names begin with `head`; None: the same.
     """
     rates = [lr] if head_lr is None else [lr, head_lr]
-    groups = [{"params": [], "weight_decay": decay, "lr": rate} for rate in rates for decay in (0.01, 0.0)]
+    groups: list[Any] = [{"params": [], "weight_decay": decay, "lr": rate} for rate in rates for decay in (0.01, 0.0)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             of_head = head_lr is not None and name.startswith(head)

@@ -17,7 +17,7 @@ RESULTS = "eval_results.txt"  # of a teacher
 Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics if any, updates, rate, seconds
 
 
-def format_metrics(metrics: dict[str, float | None], threshold: float | None = None) -> str:
+def format_metrics(metrics: dict[str, Any], threshold: float | None = None) -> str:
     """Metrics on one line, four decimals; of several thresholds those of one (`at_threshold`)."""
     return ", ".join(f"{name} {show_number(value)}" for name, value in at_threshold(metrics, threshold).items())
 
@@ -46,7 +46,7 @@ def append_json_line(path: Path, record: Record) -> None:
 
 def results_dirs(folder: Path, also_validate: Sequence[Sequence[str]]) -> dict[str, Path]:
     """Where the results on each set that is evaluated go: dev and, of MNLI, mm, its mismatched dev set."""
-    if "mm" not in dict(also_validate):
+    if "mm" not in [split for split, _ in also_validate]:
         return {"dev": folder}
     named = folder.resolve() if folder.name in ("", "..") else folder
     return {"dev": folder, "mm": named.parent / f"{named.name}-MM"}
@@ -83,7 +83,7 @@ def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
                 points = [(record["epoch"], record[part][name]) for record in history if name in record.get(part, {})]
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="o", label=part)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # the default locator's
             axes.legend()
             figure.savefig(folder / f"{experiment}_{name}.png", dpi=100)
     except OSError as error:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +50,17 @@ class Identity:
         for split, files in then.files.items():
             _compare("data_dir", self.files.get(split), files, f"the {split} data")
         _compare("distillation_logits_path", self.logits, then.logits, "SHA-256")
-        now, before = self.flags["bert_model"], then.flags["bert_model"]
-        same = same_value(now, before) if then.bert is None else self._encoder(then) == then.bert
+        now, before, how = self.flags["bert_model"], then.flags["bert_model"], ""
+        same = same_value(now, before)
+        if then.bert is not None:
+            how = ", which differ in the SHA-256 of their files"
+            # A hub's, or one that is gone, is taken for the run's where the name is the same.
+            with contextlib.suppress(InputError) if same else contextlib.nullcontext():
+                same = then.bert == (self.bert or bert_hashes(find_bert(now, "--bert_model", hub=not same)))
         if not same:
-            how = "" if then.bert is None else ", which differ in the SHA-256 of their files"
             raise InputError(f"--bert_model: {now} now, {before} in the run{how}: going on needs the same encoder")
         if self.tokenizer != then.tokenizer:
             raise InputError("--bert_model: its tokenizer is not the one that the run began with")
-
-    def _encoder(self, then: "Identity") -> dict[str, str] | None:
-        """Hashes of --bert_model. A hub's, or one that is gone, is taken for the run's where the name is the same."""
-        if self.bert is not None:
-            return self.bert
-        name = self.flags["bert_model"]
-        same = same_value(name, then.flags["bert_model"])
-        try:
-            return bert_hashes(find_bert(name, "--bert_model", hub=not same))
-        except InputError:
-            if not same:
-                raise
-            return then.bert
 
 
 def _compare(flag: str, now: Any, then: Any, what: str = "", ending: str = "") -> None:
@@ -82,7 +73,7 @@ def _compare(flag: str, now: Any, then: Any, what: str = "", ending: str = "") -
 class Run:
     """A training's epochs and its states in a folder. Subclasses say what is stored."""
 
-    states: States | None = None  # of the folder; None: there is none yet
+    states: States = field(init=False)  # of the folder; a new student's is made when it begins to train
     path: Path | None = None  # of the state to go on from; None: a new run
     found: dict[str, Any] | None = None  # that state's entries, of which `model` and `trainer` are used
     log_file: Path | None = None  # beside which a JSON line per epoch goes

@@ -25,8 +25,6 @@ from dse.training.reporting import Record, format_metrics, plot_metrics
 from dse.training.run import Identity, Run, Validate
 
 logger = logging.getLogger(__name__)
-
-
 Found = tuple[Path, Checkpoint, States]  # a state to go on from, and the states of its run
 
 
@@ -121,20 +119,22 @@ class StudentRun(Run):
         if best and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
             logger.warning("the best checkpoint so far, %s, is not beside %s", best["file"], path)
         tokenizer, config = tokenizer_from_files(checkpoint.tokenizer), DSEConfig.from_dict(checkpoint.architecture)
-        return cls(
+        run = cls(
             task, flags, checkpoint.data, tokenizer, config, checkpoint.stamp, None, checkpoint.run["epochs"],
-            states=states, path=path, found=vars(checkpoint), log_file=log_file,
+            path=path, found=vars(checkpoint), log_file=log_file,
         )  # fmt: skip
+        run.states = states
+        return run
 
     def train(self, validate: Validate, save_every: int | None) -> None:
         """Train to the end of --epochs, or of --patience, keeping states."""
         flags = self.flags
-        if self.states is None:
+        if self.path is None:
             folder, name = Path(flags["checkpoint_dir"]), flags["experiment_name"]
             if parallel.is_first():  # which alone writes
                 folder, self.stamp = new_run_folder(folder, name, self.stamp)
             self.states = States(folder, name, own=True)
-        self.files = {"tokenizer": tokenizer_to_files(self.tokenizer), "task": task_to_dict(self.task, ranks=True)}
+        self.tokenizer_files = tokenizer_to_files(self.tokenizer)
         count, ended, wanted = len(self.trainer.history), self.out_of_patience(), flags["epochs"]
         if ended:
             logger.warning("nothing to train: the run had stopped early, out of --patience %d", flags["patience"])
@@ -156,7 +156,7 @@ class StudentRun(Run):
         """
 
         def rank(record: Record) -> tuple[bool, float]:
-            name, value = score(self.task, record)
+            name, value = kind_of(self.task).score(record["validation"])
             return name != "loss", -value if name == "loss" else value
 
         return max((record for record in self.trainer.history if "validation" in record), key=rank, default=None)
@@ -164,7 +164,7 @@ class StudentRun(Run):
     def best_epoch(self) -> int | None:
         """The best epoch so far, where checkpoints are kept."""
         best = self.best() if self.flags["store_checkpoints"] else None
-        return best and best["epoch"]
+        return best["epoch"] if best else None
 
     def out_of_patience(self) -> bool:
         """Did --patience validations since the best epoch bring nothing better?"""
@@ -182,18 +182,19 @@ class StudentRun(Run):
                     "threshold": winning_threshold(trainer.history[epoch]["validation"])}  # fmt: skip
         return vars(Checkpoint(
             model=trainer.model.state_dict(), architecture=trainer.model.config.to_dict(), data=self.data,
-            run=self.flags, trainer=trainer.state_dict(), stamp=self.stamp, best=best, **self.files,
+            tokenizer=self.tokenizer_files, task=task_to_dict(self.task, ranks=True), run=self.flags,
+            trainer=trainer.state_dict(), stamp=self.stamp, best=best,
         ))  # fmt: skip
 
     def after_epoch(self, record: Record) -> bool:
         """Checkpoint or state, the best epoch's student, JSON line, plots; True ends the training early."""
         trainer, history, flags, file = self.trainer, self.trainer.history, self.flags, ""
-        names = [score(self.task, each)[0] for each in history if "validation" in each]
+        names = [kind_of(self.task).score(each["validation"])[0] for each in history if "validation" in each]
         if names.count("loss") == 1 and names[-1] == "loss":  # once in a run
             logger.warning("the correlation on dev is undefined, as all scores or all outputs are the same: the loss "
                            "ranks such epochs")  # fmt: skip
         if flags["store_checkpoints"] and "validation" in record:
-            name, value = score(self.task, record)
+            name, value = kind_of(self.task).score(record["validation"])
             file = f"{flags['experiment_name']}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
         entries = self.save(file)
         if file:
@@ -213,14 +214,9 @@ class StudentRun(Run):
         best = self.best()
         if best is None:
             return
-        name, value = score(self.task, best)
+        name, value = kind_of(self.task).score(best["validation"])
         threshold = winning_threshold(best["validation"])
         where = "" if threshold is None else f" with threshold {threshold}"
         logger.info("best %s %.4f at epoch %d%s", name, value, best["epoch"], where)
         for part in ("train", "validation"):
             logger.info("its %s metrics: %s", part, format_metrics(best[part], threshold))
-
-
-def score(task: Task, record: Record) -> tuple[str, float]:
-    """Name and value of the score that ranks checkpoints; the loss where the correlation is undefined."""
-    return kind_of(task).score(record["validation"])

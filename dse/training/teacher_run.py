@@ -19,7 +19,6 @@ from dse.training.reporting import RESULTS, Record, results_dirs
 from dse.training.run import Identity, Run, Validate
 
 logger = logging.getLogger(__name__)
-
 HEADER = {"format": "dse teacher state", "version": 1}
 
 
@@ -47,9 +46,8 @@ class TeacherRun(Run):
 
     def __post_init__(self) -> None:
         self.states = States(self.folder / STATE, "teacher", own=True)
-        newest = self.states.newest(_load_state) if self.resumes else None
-        if newest is not None:
-            self.path, self.found = newest
+        if self.resumes and self.states.files:
+            self.path, self.found = self.states.newest(_load_state)
             self._check_same(self.found)
 
     def _check_same(self, entries: dict[str, Any]) -> None:
@@ -100,8 +98,8 @@ class TeacherRun(Run):
 
     def entries(self, name: str = "") -> dict[str, Any]:
         """All that a state holds now."""
-        model, trainer = self.trainer.model.state_dict(), self.trainer.state_dict()
-        return {**HEADER, **self.about(), "model": model, "trainer": trainer}
+        trainer = self.trainer
+        return {**HEADER, **self.about(), "model": trainer.model.state_dict(), "trainer": trainer.state_dict()}
 
     def after_epoch(self, record: Record) -> bool:
         """Keep a state and, if that was asked for, the teacher as it is."""

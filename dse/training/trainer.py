@@ -1,9 +1,7 @@
 """The training loop of both stages: epochs of shuffled batches, accumulation, updates, validation.
 
-It knows neither tasks nor models: the model turns a batch's inputs into outputs, `loss` turns outputs and their rows
-into the scalar to descend, `measure` turns a whole epoch's outputs into metrics. The order of the rows is the plan's
-(epoch_plan.py). A run that goes on needs only `state_dict` to make the same updates as one that never stopped, from
-the middle of an epoch too.
+It knows neither tasks nor models. The order of the rows is the plan's (epoch_plan.py). A run that goes on needs only
+`state_dict` to make the same updates as one that never stopped, from the middle of an epoch too.
 """
 
 import contextlib
@@ -16,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dse.system import parallel
@@ -26,6 +24,8 @@ from dse.training.optimization import BertAdam
 from dse.training.reporting import Record
 
 logger = logging.getLogger(__name__)
+Loss = Callable[[Tensor, Tensor, np.ndarray], Tensor]  # outputs, their labels and their rows, (batch,), to a scalar
+Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # outputs (n, width), labels (n,) of all rows to metrics
 
 
 @dataclass
@@ -64,33 +64,24 @@ class Trainer:
     """Trains a model, and remembers how each epoch went.
 
     Args:
-        model: in place, on `device`; takes the inputs of the plan's batches to outputs (batch, width).
+        model: a module, in place, on one device; takes the inputs of the plan's batches to outputs (batch, width).
         plan: the batches, and how they make updates; their features have labels.
-        loss: outputs of a batch, their labels and their rows, (batch,), to a scalar.
-        measure: outputs (n, width) and labels (n,) of all rows to metrics.
         optimizer: BertAdam over the model's parameters.
         precision: "fp32", or mixed: "fp16" (CUDA only) or "bf16".
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        plan: EpochPlan,
-        loss: Callable[[Tensor, Tensor, np.ndarray], Tensor],
-        measure: Callable[[np.ndarray, np.ndarray], dict[str, float]],
-        optimizer: BertAdam,
-        device: torch.device,
-        precision: str = "fp32",
+        self, model: Any, plan: EpochPlan, loss: Loss, measure: Measure, optimizer: BertAdam, precision: str = "fp32"
     ) -> None:
         self.model, self.plan, self.loss, self.measure = model, plan, loss, measure
-        self.optimizer, self.device = optimizer, device
-        self.labels = torch.from_numpy(plan.batches.features.labels).to(device)
+        self.optimizer, self.device = optimizer, next(model.parameters()).device
+        self.labels = torch.from_numpy(plan.batches.features.labels).to(self.device)
         self.together = parallel.synchronized(model)  # the model, and with several processes their gradients' mean
         if parallel.size() > 1:  # weights are the same by now; dropout is not to be
             torch.manual_seed(plan.seed + parallel.rank())
         half = torch.float16 if precision == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(device.type, dtype=half, enabled=precision != "fp32")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.autocast = torch.autocast(self.device.type, dtype=half, enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.history: list[Record] = []
         self.so_far = EpochSoFar()
         self.saved: Path | None = None  # the last state that was written, as far as this run knows
@@ -128,12 +119,13 @@ class Trainer:
         with self.autocast:
             outputs = self.together(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
             pieces = outputs.split([len(part.rows) for part in parts])
-            both = zip(pieces, [part.rows for part in parts], strict=True)
-            losses = [self.loss(piece, self.labels[rows], rows) for piece, rows in both]
+            both = zip(pieces, parts, strict=True)
+            losses = [self.loss(piece, self.labels[part.rows], part.rows) for piece, part in both]
+        total = torch.zeros((), device=self.device)
         for loss, part in zip(losses, parts, strict=True):
             if not bool(loss.isfinite()):
                 self._diverged(f"epoch {len(self.history)}, batch {part.number}: the loss is {loss.item()}")
-        total = sum(loss * part.weight for loss, part in zip(losses, parts, strict=True))
+            total = total + loss * part.weight
         self.scaler.scale(total / group_size).backward()
         counted = slice(None if parts[0].weight else 0)
         self.so_far.outputs.append((rows[counted], outputs.detach().float().cpu().numpy()[counted]))

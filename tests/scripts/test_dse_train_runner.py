@@ -68,7 +68,7 @@ def test_a_frozen_encoder_stays_as_it_was(student_flags, checkpoints, bert):
 
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):
     scores = iter([0.5, 0.9, 0.8, 0.7, 0.99])
-    monkeypatch.setattr("dse.training.student_run.score", lambda task, record: ("f1", record["validation"]["given"]))
+    monkeypatch.setattr("dse.training.kinds.Binary.score", lambda self, metrics: ("f1", metrics["given"]))
     monkeypatch.setattr(dse_train_runner, "validate", lambda *_: {"given": next(scores)})
     dse_train_runner.main(student_flags(epochs=9, patience=2))
     assert len(Checkpoint.read(checkpoints()[-1]).trainer["history"]) == 4

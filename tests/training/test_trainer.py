@@ -62,7 +62,6 @@ def trainer_of(rows: int, batch_size: int, accumulation: int, padding: str = "ba
         loss=lambda outputs, labels, rows: outputs.mean(),
         measure=lambda outputs, labels: {"rows": float(len(outputs))},
         optimizer=optimizer,
-        device=torch.device("cpu"),
     )
     return trainer, gradients
 
