@@ -154,8 +154,9 @@ def evaluate(
 def write_all_results(sets: dict[str, Path], history: list[Record] | None, measure: Callable[[str], Record]) -> str:
     """Write eval_results.txt for each set that is evaluated, in its folder; the metrics on dev in words."""
     last: Record = history[-1] if history else {"updates": 0, "train": {"loss": None}}
-    found = {split: (split == "dev" and last.get("validation")) or measure(split) for split in sets}
+    found: dict[str, Record] = {}
     for split, folder in sets.items():
+        found[split] = (split == "dev" and last.get("validation")) or measure(split)
         write_results(folder, found[split], last["updates"], last["train"]["loss"])
     return format_metrics(found["dev"]) if found else "no evaluation asked for"
 

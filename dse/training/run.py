@@ -11,7 +11,7 @@ from typing import Any
 from dse.networks.pretrained import bert_hashes, find_bert
 from dse.storage.states import States
 from dse.system import parallel, signals
-from dse.system.errors import InputError
+from dse.system.errors import InputError, one_line
 from dse.system.files import same_value
 from dse.training.reporting import Record, append_json_line, format_record
 from dse.training.trainer import EpochSoFar, Trainer
@@ -82,7 +82,10 @@ class Run:
         """Put the trainer where the run stands."""
         self.trainer = trainer
         if self.found is not None:
-            trainer.model.load_state_dict(self.found["model"])
+            try:
+                trainer.model.load_state_dict(self.found["model"])
+            except RuntimeError as error:
+                raise InputError(f"{self.path}: its weights do not fit the model ({one_line(error)})") from error
             trainer.load_state_dict(self.found["trainer"])
             trainer.saved, self.found = self.path, None  # its tensors are not needed twice
             done = len(trainer.history), trainer.so_far.updates

@@ -611,3 +611,14 @@ def test_a_training_tells_them_by_epoch(student_flags, tmp_path):
     assert train["total_loss"] == pytest.approx(0.75 * train["loss"] + 0.25 * train["distillation_loss"], rel=1e-5)
     assert 0 <= train["teacher_agreement"] <= 1
     assert "distillation_loss" not in record["validation"], "there are no logits of dev"
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_is_refused(student_flags, checkpoints, tmp_path, refused):
+    dse_train_runner.main(student_flags(epochs=1))
+    entries = torch.load(checkpoints()[-1], weights_only=True)
+    del entries["model"]["siamese_head.fc_layers.0.weight"]
+    (tmp_path / "odd").mkdir()
+    odd = tmp_path / "odd" / checkpoints()[-1].name
+    files.save_tensors(odd, entries)
+    line = refused(dse_train_runner.main, student_flags(epochs=2, trainer_checkpoint=odd))
+    assert f"{odd}: its weights do not fit the model (RuntimeError: " in line
