@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if urlsplit(args.base_url).query or urlsplit(args.base_url).fragment:
         parser.error("--base_url: file names are appended to it, so it cannot have a query (?...) or a fragment")
     area, raw = Path(args.data_dir) / AREA, args.path_to_mrpc
-    if raw and area.is_dir() and area.samefile(raw):
+    if raw and area.is_dir() and Path(raw).exists() and area.samefile(raw):
         parser.error(f"--path_to_mrpc: downloads are removed from {area}; move the raw files elsewhere")
     for name in MRPC_RAW if raw and "MRPC" in args.tasks else ():
         if not (Path(raw) / name).is_file():

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from dse.system.errors import InputError, RunError
 from dse.system.files import atomic_write, check_writable
 
 logger = logging.getLogger(__name__)
 _HEADER = "dse_features"
+_DTYPES: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, form: str) -> str:
@@ -57,10 +58,26 @@ def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] |
         logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
         return None
     with contextlib.suppress(Exception):  # a dtype that numpy lacks raises what the library trips over
-        if header and _content_hash(arrays := load_file(path, backend="pread")) == header.get("content"):
+        if header and _content_hash(arrays := _mapped(path)) == header.get("content"):
             return arrays
     logger.warning("feature cache %s is spoiled or of another program; remade", path)
     return None
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a whole safetensors file, mapped from the disk: processes on one machine share them.
+
+    The file begins with the header's length (8 bytes, little-endian) and the header, JSON with dtypes and places.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    arrays: dict[str, np.ndarray] = {}
+    for name in entries.keys() - {"__metadata__"}:
+        (begin, end), shape = entries[name]["data_offsets"], tuple(entries[name]["shape"])
+        kind = _DTYPES[entries[name]["dtype"]]  # an array without elements cannot be mapped
+        arrays[name] = np.memmap(path, kind, "r", 8 + length + begin, shape) if end > begin else np.empty(shape, kind)
+    return arrays
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, Any], chosen: bool) -> None:

@@ -59,7 +59,8 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
         for part in (TASKS[name] for name in task.parts):
             rows = read_examples(part, data_dir / part.folder, split)
             files = [{**entry, "file": f"{part.folder}/{entry['file']}"} for entry in rows.files]
-            for column, more in zip(whole, (rows.first, rows.second or [], rows.labels or [], files), strict=True):
+            columns_of_part: list[list[Any]] = [rows.first, rows.second or [], rows.labels or [], files]
+            for column, more in zip(whole, columns_of_part, strict=True):
                 column += more
         return Examples(*whole)
     columns: _Columns = (task.text_a, task.text_b, task.label)

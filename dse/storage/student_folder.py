@@ -92,7 +92,8 @@ def read_student(
                 allow_patterns=[CONFIG, *_LOADED],
             ))  # fmt: skip
         except (OSError, ValueError) as error:  # ValueError: it cannot be a name on the hub
-            raise InputError(f"{name}: no folder of a student, and not on the hub ({one_line(error)})") from error
+            why = f"no folder of a student, and not on the hub ({one_line(error)}); {_FORMAT.mend}"
+            raise InputError(f"{name}: {why}") from error
     config, tokenizer, weights = read_config(folder), tokenizer_in(folder), folder / WEIGHTS
     if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
         raise InputError(f"{folder}: its tokenizer is not the one that was saved with it; fetch the folder again")
