@@ -94,7 +94,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         cannot hold and for other wrong arguments.
         """
         if convert_to not in ("numpy", "tensor", "list"):
-            raise ValueError(f"convert_to: {convert_to!r} is none of numpy, tensor, list")
+            raise ValueError(f"convert_to: {convert_to!r} is not one of numpy, tensor, list")
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))

@@ -83,11 +83,13 @@ def print_table(folder: Path, best: Path) -> None:
         "teacher": lambda: teacher(rows),
         "student": lambda: score_stored(student.network, embeddings, first, second, cpu),
     }
-    print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
+    lines = []  # printed together, after what the teacher logs
     for name, score in ways.items():
         metrics = kind_of(task).metrics(score(), labels)
         shown = "-" if name == "majority class" else f"{len(rows) / min(repeat(score, number=1, repeat=3)):,.0f}"
-        print(f"{name:<16}{metrics['accuracy_0.5']:>10.3f}{metrics['f1_0.5']:>8.3f}{shown:>24}")
+        lines.append(f"{name:<16}{metrics['accuracy_0.5']:>10.3f}{metrics['f1_0.5']:>8.3f}{shown:>24}")
+    print(f"\n{'SYNTHETIC data':<16}{'accuracy':>10}{'f1':>8}{'pairs scored a second':>24}")
+    print(*lines, sep="\n")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ class IndexFiles:
     def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
         """Write an index, whole or not at all. Raises InputError for a folder with other things, or NaN embeddings."""
         if dtype not in _DTYPES:
-            raise ValueError(f"dtype: {dtype!r} is none of {', '.join(_DTYPES)}")
+            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
         check_index_place(folder, str(folder))
         content = {"model": model, "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
         with contextlib.ExitStack() as held, replace_folder(folder) as beside:

@@ -57,7 +57,7 @@ def load_logits(path: str | Path, expected: dict[str, Any]) -> Tensor:
             raise InputError(f"{path}: not the tensor that {beside.name} describes; {again}")
     else:
         logger.warning("%s: no %s beside it, so only rows and width can be checked", path, beside.name)
-    logits = load_tensors(path, f"{path}: no whole logits file; {again}")
+    logits = load_tensors(path, f"{path}: not a whole logits file; {again}")
     wanted = (expected["rows"], expected["width"])
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or tuple(logits.shape) != wanted:
         found = (logits.dtype, tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__

@@ -300,7 +300,7 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("train", None, {"dev_features_path": f"{UNWRITABLE}/dev"}, "the feature cache"),
     ("train", None, {"distillation_logits_path": "no.pt"},
      "there is no file no.pt; run_distillation_logits_creator.py"),
-    ("train", None, {"distillation_logits_path": __file__}, "no whole logits file"),
+    ("train", None, {"distillation_logits_path": __file__}, "not a whole logits file"),
     ("train", None, {"trainer_checkpoint": "no.pt"}, "--trainer_checkpoint: there is no file no.pt"),
     ("train", None, {"trainer_checkpoint": __file__}, "is truncated or not a checkpoint of dse_train_runner.py"),
     ("train", None, {"resume": True, "trainer_checkpoint": "no.pt"}, "--trainer_checkpoint: there is no file"),
@@ -371,7 +371,7 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     # logits
     ("train", on("logits.pt", flip), {}, "not the tensor that logits.json describes"),
     ("train", on("logits.pt", cut), {}, "not the tensor that logits.json describes"),
-    ("train", logits_cut_by_their_maker, {}, "no whole logits file"),
+    ("train", logits_cut_by_their_maker, {}, "not a whole logits file"),
     ("train", logits_alone(torch.ones(23, 2)), {},
      "floats of shape (24, 2), (rows, labels), found (torch.float32, (23, 2))"),
     ("train", logits_alone(torch.ones(24, 3)), {},
