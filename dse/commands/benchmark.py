@@ -2,7 +2,7 @@
 
     python -m dse benchmark training --task_name mrpc --data_dir glue_data/MRPC --bert_model MODEL --do_lower_case
 
-Prints a table; `--output FILE` writes JSON.
+Prints a Markdown table; `--output FILE` writes JSON.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from dse import cli
 from dse.commands import logger
 from dse.data.tasks import check_sentence_pairs, get_task
 from dse.networks.pretrained import open_bert
-from dse.system.device import describe_device, seed_everything, select_device
-from dse.system.files import check_output_file, write_json
+from dse.system.device import describe_device, machine, seed_everything, select_device
+from dse.system.files import check_output_file, utc_stamp, write_json
 from dse.training.reporting import check_can_plot
 
 
@@ -49,13 +49,17 @@ def run(args: argparse.Namespace) -> None:
 
     from dse.experiments import benchmarks, benchmarks_scoring
 
-    measures = {"training": benchmarks.training, "inference": benchmarks.inference, "features": benchmarks.features,
-                "scoring": benchmarks_scoring.scoring}  # fmt: skip
+    measure, table = {
+        "training": (benchmarks.training, benchmarks.rates_table),
+        "inference": (benchmarks.inference, benchmarks.rates_table),
+        "features": (benchmarks.features, benchmarks.features_table),
+        "scoring": (benchmarks_scoring.scoring, benchmarks_scoring.scoring_table),
+    }[args.what]
     device = select_device(True, 0)
     seed_everything(args.random_seed)
     logger.info("%s of %s on %s, torch %s", args.what, task.name, describe_device(device), torch.__version__)
-    numbers = measures[args.what](args, task, bert)
+    found = {**measure(args, task, bert), "settings": {**vars(args), "finished": utc_stamp(), "machine": machine()}}
+    print(f"\n{table(found)}")
     if args.output:
-        settings = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}
-        write_json(args.output, {**numbers, "settings": settings})
+        write_json(args.output, found)
         logger.info("written to %s", args.output)

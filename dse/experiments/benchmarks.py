@@ -34,6 +34,7 @@ from dse.system.libc import forget_peak_memory, peak_memory
 from dse.training.epoch_plan import EpochPlan
 from dse.training.kinds import kind_of
 from dse.training.optimization import make_optimizer
+from dse.training.reporting import markdown_table
 from dse.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 _PEAK_SECONDS = 0.02  # of one repeat, at least
 Variants = dict[str, Callable[[], object]]  # what is measured, by name
 Turns = tuple[dict[str, float], dict[str, float], float]  # of take_turns
-PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "packed": "packed (ours)"}
+PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "packed": "packed (ours)"}  # headings
 
 
 def take_turns(variants: Variants, rounds: int, peak: Callable[[], float] = lambda: 0.0) -> Turns:
@@ -85,20 +86,13 @@ def _product_seconds(a: Tensor, b: Tensor) -> float:
     return min(repeat(product, number=calls, repeat=5)) / calls
 
 
-def report(title: str, turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
-    """Print a table of what `take_turns` measured, and of the useful work by padding; return the JSON's part of it."""
+def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
+    """What `take_turns` measured, as numbers of useful work by padding, and their ratios to ours."""
     seconds, memory, peak = turns
-    rates, beside = {name: work / seconds[name] for name, work in gflop.items()}, {}
-    print(f"\n{title:<28}{'useful GFLOP/s':>16}{'of the peak':>13}{'ours is':>9}{'peak memory':>14}")
-    for name, rate in rates.items():
-        ratio, used = f"{rates['packed'] / rate:.2f}x", f"{memory[name]:,.0f} MiB"
-        print(f"{PADDINGS[name]:<28}{rate:>16.1f}{rate / peak:>13.0%}{ratio:>9}{used:>14}")
-    if "theirs" in seconds:
-        beside["ratio_to_sentence_transformers"] = seconds["theirs"] / seconds["packed"]
-        print(f"{'sentence-transformers':<28}{'':>16}{'':>13}{beside['ratio_to_sentence_transformers']:>8.2f}x")
-    print(f"{'matrix products alone':<28}{peak:>16.1f}")
+    rates = {name: work / seconds[name] for name, work in gflop.items()}
+    theirs = {"ratio_to_sentence_transformers": seconds["theirs"] / seconds["packed"]} if "theirs" in seconds else {}
     return {
-        **beside,
+        **theirs,
         "ratio_to_fixed_padding": rates["packed"] / rates["max"],
         "ratio_to_batch_padding": rates["packed"] / rates["batch"],
         "fraction_of_matmul_peak": rates["packed"] / peak,
@@ -106,6 +100,43 @@ def report(title: str, turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
         "useful_gflops": rates,
         "peak_memory_mib": {name: memory[name] for name in gflop},
     }
+
+
+def rates_table(*measured: dict[str, Any]) -> str:
+    """Useful GFLOP/s of `training` and `inference`, a row per network, and what packed batches are to other ways."""
+    header = (
+        "useful GFLOP/s", *PADDINGS.values(), "ours against max_seq_length", "against the batch",
+        "against sentence-transformers", "matrix products alone", "ours of these", "peak memory, MiB",
+    )  # fmt: skip
+    rows = []
+    for found in measured:
+        task = found["settings"]["task_name"].upper()
+        for role, numbers in found.items():
+            if role != "settings":
+                theirs = numbers.get("ratio_to_sentence_transformers")
+                rows.append((
+                    f"{role}, {task}", *(f"{numbers['useful_gflops'][padding]:.1f}" for padding in PADDINGS),
+                    f"{numbers['ratio_to_fixed_padding']:.1f}x", f"{numbers['ratio_to_batch_padding']:.1f}x",
+                    "-" if theirs is None else f"{theirs:.2f}x", f"{numbers['matmul_peak_gflops']:.1f}",
+                    f"{numbers['fraction_of_matmul_peak']:.0%}".replace("%", " %"),
+                    " / ".join(f"{numbers['peak_memory_mib'][padding]:,.0f}" for padding in PADDINGS),
+                ))  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def features_table(*measured: dict[str, Any]) -> str:
+    """Seconds and memory of `features`, a row for each start."""
+    header = ("features", "read, s", "token ids, s", "texts a second", "memory above, MiB")
+    rows = [
+        (
+            f"{found['settings']['task_name'].upper()}, {start} start, {found['pairs']:,} pairs",
+            *(f"{numbers[name]:.2f}" for name in ("read_seconds", "token_id_seconds")),
+            *(f"{numbers[name]:,.0f}" for name in ("texts_per_second", "memory_mib")),
+        )
+        for found in measured
+        for start, numbers in found["starts"].items()
+    ]
+    return markdown_table(header, rows)
 
 
 def training(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
@@ -119,9 +150,9 @@ def training(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
     teacher = load_teacher(bert.folder, task, fine_tuned=False)
     measure = partial(train_role, args, bert)
     return {
-        "student": measure("student", student, student.encoder, separate, examples,
+        "student training": measure("student", student, student.encoder, separate, examples,
                            lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], 0.5)),
-        "teacher": measure("teacher", teacher, teacher.bert, joint, None,
+        "teacher training": measure("teacher", teacher, teacher.bert, joint, None,
                            lambda logits, labels, rows: kind.teacher_loss(logits, labels)),
     }  # fmt: skip
 
@@ -154,7 +185,7 @@ def train_role(
     turns = take_turns(variants, args.rounds, lambda: matmul_peak(bert.config, per_pass, training=True))
     gflop = dict.fromkeys(PADDINGS, useful_gflop(encoder.encoder, count, training=True))
     return {
-        **report(f"{role} training", turns, gflop),
+        **compared(turns, gflop),
         "seconds_per_step": {padding: turns[0][padding] / len(first) for padding in PADDINGS},
         "tokens_per_step": count / len(first),
         "tokens_per_packed_pass": per_pass,
@@ -219,13 +250,12 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
     tokens = {"max": lengths[np.concatenate(part)].sum(), "batch": lengths.sum(), "packed": lengths.sum()}
     layers = model.encoder.encoder
     gflop = {padding: useful_gflop(layers, int(count), training=False) for padding, count in tokens.items()}
-    return report("inference", turns, gflop)
+    return {"encoding": compared(turns, gflop)}
 
 
 def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
     """From the data's files to token ids: texts a second, memory, and how long a first and a second start take."""
-    numbers: dict[str, Any] = {}
-    print(f"\n{'features':<28}{'read, s':>10}{'token ids, s':>14}{'texts a second':>16}{'memory above':>16}")
+    starts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         for start in ("first", "second"):
             forget_peak_memory()
@@ -233,11 +263,12 @@ def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
             rows = read_examples(task, args.data_dir, "train")
             read = time.perf_counter()
             made: Any = cached_features("separate", task, rows, bert.tokenizer, args.max_seq_length, f"{place}/f", True)
-            ended, memory, texts = time.perf_counter(), peak_memory() - before, len(made.texts.offsets) - 1
-            rate = texts / (ended - read)
-            print(f"{start + ' start':<28}{read - began:>10.2f}{ended - read:>14.2f}{rate:>16,.0f}{memory:>12,.0f} MiB")
-            numbers |= {f"{start}_start_seconds": ended - began, f"{start}_start_memory_mib": memory}
-            numbers.setdefault("texts_per_second", rate)  # of the first start
-            numbers |= {"pairs": len(rows), "texts": texts}
+            ended, pairs, texts = time.perf_counter(), len(rows), len(made.texts.offsets) - 1
+            starts[start] = {
+                "read_seconds": read - began,
+                "token_id_seconds": ended - read,
+                "texts_per_second": texts / (ended - read),
+                "memory_mib": peak_memory() - before,
+            }
             del rows, made
-    return numbers
+    return {"pairs": pairs, "texts": texts, "starts": starts}

@@ -36,6 +36,7 @@ from dse.storage.index_files import BLOCK
 from dse.system.errors import InputError
 from dse.system.files import atomic_write
 from dse.system.libc import anonymous_memory
+from dse.training.reporting import markdown_table
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def watched(memory: dict[str, float], name: str, run: Callable[..., object], *ar
 
 
 def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
-    """Measure each number of candidates, the task's training sentences over and over; print the table."""
+    """Measure each number of candidates: the task's training sentences, over and over."""
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
         if model.task != task:
@@ -85,24 +86,21 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     started = time.perf_counter()
     embeddings = model.encode(sentences, show_progress=False)
     each = (time.perf_counter() - started) / len(sentences)
-    numbers: dict[str, Any] = {"embedding_seconds_per_sentence": each, "candidates": {}}
-    print(f"\n{'candidates':>10}  {'way':<16}{'seconds':>12}{'pairs a second':>17}{'ours is':>10}{'memory above':>15}")
+    head = model.network.config.siamese_head_type
+    numbers: dict[str, Any] = {"head": head, "embedding_seconds_per_sentence": each, "candidates": {}}
     with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
         for count in args.candidates:
             parts = [(embeddings[:left], sentences[:left]) for left in range(count, 0, -len(sentences))]
             index = CandidateIndex.from_embeddings(model, parts, Path(folder) / str(count))
-            numbers["candidates"][count] = one_size(args, index, query, seconds_per_pair)
-            if model.network.config.siamese_head_type == "dot" and importlib.util.find_spec("faiss"):
-                numbers["candidates"][count]["ratio_to_faiss"] = against_faiss(args, index, query)
+            numbers["candidates"][str(count)] = found = one_size(args, index, query, seconds_per_pair)
+            if head == "dot" and importlib.util.find_spec("faiss"):
+                found["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
                 halved = CandidateIndex.from_embeddings(model, parts, dtype="float16")
                 half = relative_difference(halved.score(query), index.score(query))
                 numbers["max_relative_difference_float16"] = half
-    numbers |= numbers["candidates"][max(args.candidates)]
     if args.plot:
         plot(numbers, Path(args.plot))
-    print(f"vectors stored in 16 bits: largest difference of scores / largest score {half:.1e}")
-    print(f"embedding a candidate, once: {each * 1000:.2f} ms, {each * 100_000:,.0f} s per 100,000")
     return numbers
 
 
@@ -122,7 +120,7 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
 
 
 def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
-    """Measure one number of candidates: print its rows, and return its numbers."""
+    """Measure one number of candidates."""
     count, memory = len(index), dict[str, float]()
     expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
@@ -135,10 +133,7 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
     # In fewer rounds, as it takes 64 times as long.
     of_many, *_ = take_turns({"many": partial(watched, memory, "many", index.search, many, 10)}, min(2, args.rounds))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
-    for name, label in ((TEACHER, TEACHER), (NAIVE, NAIVE), (OURS, OURS), ("many", f"{len(many)} at once, each")):
-        took = seconds[name]
-        above = f"{memory[name]:,.0f} MiB" if name in memory else "-"
-        print(f"{count:>10,}  {label:<16}{took:>12.4f}{count / took:>17,.0f}{took / seconds[OURS]:>9.1f}x{above:>15}")
+    logger.info("%d candidates: %.4g s a query", count, seconds[OURS])
     return {
         "seconds": seconds,
         "ratio_to_naive_head": seconds[NAIVE] / seconds[OURS],
@@ -157,9 +152,39 @@ def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -
     flat.add(np.ascontiguousarray(index.vectors(0, len(index)), dtype=np.float32))
     u = index.model.encode([query])
     seconds, *_ = take_turns({"faiss": lambda: flat.search(u, 10), OURS: lambda: index.search(query, 10)}, args.rounds)
-    ratio = seconds["faiss"] / seconds[OURS]
-    print(f"{len(index):>10,}  {'faiss, flat':<16}{seconds['faiss']:>12.4f}{'':>17}{ratio:>9.1f}x")
-    return ratio
+    return seconds["faiss"] / seconds[OURS]
+
+
+def scoring_table(*measured: dict[str, Any]) -> str:
+    """Seconds for one query, a row per head and number of candidates."""
+    header = (
+        "head", "candidates", "cross-encoder, s", "head on blocks, s", "index, s", "against the cross-encoder",
+        "against the head on blocks", "against faiss", f"each of {MANY_QUERIES} queries at once, s",
+        "largest difference of a score", "memory above, MiB",
+    )  # fmt: skip
+    rows = [
+        (
+            f"`{found['head']}`", f"{int(count):,}",
+            *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, OURS)),
+            f"{numbers['ratio_to_cross_encoder']:,.0f}x", f"{numbers['ratio_to_naive_head']:.1f}x",
+            f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",
+            f"{numbers['seconds']['many']:.3g}", f"{numbers['max_relative_difference']:.0e}",
+            f"{numbers['anonymous_mib'][OURS]:,.0f}",
+        )
+        for found in measured
+        for count, numbers in found["candidates"].items()
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def in_one_line(found: dict[str, Any]) -> str:
+    """What one query against the most candidates costs, and what it was to embed them."""
+    count, numbers = max(found["candidates"].items(), key=lambda item: int(item[0]))
+    return (
+        f"One query against {int(count):,} stored candidates takes {numbers['seconds'][OURS]:.2g} s, "
+        f"{numbers['ratio_to_cross_encoder']:,.0f} times as fast as a cross-encoder of the same size. Embedding a "
+        f"candidate takes {1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
+    )
 
 
 def plot(numbers: dict[str, Any], path: Path) -> None:
@@ -169,7 +194,7 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds per query")
     for name in (TEACHER, NAIVE, OURS):
-        points = [(count, each["seconds"][name]) for count, each in numbers["candidates"].items()]
+        points = [(int(count), each["seconds"][name]) for count, each in numbers["candidates"].items()]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.3)

@@ -1,10 +1,15 @@
 """The device that a run uses, its description for the log, and the seed."""
 
+import importlib.util
 import logging
 import os
+import platform
 import random
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dse import __version__
 from dse.system import libc, parallel
 from dse.system.errors import InputError
 
@@ -43,6 +48,34 @@ def describe_device(device: "torch.device") -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"CPU with {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The processor's name and the instructions that decide how fast it multiplies, such as "AMD EPYC, AVX-512"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    has = set(told.get("flags", "").split())
+    known = {"amx_tile": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    best = next((name for flag, name in known.items() if flag in has), None)
+    return ", ".join(filter(None, (told.get("model name") or platform.machine(), best)))
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement depends on: processor, GPU, threads, versions."""
+    import torch
+
+    packages = [name for name in ("transformers", "sentence_transformers") if importlib.util.find_spec(name)]
+    return {
+        "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": {"dse": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                     **{name: version(name) for name in packages}},
+    }  # fmt: skip
 
 
 def seed_everything(seed: int) -> int:

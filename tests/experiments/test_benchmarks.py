@@ -9,7 +9,7 @@ import torch
 from helpers import as_flags
 
 from dse import __main__ as entry
-from dse.experiments import benchmarks
+from dse.experiments import benchmarks, benchmarks_scoring
 
 
 @pytest.fixture
@@ -43,28 +43,36 @@ def assert_ratios(numbers: dict, output: str) -> None:
     assert numbers["ratio_to_fixed_padding"] == pytest.approx(rates["packed"] / rates["max"])
     assert numbers["ratio_to_batch_padding"] == pytest.approx(rates["packed"] / rates["batch"])
     assert numbers["fraction_of_matmul_peak"] == pytest.approx(rates["packed"] / numbers["matmul_peak_gflops"])
-    assert f"{numbers['ratio_to_fixed_padding']:.2f}x" in output
+    cells = [f"{rates[padding]:.1f}" for padding in ("max", "batch", "packed")]
+    ratios = [f"{numbers[f'ratio_to_{other}_padding']:.1f}x" for other in ("fixed", "batch")]
+    assert " | ".join([*cells, *ratios]) in output
     assert all(rate > 0 for rate in rates.values())
 
 
 @pytest.mark.parametrize("task", ["mrpc", "sts-b", "snli"])
 def test_training(run, data, task):
     numbers, output = run("training", task_name=task, data_dir=data(task), fc_dims=[4, 3 if task == "snli" else 1])
-    for role in ("student", "teacher"):
+    for role in ("student training", "teacher training"):
         assert_ratios(numbers[role], output)
-        assert f"{role} training" in output
+        assert f"| {role}, {task.upper()} | " in output
     assert numbers["settings"]["batch_size"] == 6
+    assert numbers["settings"]["machine"]["threads"] == torch.get_num_threads()
 
 
 def test_inference(run):
-    assert_ratios(*run("inference"))
+    numbers, output = run("inference")
+    assert_ratios(numbers["encoding"], output)
 
 
 def test_features(run, data):
-    numbers, _ = run("features")
+    numbers, output = run("features")
     rows = [line.split("\t") for line in (data("mrpc") / "train.tsv").read_text().splitlines()[1:]]
     assert numbers["pairs"] == len(rows)
     assert numbers["texts"] == len({row[i] for row in rows for i in (3, 4)})
+    for start, found in numbers["starts"].items():
+        assert found["texts_per_second"] == pytest.approx(numbers["texts"] / found["token_id_seconds"])
+        read, made = f"{found['read_seconds']:.2f}", f"{found['token_id_seconds']:.2f}"
+        assert f"| MRPC, {start} start, {len(rows)} pairs | {read} | {made} | " in output
 
 
 @pytest.mark.parametrize(("task", "head"), [("mrpc", "concat"), ("sts-b", "dot"), ("snli", "concat")])
@@ -77,12 +85,13 @@ def test_scoring(run, data, task, head, tmp_path):
         seconds = each["seconds"]
         assert each["ratio_to_naive_head"] == pytest.approx(seconds["head on blocks"] / seconds["index (ours)"])
         assert each["ratio_to_cross_encoder"] == pytest.approx(seconds["cross-encoder"] / seconds["index (ours)"])
-        assert f"{int(count):>10,}  index (ours)" in output
+        shown = (f"{seconds[name]:.3g}" for name in ("cross-encoder", "head on blocks", "index (ours)"))
+        assert f"| `{head}` | {count} | {' | '.join(shown)} | " in output
         assert 0 <= each["max_relative_difference"] <= 1e-5
     assert 1e-6 < numbers["max_relative_difference_float16"] < 1e-2
     sizes = {count: each["seconds"]["cross-encoder"] for count, each in numbers["candidates"].items()}
     assert sizes["30"] == pytest.approx(sizes["7"] * 30 / 7)
-    assert numbers["ratio_to_naive_head"] == numbers["candidates"]["30"]["ratio_to_naive_head"]
+    assert benchmarks_scoring.in_one_line(numbers).startswith("One query against 30 stored candidates takes ")
 
 
 def test_scoring_with_a_saved_student_and_a_plot(run, student, data, tmp_path):
@@ -91,7 +100,7 @@ def test_scoring_with_a_saved_student_and_a_plot(run, student, data, tmp_path):
     options = {"candidates": [7, 20], "plot": tmp_path / "plot.png", "model": tmp_path / "student"}
     numbers, _ = run("scoring", **options)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert numbers["max_relative_difference"] <= 1e-5
+    assert numbers["candidates"]["20"]["max_relative_difference"] <= 1e-5
     with pytest.raises(SystemExit):
         run("scoring", task_name="sts-b", data_dir=data("sts-b"), **options)
 
@@ -135,7 +144,7 @@ def test_sentence_transformers_beside(run):
     """Where it is installed, both of its ratios are there and sensible; the tests do not require it."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     numbers, output = run("inference")
-    assert f"{numbers['ratio_to_sentence_transformers']:.2f}x" in output
+    assert f"| {numbers['encoding']['ratio_to_sentence_transformers']:.2f}x |" in output
     numbers, output = run("training")
-    assert f"{numbers['student']['ratio_to_sentence_transformers']:.2f}x" in output
-    assert "ratio_to_sentence_transformers" not in numbers["teacher"]
+    assert f"| {numbers['student training']['ratio_to_sentence_transformers']:.2f}x |" in output
+    assert "ratio_to_sentence_transformers" not in numbers["teacher training"]
