@@ -13,10 +13,10 @@ from pathlib import Path
 
 from dse import cli
 from dse.commands import logger
-from dse.data.tasks import TASKS, Task, get_task
+from dse.data.tasks import MULTICLASS, TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction
-from dse.experiments.presets import OPTIONAL, PRESETS, STAGES
+from dse.experiments.presets import PRESETS, STAGES, VARIANTS
 from dse.experiments.reproduction import Encoder, Experiment, Left
 from dse.networks.config import check_fits_bert
 from dse.networks.pretrained import bert_config, bert_hashes, find_bert
@@ -38,6 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tasks", type=lambda text: list(filter(None, text.split(","))), help="mrpc,sts-b; not given: the preset's")
     # not -1, a new seed each time: the same command must go on with it
     add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
+    add("--variants", action="store_true", help="also train students that differ from DSE's in one setting")
     cli.add_call_flag(parser)
 
 
@@ -83,13 +84,15 @@ def read_encoder(args: argparse.Namespace) -> Encoder:
 def make_works(args: argparse.Namespace) -> list[Experiment]:
     """Every task with every seed. Raises InputError for what cannot work."""
     pairs, preset, encoder = chosen(args), PRESETS[args.preset], read_encoder(args)
-    stages = list(STAGES)
+    left_out = set() if args.variants else set(VARIANTS)
     if not reproduction.has_sentence_transformers():
-        stages = [stage for stage in stages if stage not in OPTIONAL]
+        left_out.add("sentence_bert")
         logger.warning("Sentence-BERT is left out; for its row, pip install sentence-transformers and run this again")
     works = []
     for task, seed in pairs:
         data, place = Path(args.data_dir) / task.folder, Path(args.output_dir) / f"{task.name}_seed{seed}"
+        without = left_out | ({"encoder"} if task.kind == MULTICLASS else set())  # a cosine does not tell classes
+        stages = [stage for stage in STAGES if stage not in without]
         works.append(Experiment(preset, task, seed, data, encoder, place, stages))
         works[-1].check_settings()
     return works

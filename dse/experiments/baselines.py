@@ -1,4 +1,6 @@
-"""The Sentence-BERT way to a fast pair scorer, with sentence-transformers: the row that a student is compared with.
+"""What a student is compared with: its encoder before training, and the Sentence-BERT way to a fast pair scorer.
+
+Sentence-BERT is trained with sentence-transformers:
 
     binary       OnlineContrastiveLoss; a pair's score is the cosine of its two embeddings
     regression   CosineSimilarityLoss on scores scaled to [0, 1]; the score is the cosine
@@ -21,7 +23,12 @@ from transformers import get_linear_schedule_with_warmup
 from dse.data.features import in_batches
 from dse.data.processors import Examples
 from dse.data.tasks import BINARY, MULTICLASS, REGRESSION, Task
+from dse.data.tokenizers import load_tokenizer
 from dse.experiments.presets import SENTENCE_BERT
+from dse.models import DSESiameseClassifier
+from dse.networks.config import DSEConfig
+from dse.networks.pretrained import bert_config
+from dse.networks.student import new_network
 from dse.system.files import load_tensors, save_tensors
 from dse.training.epoch_plan import count_updates, epoch_order
 from dse.training.optimization import NO_DECAY
@@ -29,6 +36,19 @@ from dse.training.optimization import NO_DECAY
 EPOCHS, PAIRS_PER_UPDATE, RATE, WARMUP, DECAY = SENTENCE_BERT.values()
 _LOSSES = {BINARY: "OnlineContrastiveLoss", REGRESSION: "CosineSimilarityLoss", MULTICLASS: "SoftmaxLoss"}
 _STATEFUL = ("loss", "optimizer", "schedule")  # attributes of SentenceBert
+
+
+def mean_encoder(
+    folder: Path, lower_case: bool, task: Task, max_seq_length: int, device: torch.device
+) -> DSESiameseClassifier:
+    """A BERT as downloaded, as a student that only encodes: the mean of the last layer's hidden states, with [CLS].
+
+    Texts are cut at `max_seq_length`, or at the encoder's own positions if there are fewer.
+    """
+    bert = bert_config(folder, "--bert_model")
+    network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(device)
+    length = min(max_seq_length, bert.get("max_position_embeddings", max_seq_length))
+    return DSESiameseClassifier(network, load_tokenizer(folder, lower_case, "--bert_model"), task, length)
 
 
 def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dse.data.processors import labelled_test, read_examples
 from dse.data.tasks import Task
-from dse.experiments.presets import SENTENCE_BERT, STAGES, STUDENTS, Preset
+from dse.experiments.presets import SENTENCE_BERT, STAGES, STUDENTS, VARIANTS, Preset
 from dse.networks.pretrained import bert_config
 from dse.system.errors import InputError, one_line
 from dse.system.files import read_json, sha256_file
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 FORMAT = "dse stage 1"
 # Seconds per training pair and epoch (of a stage without epochs: per pair) for the 6-layer BERT on two cores, in
 # proportion to layers x hidden size^2 for other encoders. They count until something was timed.
-_SECONDS = {"teacher": 0.02, "logits": 0.005, **dict.fromkeys(STUDENTS, 0.02), "sentence_bert": 0.13, "rates": 0.01}
+_SECONDS = {"teacher": 0.02, "logits": 0.005, **dict.fromkeys(STUDENTS | VARIANTS, 0.02), "sentence_bert": 0.13,
+            "encoder": 0.001, "rates": 0.01}  # fmt: skip
 _MEASURED_ON = 6 * 384**2
 
 

@@ -6,7 +6,6 @@ columns of a row are means over the same seeds: a seed that lacks a column which
 """
 
 import importlib.util
-import platform
 from functools import partial
 from itertools import product
 from operator import sub
@@ -14,11 +13,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
 from dse.data.tasks import BINARY, REGRESSION, TASKS, Task, get_task
-from dse.experiments.presets import OPTIONAL, STAGES
+from dse.experiments.presets import OPTIONAL, STAGES, STUDENTS, TEACHER, VARIANTS, as_words
 from dse.experiments.reproduction import Experiment, Left, read_record
+from dse.system.device import machine
 from dse.system.files import without_nan, write_json, write_text
 from dse.training.reporting import duration, markdown_table
 
@@ -29,9 +27,11 @@ MODELS = {  # of the rows, by stage
     "labels_only": "control: labels alone",
     "logits_only": "control: logits alone",
     "sentence_bert": "Sentence-BERT way",
+    "encoder": "encoder as downloaded",
 }
+TRAINED = tuple(stage for stage in MODELS if stage != "encoder")
 SPLITS = ("dev", "test")
-TIMED = tuple(stage for stage in STAGES if stage != "rates")
+TIMED = ("teacher", "logits", *STUDENTS, "sentence_bert")
 _WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, threshold of dev", "pearson": "Pearson",
           "spearman": "Spearman"}  # fmt: skip
 Spread = dict[str, Any]  # mean, sd (None of one), n
@@ -92,6 +92,7 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
 
     metrics = [record["metrics"] for records in seeds for record in records.values() if "metrics" in record]
     names = {split: list(dict.fromkeys(name for each in metrics for name in each.get(split, {}))) for split in SPLITS}
+    chosen = dict.fromkeys((headline(task, tuned=True), headline(task)))
     comparisons = row({(key, split): compared(key, split) for key in _COMPARISONS for split in SPLITS})
     done = {stage for records in seeds for stage in records if stage in MODELS}
     return {
@@ -103,6 +104,11 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
             for split in SPLITS
         },
         **{key: {split: comparisons[key, split] for split in SPLITS} for key in _COMPARISONS},
+        "variants": {  # means over the seeds that have them all
+            split: {name: spreads({stage: values(stage, split, name) for stage in (STUDENTS | VARIANTS)}, set())
+                    for name in chosen if name in names[split]}
+            for split in SPLITS if any(records.keys() & VARIANTS for records in seeds)
+        },
         "minutes": row({stage: [seed[stage]["seconds"] / 60 if stage in seed else None for seed in seeds]
                         for stage in TIMED}),
         "pairs_per_second": next((seed["rates"]["pairs_per_second"] for seed in seeds if "rates" in seed), {}),
@@ -155,7 +161,6 @@ def collect(
     tasks = {names.get(name, name.upper()): summarize_task(get_task(name), seeds) for name, seeds in by_task.items()}
     dev, test = ([task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
                  for split in SPLITS)  # fmt: skip
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return without_nan({
         "average_relative_degradation": mean(dev) if dev else None,
         "average_relative_degradation_test": mean(test) if test else None,
@@ -163,7 +168,7 @@ def collect(
         **about,
         "complete": not missing,
         "missing": missing,
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},  # of the last call
+        "machine": machine(),  # of the last call
         "tasks": tasks,
         "runs": runs,
     })  # fmt: skip
@@ -192,35 +197,85 @@ def show(value: Spread | None, form: str = ".3f") -> str:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """results.md: quality, degradation and differences, minutes."""
-    tasks = results["tasks"]
-    quality = [
-        (name, f"{split} {_WORDS.get(metric, metric)}", *(show(values[stage]) for stage in MODELS))
-        for name, task in tasks.items()
+    """results.md: what was run; quality, degradation and differences, minutes; variants, where they were made."""
+    variants = variants_table(results) if any(task["variants"] for task in results["tasks"].values()) else ""
+    parts = [introduction(results), quality_table(results), compared_table(results), minutes_table(results), variants]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def quality_table(results: dict[str, Any], headlines_only: bool = False) -> str:
+    """Each metric of each task, a column for each model; with `headlines_only`, one metric of each split."""
+    rows = [
+        (name, f"{split} {_WORDS.get(metric, metric)}", *(show(values.get(stage)) for stage in MODELS))
+        for name, task in results["tasks"].items()
         for split, metrics in task["table"].items()
         for metric, values in metrics.items()
+        if not headlines_only or metric == task["metric_with_threshold_of_dev"]
     ]
-    forms = {key: "+.1%" if key == "degradation" else "+.3f" for key in _COMPARISONS}
-    compared = [
+    return markdown_table(("task", "metric", *MODELS.values()), rows)
+
+
+def compared_table(results: dict[str, Any]) -> str:
+    """Degradation and differences of each task, and the average degradation beside the paper's."""
+    tasks, forms = results["tasks"], {key: "+.1%" if key == "degradation" else "+.3f" for key in _COMPARISONS}
+    rows = [
         (name, *(show(task[key][split], form) for key, form in forms.items() for split in SPLITS))
         for name, task in tasks.items()
     ]
     averages = [results[f"average_relative_degradation{end}"] for end in ("", "_test")]
     shown = ["-" if value is None else f"{100 * value:+.1f} %" for value in averages]
     of = [sum(task["degradation"][split] is not None for task in tasks.values()) for split in SPLITS]
-    compared.append((f"average of {of[0]} and {of[1]}", *shown, "", "", "", ""))
-    compared.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", "", "", "", "", ""))
-    minutes = [
-        (name, *(show(each and {**each, "sd": None}, ".1f") for each in task["minutes"].values()))
-        for name, task in tasks.items()
-    ]
+    rows.append((f"average of {of[0]} and {of[1]}", *shown, *[""] * 4))
+    rows.append(("the paper, BERT-large, five tasks", f"{100 * PAPER:+.1f} %", *[""] * 5))
     headings = [f"{heading}, {split}" for heading, *_ in _COMPARISONS.values() for split in SPLITS]
-    return "\n\n".join([
-        introduction(results),
-        markdown_table(("task", "metric", *MODELS.values()), quality),
-        markdown_table(("task", *headings), compared),
-        markdown_table(("minutes per run", *(MODELS.get(stage, stage) for stage in TIMED)), minutes),
-    ]) + "\n"  # fmt: skip
+    return markdown_table(("task", *headings), rows)
+
+
+def minutes_table(results: dict[str, Any]) -> str:
+    """Minutes of each stage, means over seeds."""
+    rows = [
+        (name, *(show(each and {**each, "sd": None}, ".1f") for each in task["minutes"].values()))
+        for name, task in results["tasks"].items()
+    ]
+    return markdown_table(("minutes per run", *(MODELS.get(stage, stage) for stage in TIMED)), rows)
+
+
+def variants_table(results: dict[str, Any]) -> str:
+    """What one other setting makes of DSE's student: a table for each task whose variants were trained."""
+    tables = []
+    for name, task in results["tasks"].items():
+        columns = {(split, metric): row for split, rows in task["variants"].items() for metric, row in rows.items()}
+        header = (f"{name}, student", *(f"{split} {_WORDS.get(metric, metric)}" for split, metric in columns))
+        rows = [(told(stage), *(show(row[stage]) for row in columns.values())) for stage in (STUDENTS | VARIANTS)]
+        tables += [markdown_table(header, rows)] if columns else []
+    return "\n\n".join(tables)
+
+
+def told(stage: str) -> str:
+    """How a student's flags differ from those of the preset, in words.
+
+    >>> told("labels_only"), told("one_rate")
+    ('`--distillation_coeff 0.0`', 'without `--head_lr`')
+    """
+    changes = (STUDENTS | VARIANTS)[stage]
+    added = [
+        word for name, value in changes.items() if value not in (None, TEACHER) for word in as_words({name: value})
+    ]
+    without = " ".join(f"`--{name}`" for name, value in changes.items() if value is None)
+    parts = [f"`{' '.join(added)}`" if added else "", f"without {without}" if without else "",
+             "`--bert_model` is the teacher" if TEACHER in changes.values() else ""]  # fmt: skip
+    return ", ".join(filter(None, parts)) or "DSE"
+
+
+def in_one_line(results: dict[str, Any]) -> str:
+    """DSE against its teacher on the dev sets, and the average degradation."""
+    parts = []
+    for name, task in results["tasks"].items():
+        metric = task["metric_with_threshold_of_dev"]
+        teacher, student = (show(task["table"]["dev"][metric][model]) for model in ("teacher", "dse"))
+        parts.append(f"{student} against {teacher} on {name} ({_WORDS.get(metric, metric).partition(',')[0]})")
+    lost = 100 * results["average_relative_degradation"]
+    return f"DSE against its teacher, dev sets: {', '.join(parts)}; {lost:+.1f} % of the teacher's score is lost."
 
 
 def introduction(results: dict[str, Any]) -> str:
@@ -232,7 +287,7 @@ def introduction(results: dict[str, Any]) -> str:
     )
     versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
     took = duration(sum(run["seconds"] for run in runs))
-    where = results["machine"]["gpu"] or f"CPU, {results['machine']['threads']} threads"
+    where = results["machine"]["gpu"] or f"{results['machine']['processor']}, {results['machine']['threads']} threads"
     lacks = [f"{name} lacks {', '.join(stages)}" for name, stages in results["missing"].items()]
     state = f"Not complete: {'; '.join(lacks)}. " if lacks else ""
     left_out = [
@@ -248,7 +303,7 @@ def introduction(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """plots/<task>_by_epoch.png (metric on dev) and plots/<task>_speed.png (metric against pairs scored per second)."""
+    """plots/<task>_by_epoch.png, the metric on dev, and plots/speed.png."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     (folder / "plots").mkdir(exist_ok=True)
@@ -257,7 +312,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         keys = (metric, f"{metric}_0.5", f"tuned_{metric}", "acc")  # as the stages name it; "acc": a teacher's accuracy
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=f"{metric} on dev", title=name)
-        for run in (run for run in results["runs"] if run["task"] == task["task"] and run["stage"] in MODELS):
+        for run in (run for run in results["runs"] if run["task"] == task["task"] and run["stage"] in TRAINED):
             on_dev = [next(epoch["validation"][key] for key in keys if key in epoch["validation"])
                       for epoch in run["history"]]  # fmt: skip
             color = f"C{list(MODELS).index(run['stage'])}"
@@ -267,11 +322,27 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of all seeds
         axes.legend(handles.values(), handles.keys())
         figure.savefig(folder / "plots" / f"{name}_by_epoch.png", dpi=100)
+    draw_speed(results, folder / "plots" / "speed.png")
 
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="pairs scored per second", ylabel=f"{metric} on dev", title=name, xscale="log")
-        for stage, rate in task["pairs_per_second"].items():
-            if value := task["table"]["dev"][metric][stage]:  # None: undefined
-                axes.errorbar(rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, label=MODELS[stage])
-        axes.legend()
-        figure.savefig(folder / "plots" / f"{name}_speed.png", dpi=100)
+
+def draw_speed(results: dict[str, Any], path: Path) -> None:
+    """Quality on dev (threshold of dev) against pairs scored per second, a panel for each task."""
+    from matplotlib.figure import Figure
+
+    tasks = results["tasks"]
+    figure = Figure(figsize=(3.6 * len(tasks) + 0.4, 3.4), layout="constrained")
+    for number, (name, task) in enumerate(tasks.items(), 1):
+        metric = task["metric_with_threshold_of_dev"]
+        axes = figure.add_subplot(1, len(tasks), number, title=name, xscale="log", xlabel="pairs scored per second")
+        axes.set_ylabel(f"{_WORDS.get(metric, metric)}, dev")
+        for place, (stage, label) in enumerate(MODELS.items()):
+            value, rate = task["table"]["dev"][metric].get(stage), task["pairs_per_second"].get(stage)
+            if value and rate:  # None: undefined, or not measured
+                axes.errorbar(
+                    rate, value["mean"], yerr=value["sd"], marker="o", capsize=3, color=f"C{place}", label=label
+                )
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    figure.savefig(path, dpi=100)

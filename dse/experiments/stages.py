@@ -1,7 +1,8 @@
 """Doing the stages of a reproduction; reproduction.py knows which are left.
 
-Each runs its script, but for `sentence_bert` (baselines.py) and `rates`: pairs scored per second, of teacher and
-students side by side. A finished student keeps its best epoch, as a folder that loads, and no checkpoints.
+Each runs its script, except `sentence_bert` and `encoder` (baselines.py), and `rates`, which counts the pairs that
+teacher, students and cosines score per second, side by side. A finished student keeps its best epoch, as a folder that
+loads, and no checkpoints.
 """
 
 import logging
@@ -9,7 +10,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -18,6 +19,7 @@ from timeit import timeit
 from typing import Any
 
 import numpy as np
+import torch
 
 import dse_train_runner
 import finetune_bert
@@ -25,9 +27,9 @@ import run_distillation_logits_creator
 from dse import __version__
 from dse.data.processors import Examples
 from dse.data.tasks import BINARY, REGRESSION, Task
-from dse.experiments.baselines import SentenceBert
+from dse.experiments.baselines import SentenceBert, mean_encoder
 from dse.experiments.predictions import Scorer, load_scorer
-from dse.experiments.presets import SENTENCE_BERT, STUDENTS
+from dse.experiments.presets import SENTENCE_BERT, STUDENTS, TEACHER, VARIANTS
 from dse.experiments.reproduction import FORMAT, Experiment
 from dse.models import DSESiameseClassifier
 from dse.networks.inference import score_stored
@@ -110,11 +112,11 @@ def _logits(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
 
 
 def _student(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
+    flags = [work.folder / "teacher" if flag == TEACHER else flag for flag in work.preset.flags(folder.name, work.task)]
     command = _call(
         dse_train_runner, work, "--bert_model", work.encoder.folder, "--random_seed", work.seed,
         "--distillation_logits_path", work.folder / "logits" / "teacher_logits.pt",
-        *work.preset.flags(folder.name, work.task),
-        "--experiment_name", folder.name, "--checkpoint_dir", folder, "--store_checkpoints", "--resume",
+        *flags, "--experiment_name", folder.name, "--checkpoint_dir", folder, "--store_checkpoints", "--resume",
     )  # fmt: skip
     best = student_folder(work.folder, folder.name)
     newest = max(best.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
@@ -137,8 +139,7 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
         started = time.monotonic()
         train = {"loss": baseline.train_epoch(work.train, epoch)}
         metrics = measure(work.task, baseline.score, work.sets)
-        if work.task.kind == BINARY:  # a cosine above 0 means nothing
-            metrics = {split: {n: v for n, v in found.items() if "tuned_" in n} for split, found in metrics.items()}
+        metrics = only_tuned(work.task, metrics)
         history.append({"epoch": epoch, "train": train, "metrics": metrics, "validation": metrics["dev"],
                         "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
         baseline.save(state, history)
@@ -148,23 +149,51 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     return {"history": history, "best_epoch": best["epoch"], "metrics": best["metrics"]}, []
 
 
+def _encoder(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
+    """The cosines of the encoder as downloaded, before any training."""
+    embed = encoder_as_downloaded(work)
+
+    def score(rows: Examples) -> np.ndarray:
+        u, v = (embed(side) for side in rows.sides)
+        return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
+
+    return {"metrics": only_tuned(work.task, measure(work.task, score, work.sets))}, []
+
+
+def encoder_as_downloaded(work: Experiment) -> Callable[[Iterable[str]], torch.Tensor]:
+    """Texts to (texts, hidden size) means of the last layer, float32."""
+    bert, length = work.encoder, work.preset.max_seq_length
+    student = mean_encoder(bert.folder, bert.lower_case, work.task, length, select_device(False, 0))
+    return partial(student.encode, convert_to="tensor")
+
+
 def _rates(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
-    """Pairs scored per second on dev: a teacher reads each pair, a student's head takes stored embeddings."""
+    """Pairs scored per second on dev: a teacher reads each pair, all others take stored embeddings.
+
+    Sentence-BERT's cosines are of the same size as those of the encoder as downloaded, and take as long.
+    """
     rows, device = work.sets["dev"], select_device(False, 0)
     first, second = np.arange(2 * len(rows)).reshape(2, -1)
-    variants = {"teacher": partial(load_scorer(str(work.folder / "teacher"), work.task, device)[0], rows)}
+    variants: dict[str, Callable[[], object]] = {}
+    variants["teacher"] = partial(load_scorer(str(work.folder / "teacher"), work.task, device)[0], rows)
     for name in STUDENTS:
         model = DSESiameseClassifier.from_pretrained(student_folder(work.folder, name)).to(device)
         embeddings = model.encode(chain(*rows.sides))
         variants[name] = partial(score_stored, model.network, embeddings, first, second, device)
+    if "encoder" in work.stages:
+        vectors = encoder_as_downloaded(work)(chain(*rows.sides))
+        variants["encoder"] = lambda: torch.cosine_similarity(vectors[first], vectors[second]).cpu()
     turns = [{name: timeit(score, number=1) for name, score in variants.items()} for _ in range(3)]
-    return {"pairs_per_second": {name: len(rows) / min(turn[name] for turn in turns) for name in variants}}, []
+    rates = {name: len(rows) / min(turn[name] for turn in turns) for name in variants}
+    if {"encoder", "sentence_bert"} <= set(work.stages):
+        rates["sentence_bert"] = rates["encoder"]
+    return {"pairs_per_second": rates}, []
 
 
 # How each stage is done in its folder: gives what its record says, and the files that it made.
 _DO: dict[str, Callable[[Experiment, Path], tuple[Result, list[Path]]]] = {
-    "teacher": _teacher, "logits": _logits, **dict.fromkeys(STUDENTS, _student),
-    "sentence_bert": _sentence_bert, "rates": _rates,
+    "teacher": _teacher, "logits": _logits, **dict.fromkeys(STUDENTS | VARIANTS, _student),
+    "sentence_bert": _sentence_bert, "encoder": _encoder, "rates": _rates,
 }  # fmt: skip
 
 
@@ -174,6 +203,13 @@ def student_folder(folder: Path, stage: str) -> Path:
         if found := {epoch: path for path in best_folders(run) if (epoch := told_by(path).get("epoch")) is not None}:
             return found[max(found)]  # `best`, or a folder beside it if `best` could not be replaced
     raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
+
+
+def only_tuned(task: Task, metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The metrics of cosines by split: in a binary task, 0 is not a threshold that means something."""
+    if task.kind != BINARY:
+        return metrics
+    return {split: {name: n for name, n in found.items() if "tuned_" in name} for split, found in metrics.items()}
 
 
 def measure(task: Task, score: Scorer, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:

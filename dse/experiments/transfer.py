@@ -24,11 +24,9 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler, normalize
 
 from dse.data.processors import Examples, labelled_test, read_examples
 from dse.data.tasks import BINARY, REGRESSION, TASKS, Task
-from dse.data.tokenizers import load_tokenizer, saved_casing
+from dse.data.tokenizers import saved_casing
+from dse.experiments.baselines import mean_encoder
 from dse.models import DSESiameseClassifier
-from dse.networks.config import DSEConfig
-from dse.networks.pretrained import bert_config
-from dse.networks.student import new_network
 from dse.system.errors import InputError
 from dse.training.kinds import correlations
 from dse.training.reporting import markdown_table
@@ -43,13 +41,10 @@ COUNTED_TWICE = ("allnli", "mnli-mm", "diagnostic")
 
 def encoder_embedder(folder: Path, student: DSESiameseClassifier, batch_size: int = 32) -> Embedder:
     """The mean of the last layer's states of a BERT as downloaded, with its own casing; cut as the student's texts."""
-    bert = bert_config(folder, "--bert_model")
-    network = new_network(folder, DSEConfig(bert, "mean_top_mean_with_cls", 1)).eval().to(student.device)
     casing = saved_casing(folder, "--bert_model")
     lower_case = student.tokenizer.backend_tokenizer.normalizer.lowercase if casing is None else casing
-    length = min(student.max_seq_length, bert.get("max_position_embeddings", student.max_seq_length))
-    tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
-    return partial(DSESiameseClassifier(network, tokenizer, student.task, length).encode, batch_size=batch_size)
+    encoder = mean_encoder(folder, lower_case, student.task, student.max_seq_length, student.device)
+    return partial(encoder.encode, batch_size=batch_size)
 
 
 def bag_of_words(training_texts: list[str]) -> Embedder:

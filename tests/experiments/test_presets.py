@@ -2,6 +2,7 @@
 
 import dse_train_runner
 import finetune_bert
+from dse.data.tasks import get_task
 from dse.experiments import presets
 
 
@@ -11,20 +12,21 @@ def test_presets_are_the_settings_of_the_five_commands_and_the_issue():
     assert (large.epochs("teacher"), large.epochs("dse"), large.epochs("logits")) == (3, 8, 1)
     assert small.seeds == {"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)}
     for preset in (large, small):  # the scripts take the flags
-        finetune_bert.parse_arguments(
-            [
-                "--data_dir",
-                "x",
-                "--bert_model",
-                "x",
-                "--task_name",
-                "x",
-                "--output_dir",
-                "x",
-                "--do_train",
-                *preset.teacher,
-            ]
-        )
-        dse_train_runner.parse_arguments(
-            ["--task_name", "x", "--data_dir", "x", "--distillation_logits_path", "x", *preset.student]
-        )
+        task, needed = get_task("mrpc"), ["--data_dir", "x", "--task_name", "x", "--bert_model", "x"]
+        teacher = preset.flags("teacher", task)
+        finetune_bert.parse_arguments([*needed, "--output_dir", "x", "--do_train", *teacher])
+        for stage in presets.STUDENTS | presets.VARIANTS:
+            flags = preset.flags(stage, task)
+            args = dse_train_runner.parse_arguments([*needed, "--distillation_logits_path", "x", *flags])
+            assert args.epochs == preset.epochs(stage)
+
+
+def test_the_flags_of_students():
+    small, task = presets.PRESETS["small"], get_task("mrpc")
+    thresholds = "0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
+    of_all = f"--epochs 3 --tune_positive_thresholds {thresholds} --fc_dims 512 1"
+    dse = f"--lr 3e-5 --head_lr 1e-3 --dropout 0 --schedule_in_updates {of_all}"
+    assert " ".join(small.flags("dse", task)) == dse
+    assert " ".join(small.flags("labels_only", task)) == f"{dse} --distillation_coeff 0.0"
+    assert " ".join(small.flags("one_rate", task)) == f"--lr 3e-5 --dropout 0 --schedule_in_updates {of_all}"
+    assert " ".join(small.flags("defaults", task)) == of_all.removeprefix("--epochs 3 ")

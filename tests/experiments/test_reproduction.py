@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import write_task
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
 
 import dse_train_runner
 import finetune_bert
@@ -27,8 +28,8 @@ from dse.training import trainer
 
 TINY = presets.Preset(
     {"mrpc": (1, 2), "snli": (1,), "sts-b": (1,)},
-    teacher=("--learning_rate", "2e-3", "--num_train_epochs", "8", "--train_batch_size", "8"),
-    student=("--lr", "1e-3", "--epochs", "2", "--pooler_num_top_hidden_layers", "2", "--batch_size", "8"),
+    teacher={"learning_rate": "2e-3", "num_train_epochs": 8, "train_batch_size": 8},
+    student={"lr": "1e-3", "epochs": 2, "pooler_num_top_hidden_layers": 2, "batch_size": 8},
     max_seq_length=48,
 )
 
@@ -131,7 +132,7 @@ def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
     assert found["average_relative_degradation"] == pytest.approx(degradation_by_hand(folder))
     assert set(found["tasks"]) == {"MRPC", "SICK", "STS-B"}
 
-    names = [f"{name}_{what}.png" for name in found["tasks"] for what in ("by_epoch", "speed")]
+    names = [*(f"{name}_by_epoch.png" for name in found["tasks"]), "speed.png"]
     assert sorted(path.name for path in folder.glob("plots/*")) == (sorted(names) if results.can_plot() else [])
 
     # Records say what was run, and tell the same as the scripts.
@@ -146,7 +147,9 @@ def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
     assert not list((folder / "mrpc_seed2").glob("*/*/*.pt")), "checkpoints of a student that is done"
     students = ("dse", "labels_only", "logits_only")
     assert [coefficient_flag(folder / "mrpc_seed1", stage) for stage in students] == [None, "0.0", "1.0"]
-    assert set(found["tasks"]["MRPC"]["pairs_per_second"]) == {"teacher", "dse", "labels_only", "logits_only"}
+    scored = {"teacher", "dse", "labels_only", "logits_only"}
+    assert set(found["tasks"]["SICK"]["pairs_per_second"]) == scored
+    assert set(found["tasks"]["MRPC"]["pairs_per_second"]) == {*scored, "encoder"}
     assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
 
     # Nothing is done twice, though the folder was moved; what was spoiled, and what was made from it, is.
@@ -165,6 +168,47 @@ def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
     assert "| MRPC |" in (folder / "results.md").read_text()
     assert calls == ["run_distillation_logits_creator.py"]
     assert json.loads((folder / "results.json").read_text())["complete"] is True
+
+
+def test_the_encoder_as_downloaded(finished, glue, bert):
+    """Its column is the correlation of cosines that transformers' own BERT gives."""
+    record = json.loads((finished / "sts-b_seed1" / "encoder.json").read_text())
+    rows = read_examples(get_task("sts-b"), glue / "STS-B", "dev")
+    tokenizer, encoder = AutoTokenizer.from_pretrained(bert), AutoModel.from_pretrained(bert).eval()
+
+    def embed(text):
+        with torch.no_grad():
+            return encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+
+    cosines = [torch.cosine_similarity(*map(embed, pair), dim=0).item() for pair in zip(*rows.sides, strict=True)]
+    assert record["metrics"]["dev"]["pearson"] == pytest.approx(np.corrcoef(cosines, rows.labels)[0, 1], abs=1e-5)
+    assert set(json.loads((finished / "mrpc_seed1" / "encoder.json").read_text())["metrics"]["dev"]) == {
+        "tuned_f1", "tuned_accuracy"
+    }  # fmt: skip
+    assert not (finished / "snli_seed1" / "encoder.json").exists(), "a cosine does not tell three classes"
+
+
+def test_variants(whole, finished, flags, calls):
+    reproduce([*flags, "--tasks", "mrpc", "--seeds", "1", "--variants"])
+    assert calls == ["dse_train_runner.py"] * len(presets.VARIANTS)
+    commands = {stage: json.loads((finished / "mrpc_seed1" / f"{stage}.json").read_text())["command"]
+                for stage in ("dse", "defaults", "from_teacher", "top_layer")}  # fmt: skip
+    assert "--lr" in commands["dse"] and "--lr" not in commands["defaults"]
+    assert commands["from_teacher"][-1] == "--resume"
+    assert str(finished / "mrpc_seed1" / "teacher") in commands["from_teacher"]
+    assert commands["top_layer"].count("--pooler_num_top_hidden_layers") == 1
+    before, found = (json.loads((folder / "results.json").read_text())["tasks"] for folder in (whole[0], finished))
+    assert found["SICK"]["variants"] == {}
+    assert found["MRPC"]["left_out"] == before["MRPC"]["left_out"], "seed 2 lacks nothing of the other tables"
+    row = found["MRPC"]["variants"]["dev"]["f1"]
+    assert list(row) == [*presets.STUDENTS, *presets.VARIANTS]
+    assert {value["n"] for value in row.values()} == {1}, "seed 2 has no variants"
+    lines = (finished / "results.md").read_text().splitlines()
+    assert any(line.startswith("| MRPC, student | dev f1, threshold of dev | dev f1 | test f1, thr") for line in lines)
+    assert (
+        f"| without `--head_lr` | {results.show(found['MRPC']['variants']['dev']['tuned_f1']['one_rate'])} "
+        in "\n".join(lines)
+    )
 
 
 def test_an_unfinished_seed_in_the_folder(finished, flags, monkeypatch, caplog, capsys):
@@ -355,7 +399,7 @@ def test_another_encoder_is_refused_though_its_weights_are_the_same(finished, fl
     assert "was made with bert" in refused(reproduce, [*flags, "--bert_model", other])
 
 
-SLOWER = TINY._replace(teacher=("--learning_rate", "5e-4", *TINY.teacher[2:]))
+SLOWER = TINY._replace(teacher={**TINY.teacher, "learning_rate": "5e-4"})
 
 
 def test_other_settings_are_refused_with_both_values(finished, flags, refused, monkeypatch):
@@ -446,14 +490,17 @@ def test_an_epoch_whose_metric_is_0_is_drawn_and_an_undefined_one_is_a_gap(tmp_p
         run("sentence_bert", "tuned_f1", None, 0.5),
     ]
     table = {"dev": {"f1": {"teacher": {"mean": 0.375, "sd": None, "n": 1}}}}
-    task = {"task": "mrpc", "metric": "f1", "pairs_per_second": {"teacher": 9.0}, "table": table}
+    task = {"task": "mrpc", "metric": "f1", "metric_with_threshold_of_dev": "f1", "table": table,
+            "pairs_per_second": {"teacher": 9.0, "dse": 99.0}}  # fmt: skip
     results.draw({"tasks": {"MRPC": task}, "runs": runs}, tmp_path)
-    assert sorted(drawn) == ["MRPC_by_epoch.png", "MRPC_speed.png"]
+    assert sorted(drawn) == ["MRPC_by_epoch.png", "speed.png"]
     curves = [(line.get_label(), line.get_xydata().tolist()) for line in drawn["MRPC_by_epoch.png"]]
     assert curves[0] == ("teacher", [[0, 0.0], [1, 0.75]])
     assert curves[1] == ("DSE", [[0, 0.5], [1, 0.0]])
     assert (curves[2][0], curves[2][1][1]) == ("Sentence-BERT way", [1, 0.5])
     assert math.isnan(curves[2][1][0][1])
+    points = [line.get_xydata().tolist() for line in drawn["speed.png"]]
+    assert points == [[[9.0, 0.375]]]
 
 
 def test_the_estimate_follows_what_was_measured(flags, tmp_path):
