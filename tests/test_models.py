@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import PAIRS, TEXTS, TRIO
 from huggingface_hub import hub_mixin
-from processes import ROOT
 
 from dse.data.features import tokenize_texts
 from dse.data.tasks import get_task
@@ -217,18 +216,6 @@ def test_push_to_hub_uploads_the_folder(student, monkeypatch):
     ((name, scores),) = uploads
     assert name == "someone/student"
     np.testing.assert_array_equal(scores, model.score(PAIRS))
-
-
-def test_the_readmes_lines_for_sentence_transformers(student, tmp_path):
-    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    model = student()
-    model.save_pretrained(tmp_path / "student")
-    readme = (ROOT / "README.md").read_text()
-    code = next(block for block in readme.split("```python\n")[1:] if "SentenceTransformer(" in block).split("```")[0]
-    names: dict[str, object] = {}
-    exec(code.replace('"FOLDER"', repr(str(tmp_path / "student"))), names)  # the README's own lines
-    theirs = names["sentence_transformer"].encode(TEXTS)
-    np.testing.assert_allclose(theirs, model.encode(TEXTS), rtol=1e-5, atol=1e-5)
 
 
 MISTAKEN = {  # what a user gave, to what, and what the error says

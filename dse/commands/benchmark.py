@@ -1,4 +1,4 @@
-"""Measure training, inference, features or scoring on given data and model, beside other ways in the same run.
+"""Measure training, inference, features or scoring beside other ways to do the same, in one run.
 
     python -m dse benchmark training --task_name mrpc --data_dir glue_data/MRPC --bert_model MODEL --do_lower_case
 
@@ -21,16 +21,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
     cli.add_task_flags(parser)
-    add("--output", default="", help="JSON file for the results")
-    add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step (padded inference: sentences)")
+    add("--output", default="", help="JSON file for the numbers and the settings")
+    add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step; of padded inference, sentences")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=2, help="batches per update")
-    add("--steps", type=cli.whole_number(2), default=8, help="batches per measurement, the same for every variant")
-    add("--rounds", type=cli.whole_number(1), default=3, help="measurements of each variant, which take turns")
-    add("--random_seed", type=cli.seed, default=42, help="of the batches")
-    add("--model", default="", help="scoring: a student's folder; empty: an untrained one, which takes as long")
-    add("--candidates", type=cli.whole_number(1), nargs="+", default=[1000, 10_000, 100_000], help="scoring: how many")
-    add("--plot", default="", help="scoring: PNG of seconds by candidates (needs matplotlib)")
-    add("--pairs", type=cli.whole_number(1), default=1000, help="of the training file, for inference")
+    add("--steps", type=cli.whole_number(2), default=8, help="batches per measurement, the same for every way")
+    add("--rounds", type=cli.whole_number(1), default=3, help="measurements of each way; the ways take turns")
+    add("--random_seed", type=cli.seed, default=42, help="seed of the order of the pairs")
+    add("--model", default="", help="scoring: a student's folder; empty: an untrained student, which is as fast")
+    add("--candidates", type=cli.whole_number(1), nargs="+", default=[1000, 10_000, 100_000],
+        help="scoring: numbers of candidates")  # fmt: skip
+    add("--plot", default="", help="scoring: PNG file for a plot of seconds by candidates (needs matplotlib)")
+    add("--pairs", type=cli.whole_number(1), default=1000, help="inference: pairs, from the start of the training file")
     cli.add_architecture_flags(parser)
 
 

@@ -2,8 +2,8 @@
 
     python -m dse reproduce --preset small --data_dir glue_data --bert_model M --output_dir results
 
-Runs the scripts for each task and seed and writes results.json, results.md and, once all is done and if matplotlib is
-installed, plots to --output_dir. It skips what is done there and sound, so it can be stopped and called again.
+Runs the scripts for each task and seed, and writes results.json and results.md to --output_dir; once all is done, plots
+too, if matplotlib is installed. It skips what is done there and sound, so you can stop it and call it again.
 """
 
 import argparse
@@ -25,19 +25,20 @@ from dse.system.errors import InputError, RunError
 from dse.system.files import check_writable
 from dse.training.reporting import duration
 
-GOES_ON = "the same command goes on with what is left"
+GOES_ON = "the same command continues with what is left"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="small", help="small: hours on 2 cores; large: the paper's")
+    add("--preset", choices=PRESETS, default="small", help="small: hours on 2 cores; large: the paper's tasks")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
     add("--bert_model", default=cli.DEFAULT_BERT, help="pre-trained encoder: hub name or folder")
-    add("--output_dir", default="results", help="where everything goes, and is found again")
-    add("--tasks", type=lambda text: list(filter(None, text.split(","))), help="mrpc,sts-b; not given: the preset's")
+    add("--output_dir", default="results", help="folder for all that is made; a later call continues there")
+    add("--tasks", type=lambda text: list(filter(None, text.split(","))),
+        help="comma list, such as mrpc,sts-b; not given: the preset's")  # fmt: skip
     # not -1, a new seed each time: the same command must go on with it
-    add("--seeds", type=cli.whole_number(0), nargs="+", help="for every task; not given: the preset's")
+    add("--seeds", type=cli.whole_number(0), nargs="+", help="seeds of every task; not given: the preset's")
     add("--variants", action="store_true", help="also train students that differ from DSE's in one setting")
     cli.add_call_flag(parser)
 
@@ -151,6 +152,6 @@ def run(args: argparse.Namespace) -> None:
     missing, drawn = write([])
     print(f"\n{(output_dir / 'results.md').read_text(encoding='utf-8')}")
     for name, lacking in missing.items():
-        logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds goes on with it",
+        logger.warning("not complete: %s lacks %s; the command with its --tasks and --seeds continues there",
                        output_dir / name, ", ".join(lacking))  # fmt: skip
     logger.info("results.json, results.md%s in %s", " and plots" if drawn else "", output_dir)

@@ -59,7 +59,7 @@ def vocabulary() -> list[str]:
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words.union(*chain.from_iterable(SLOTS)))]
 
 
-def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
+def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int = 2, positions: int = 64) -> None:
     """Write a tiny uncased BERT with that vocabulary, as a folder that `from_pretrained` loads."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
@@ -69,7 +69,7 @@ def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int 
     place = {word: i for i, word in enumerate(vocabulary())}
     config = BertConfig(
         vocab_size=len(place), hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=4,
-        intermediate_size=2 * hidden_size, max_position_embeddings=64, initializer_range=0.1,
+        intermediate_size=2 * hidden_size, max_position_embeddings=positions, initializer_range=0.1,
         hidden_dropout_prob=0.05, attention_probs_dropout_prob=0.05,
     )  # fmt: skip
     torch.manual_seed(seed)
