@@ -74,7 +74,8 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
         if model.task != task:
-            raise InputError(f"--model: is a student of {model.task.name}, --task_name is {task.name}")
+            own = model.task.name
+            raise InputError(f"--model: this is a student of {own}; give --task_name {own}, found {task.name}")
     else:  # an untrained one takes as long
         network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
         model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)

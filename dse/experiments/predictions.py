@@ -52,7 +52,7 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
     check_sentence_pairs(task)
     if (own.kind, own.labels) != (task.kind, task.labels):
         found, wanted = (f"{it.name} ({it.kind}, {list(it.labels)})" for it in (own, task))
-        raise InputError(f"--model: a student of {found}, which does not answer {wanted}")
+        raise InputError(f"--model: this is a student of {found}; it cannot answer {wanted}")
     if own.name != task.name:
         logger.warning("a student of %s is used for %s", own.name, task.name)
 
@@ -95,7 +95,7 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOL
     ['5.000', '2.346']
     """
     if not np.isfinite(outputs).all():
-        raise InputError(f"--model: gives NaN or infinite outputs on {task.name}; train it again, slower")
+        raise InputError(f"--model: its outputs on {task.name} are NaN or infinite; train it again at a lower rate")
     if task.kind == REGRESSION:
         scores = np.clip(outputs[:, 0], 0.0, 5.0) if task.name == "sts-b" else outputs[:, 0]
         return [f"{score + 0.0:.3f}" for score in scores]  # + 0.0 turns -0.0 into 0.0

@@ -88,7 +88,7 @@ def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
     try:
         script.run(script.parse_arguments(argv))
     except InputError as error:
-        raise InputError(f"{script.PROG}, of its own flags: {error}") from error
+        raise InputError(f"{script.PROG} refuses its flags: {error}") from error
     return [script.PROG, *argv]
 
 

@@ -53,7 +53,8 @@ def bag_of_words(training_texts: list[str]) -> Embedder:
     try:
         return counter.fit(training_texts).transform
     except ValueError as error:
-        raise InputError(f"--data_dir: no bag of words of {len(training_texts)} texts ({error})") from error
+        where = f"--data_dir: the {len(training_texts)} training texts"
+        raise InputError(f"{where} have no words to count ({error})") from error
 
 
 def cosine_correlations(embed: Embedder, rows: Examples) -> dict[str, float]:

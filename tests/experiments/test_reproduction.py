@@ -258,7 +258,8 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     (line,) = [line for line in capsys.readouterr().err.splitlines() if " is not done: " in line]
     place = tmp_path / "results" / "mrpc_seed3" / "dse"
     assert line == (
-        f"python -m dse reproduce: stopped by SIGTERM: {place} is not done: the same command goes on with what is left"
+        f"python -m dse reproduce: stopped by SIGTERM: {place} is not done: "
+        "the same command continues with what is left"
     )
     assert len(list((tmp_path / "results/mrpc_seed3/dse").glob("*/*_state_*.pt"))) > 0
     calls.clear()
@@ -357,7 +358,7 @@ def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished
     with pytest.raises(SystemExit) as stop:
         reproduce(flags)
     assert stop.value.code == 130
-    assert "goes on with what is left" in capsys.readouterr().err
+    assert "continues with what is left" in capsys.readouterr().err
     monkeypatch.setattr(FakeSentenceBert, "stop_after", None)
     reproduce(flags)
     record = json.loads((tmp_path / "results" / "mrpc_seed1" / "sentence_bert.json").read_text())
@@ -424,16 +425,16 @@ def test_what_a_script_refuses_is_told_in_the_commands_terms(flags, tmp_path, re
         reproduce(flags)
     assert stop.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    goes_on = "the same command goes on with what is left"
+    goes_on = "the same command continues with what is left"
     assert last == f"python -m dse reproduce: error: {place} is not done (state: cannot be written): {goes_on}"
     monkeypatch.setitem(presets.PRESETS, "small", SLOWER)
     line = refused(reproduce, flags)
     assert line.startswith(
-        f"python -m dse reproduce: error: --output_dir: {place} cannot be made (finetune_bert.py, of its own flags: "
+        f"python -m dse reproduce: error: --output_dir: {place} cannot be made (finetune_bert.py refuses its flags: "
         "--learning_rate: 0.0005 now, 0.002 in the run"
     )
     assert line.endswith("; move it away, and it begins anew, or name another --output_dir")
-    assert "goes on with what is left" not in capsys.readouterr().err
+    assert "continues with what is left" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
