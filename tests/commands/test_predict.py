@@ -370,7 +370,7 @@ def test_a_student_that_gives_nan_is_refused(refusal, student, tmp_path):
         with torch.no_grad():
             model.network.siamese_head.fc_layers[-1].bias[0] = torch.nan
         model.save_pretrained(tmp_path / name)
-        assert f"--model: gives NaN or infinite outputs on {name}" in refusal(name, model=tmp_path / name)
+        assert f"--model: its outputs on {name} are NaN or infinite" in refusal(name, model=tmp_path / name)
 
 
 def test_other_refusals(refusal, tmp_path):
