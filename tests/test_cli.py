@@ -78,7 +78,7 @@ def test_a_head_beyond_memory(student_flags, refused, capsys):
         with pytest.raises(SystemExit) as stop:
             dse_train_runner.main(student_flags(fc_dims=sizes))
         assert stop.value.code == 1
-        assert "take smaller layers" in capsys.readouterr().err.splitlines()[-1]
+        assert "use smaller layers" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_other_errors_are_not_hidden(monkeypatch, teacher_flags):

@@ -32,7 +32,7 @@ _NORMS: Any = getattr(torch, "_foreach_norm", None)
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """states @ weight.T + bias, for float32 on CPU through oneDNN where that is the faster one."""
+    """states @ weight.T + bias, for float32 on CPU through oneDNN if that is faster."""
     elsewhere = states.device.type != "cpu" or states.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if elsewhere or PUBLIC_ONLY or _LINEAR is None:
         return functional.linear(states, weight, bias)

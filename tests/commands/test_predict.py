@@ -379,7 +379,7 @@ def test_other_refusals(refusal, tmp_path):
     (tmp_path / "mine.json").write_text('{"kind": "regression", "text_a": 0, "text_b": 1, "label": 2}')
     assert "--model: " in (line := refusal("mrpc", model=empty))
     assert "not a model folder: no config.json in it" in line
-    assert "no folder of a student" in refusal("mrpc", model="./nowhere")
+    assert "is not a local folder, and the hub did not provide a student" in refusal("mrpc", model="./nowhere")
     assert "test.tsv: cannot read the data of mrpc (No such file or directory)" in refusal("mrpc", data_dir=empty)
     assert "nowhere is not a folder" in refusal("mrpc", data_dir="nowhere")
     assert "1.5 is outside (0, 1)" in refusal("mrpc", threshold=1.5)

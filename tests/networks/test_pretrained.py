@@ -125,7 +125,7 @@ REFUSED = [
 # name, changes, words of the one warning that comes where the folder is opened; None: no warning
 SAME_NUMBERS = [
     ("more layers in the weights", {"config.num_hidden_layers": 1}, "16 weights have no place in the BERT that its"),
-    ("a half of the casing", {"rules.do_lower_case": False}, "was saved with no --do_lower_case (cased)"),
+    ("a half of the casing", {"rules.do_lower_case": False}, "was saved as cased (no --do_lower_case)"),
     ("accents kept, in both", {"words.normalizer.strip_accents": False, "rules.strip_accents": False}, None),
     ("accents stripped as the casing does", {"words.normalizer.strip_accents": True}, None),
     ("Chinese unsplit, in both", {"words.normalizer.handle_chinese_chars": False,
@@ -194,7 +194,7 @@ def test_the_same_numbers(changes, words, bert, copied, caplog):
 def test_one_token_type_is_enough_for_a_student_and_for_single_sentences(bert, copied, refused, teacher_flags):
     folder = change_folder(copied(bert), [one_type, {"config.type_vocab_size": 1}])
     line = refused(finetune_bert.main, teacher_flags(bert_model=folder))
-    assert "type_vocab_size is 1, and a teacher of pairs needs 2" in line
+    assert "type_vocab_size is 1, but a teacher of pairs needs 2" in line
     assert_same_numbers(folder, teacher=False)
     assert load_teacher(folder, get_task("cola"), fine_tuned=False).bert.config.type_vocab_size == 1
 
@@ -268,7 +268,7 @@ def test_a_bert_without_some_weights_is_refused(bert, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((bert / name).read_bytes())
     find_bert(str(tmp_path), "--bert_model")  # the folder looks whole
-    words = r"not a whole BERT: 1 weights missing.*encoder\.layer\.1\.output\.dense\.weight"
+    words = r"not a complete BERT: 1 weights are missing.*encoder\.layer\.1\.output\.dense\.weight"
     with pytest.raises(InputError, match=words):
         new_network(tmp_path, config_of(bert))
 
