@@ -128,7 +128,7 @@ def make_trainer(args: argparse.Namespace, task: Task, teacher: "Teacher", batch
     steps, batch_size = args.gradient_accumulation_steps, args.train_batch_size // args.gradient_accumulation_steps
     if batch_size * steps != args.train_batch_size:
         told = (args.train_batch_size, steps, batch_size * steps)
-        logger.warning("--train_batch_size %d is not a multiple of %d batches: each update uses %d pairs", *told)
+        logger.warning("--train_batch_size %d does not divide evenly into %d batches: each update uses %d pairs", *told)
     updates = count_updates(len(batches), batch_size, steps) * int(args.num_train_epochs)
     logger.info("%d pairs, %d per batch, %d updates in all", len(batches), batch_size, updates)
     return Trainer(

@@ -3,7 +3,7 @@
 
     python load_dse_checkpoint_example.py --task_name mrpc --trainer_checkpoint <path_to_saved_checkpoint>
 
-A checkpoint carries its architecture, casing and tokenizer; architecture flags may be left out, or must agree with it.
+A checkpoint carries its architecture, casing and tokenizer; if flags for them are given, they must agree with it.
 Without a checkpoint the encoder is the pre-trained one and the head is untrained.
 """
 

@@ -90,7 +90,7 @@ class CandidateIndex:
 
     @classmethod
     def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
-        """An index as it was stored, memory-mapped. Raises InputError if it is corrupt, another model's or no index."""
+        """An index as it was stored, memory-mapped. Raises InputError if corrupt, another model's or not an index."""
         files = IndexFiles.open(Path(folder))
         if files.content["model"] != fingerprint(model):
             raise InputError(f"{folder}: this index was made by another model; build it again, or give its own model")
@@ -116,7 +116,7 @@ class CandidateIndex:
             float32, (candidates,) for one query, (queries, candidates) for several: `rank_scores` of what `model.score`
             gives for the pairs (query, candidate), to rounding.
 
-        Raises TypeError for anything but text, InputError for a label that the task lacks, or if it needs one.
+        Raises TypeError for anything but text, InputError for a label that the task lacks, or if one must be given.
         """
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         scores = np.empty((len(texts), len(self)), np.float32)

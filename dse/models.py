@@ -51,7 +51,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         """A student in evaluation mode on the CPU, float32, from a folder of `save_pretrained`, or from the hub.
 
         `of_hub` is huggingface_hub's revision, token, cache_dir and local_files_only. Raises InputError for a folder
-        that does not hold a student, or holds a corrupt one or one of another version.
+        that holds no student, or one that is incomplete, corrupt or of another version.
         """
         return cls(**vars(read_student(name, **of_hub)))
 

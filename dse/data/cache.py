@@ -23,7 +23,7 @@ _DTYPES: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, form: str) -> str:
-    """The name of a cache that is beside the data since the user gave no path; the two forms have different names."""
+    """The name of a cache beside the data, for when the user gives no path; the two forms have different names."""
     return f"{split}_{bert_name}_{max_seq_length}_{task_name}{'_separate' if form == 'separate' else ''}"
 
 

@@ -35,7 +35,7 @@ _CHARACTERS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 65536
 _MOST_UNKNOWN = 0.05  # of the pieces
 _ENOUGH = 50  # of them, for the share to tell something of the tokenizer
-_MISFIT = "%s: %.0f %% of the pieces are [UNK], alike to the model: its tokenizer does not fit these texts"
+_MISFIT = "%s: %.0f %% of the pieces are [UNK], all alike to the model: its tokenizer does not fit these texts"
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()  # tokenizers
 
 

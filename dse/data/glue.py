@@ -101,8 +101,7 @@ FILES = {
 def get_task(task: str, data_dir: Path, mirror: Mirror) -> tuple[str, str]:
     """Make sure that a task's folder is in `data_dir`; return the outcome, in a word and in detail.
 
-    Raises DownloadError for files that cannot be fetched or used, or are in the way; OSError or RunError if the disk
-    refuses a write.
+    Raises DownloadError if files cannot be fetched or used, or are in the way; OSError, RunError if the disk refuses.
     """
     folder, area = data_dir / FOLDERS[task], data_dir / AREA
     making = area / f"{task}.making"

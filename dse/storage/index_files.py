@@ -2,7 +2,7 @@
 
 A folder holds vectors.bin (rows of float32 or float16, little-endian), ends.bin (int64: where each text ends),
 texts.bin (UTF-8, end to end) and index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows
-in each file. A block is compared with its CRC when it is first read. Appending writes behind what is there and then
+in each file. A block is compared with its CRC when it is first read. Appending writes after what is there and then
 replaces index.json, so a stop in between leaves the index as it was.
 """
 

@@ -80,7 +80,7 @@ def read_student(
 ) -> Student:  # fmt: skip
     """A student in evaluation mode on the CPU, float32, from a folder that `write_student` wrote, or from the hub.
 
-    Raises InputError for a folder that does not hold a student, or holds a corrupt one or one of another version.
+    Raises InputError for a folder that holds no student, or one that is incomplete, corrupt or of another version.
     """
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -232,7 +232,7 @@ def _facts(student: Student) -> list[str]:
         f"task: {task.name} ({task.kind}{labels})",
         f"encoder: BERT, {config.bert['num_hidden_layers']} layers of size {config.bert['hidden_size']}, {casing}; at "
         f"most {student.max_seq_length} tokens per sentence",
-        f"pooler: `{config.pooler_type}`, with {config.pooler_num_top_hidden_layers} top layers; head: "
+        f"pooler: `{config.pooler_type}`, over the top {config.pooler_num_top_hidden_layers} layers; head: "
         f"`{config.siamese_head_type}`, with layers of sizes {', '.join(map(str, config.fc_dims))}",
         f"candidates are ranked by {'the probability of ' + ranked if labels else 'the score'}",
     ]

@@ -27,7 +27,7 @@ def _function(name: str) -> Callable[..., int]:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next tensor, and take no tensor's memory directly from the system.
 
-    By default the memory of each big tensor is mapped again, which takes longer than most computations on it.
+    By default the system maps new memory for each big tensor, which takes longer than most computations on it.
     """
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
         _function("mallopt")(option, value)

@@ -70,8 +70,7 @@ def process_group() -> Iterator[None]:
         if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
             raise
         mend = "look for that process's error; --resume continues if there is a state"
-        what = f"process {rank()} lost the connection to another one ({one_line(error)[:200]})"
-        raise RunError(f"{what}: {mend}") from error
+        raise RunError(f"process {rank()} lost the connection to another ({one_line(error)[:200]}): {mend}") from error
     finally:
         _device = None
 

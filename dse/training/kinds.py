@@ -8,8 +8,7 @@ The student's loss is (1 - a) * hard(z, y) + a * mean over pairs of sum over out
 the labels y, the teacher's logits t and a = --distillation_coeff. In binary tasks the teacher's two logits become one,
 t = logit[1] - logit[0].
 
-Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), positions in the task's
-labels (int64), or scores.
+Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), int64 positions in task.labels, or scores.
 """
 
 import logging

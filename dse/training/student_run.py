@@ -52,7 +52,7 @@ def take_over(path: Path, experiment: str, now: Identity) -> Found:
 
 
 def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
-    """Continue from the newest intact state of the newest run below `parent` that is the same experiment.
+    """Continue from the newest intact state of the newest run of an experiment below `parent` that agrees with `now`.
 
     None if there is no run. If all are corrupt or different, raises InputError with what is wrong with the newest.
     Removes what is left of runs that were killed before their first state was complete.

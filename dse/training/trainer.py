@@ -87,7 +87,7 @@ class Trainer:
         self.saved: Path | None = None  # the last state that was written, as far as this run knows
 
     def train_epoch(self, what: str, after_update: Callable[[], None]) -> dict[str, float]:
-        """Train on all rows in random order, or on those left. Returns metrics of the outputs at each row's update."""
+        """Train on all rows in random order, or on those left. Returns the metrics of the outputs on the way."""
         self.model.train()
         so_far, groups = self.so_far, self.plan.groups(len(self.history))
         batches, started = [len(group) for group in groups], time.monotonic() - so_far.seconds

@@ -349,7 +349,7 @@ def test_a_short_row_is_refused_for_skipping_it_would_shift_the_others(refusal, 
 
 
 def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
-    assert "--task_name: cola has one sentence per row, and DSE scores pairs" in refusal("cola")
+    assert "--task_name: cola has one sentence per row, but DSE scores pairs" in refusal("cola")
     line = refusal("mnli")
     assert "a student of mrpc (binary, ['0', '1'])" in line
     assert "mnli (multiclass, ['contradiction', 'entailment', 'neutral'])" in line
@@ -383,7 +383,7 @@ def test_other_refusals(refusal, tmp_path):
     assert "test.tsv: cannot read the data of mrpc (No such file or directory)" in refusal("mrpc", data_dir=empty)
     assert "nowhere is not a folder" in refusal("mrpc", data_dir="nowhere")
     assert "1.5 is outside (0, 1)" in refusal("mrpc", threshold=1.5)
-    assert "--threshold: sts-b (regression) has none" in refusal("sts-b", threshold=0.3)
+    assert "--threshold: is for binary tasks, and sts-b is regression" in refusal("sts-b", threshold=0.3)
     assert "--threshold: mnli (multiclass) has none" in refusal("mnli", threshold=0.3)
     folder = tmp_path / "predictions"
     (folder / "MRPC.tsv").mkdir(parents=True)

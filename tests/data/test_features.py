@@ -107,7 +107,7 @@ def test_what_is_cut_or_unknown_is_told(
     examples = Examples(first, second, [0] * len(first), [{"file": "dev.tsv", "sha256": "1" * 64}])
     expected = [f"INFO dev.tsv: {cut} are cut at --max_seq_length {length}; {share:.1f} % of the pieces are [UNK]"]
     if share > 5:
-        expected += [f"WARNING dev.tsv: {share:.0f} % of the pieces are [UNK], alike to the model: "
+        expected += [f"WARNING dev.tsv: {share:.0f} % of the pieces are [UNK], all alike to the model: "
                      "its tokenizer does not fit these texts"]  # fmt: skip
 
     def make(path):

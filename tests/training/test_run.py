@@ -22,7 +22,7 @@ def test_going_on_with_other_flags_is_refused(teacher_flags, student_flags, refu
     dse_train_runner.main(student_flags())
     line = refused(dse_train_runner.main, [*student_flags(lr=0.5), "--resume"])
     assert "--lr: 0.5 now, 0.001 in the run" in line
-    assert "leave --resume out for a new run" in line
+    assert "leave --resume out to start a new run" in line
     line = refused(dse_train_runner.main, [*student_flags(trainer_checkpoint=__file__), "--resume"])
     assert "--resume: finds the newest state itself" in line
 
@@ -45,7 +45,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(student_flags, tmp_path, m
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     dse_train_runner.main(student_flags(file_log=True, plot_metrics=True, plots_dir=tmp_path / "plots"))
     assert caplog.text.count(".jsonl: cannot be written (No space left on device)") == 2
-    assert caplog.text.count("no plots (No space left on device)") == 2
+    assert caplog.text.count("plots cannot be written (No space left on device)") == 2
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkp
         code, line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN), capsys)
     assert (code, "_epoch_0.pt;" in line) == (143, True)
     assert not list(tmp_path.glob("checkpoints/*/*_state_epoch_1_*.pt"))
-    assert Checkpoint.read(line.split("state in ")[1].split(";")[0])  # whole
+    assert Checkpoint.read(line.split("state saved in ")[1].split(";")[0])  # whole
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
 
@@ -95,7 +95,7 @@ def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkp
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "update", impatient)
         code, line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN), capsys)
-    assert (code, "_state_epoch_0_update_2.pt; the same command" in line) == (130, update == 3)
+    assert (code, "_state_epoch_0_update_2.pt; run the same command" in line) == (130, update == 3)
     assert len(list(tmp_path.glob("checkpoints/*/*.pt"))) == (update == 3)
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
@@ -135,7 +135,7 @@ def test_a_users_own_copy_of_a_checkpoint_stays(student_flags, checkpoints, tmp_
         line = stopped(dse_train_runner.main, student_flags(**flags), capsys)[1]
     (tmp_path / "keep").mkdir()
     mine = tmp_path / "keep" / "mine.pt"
-    shutil.copyfile(line.split("state in ")[1].split(";")[0], mine)
+    shutil.copyfile(line.split("state saved in ")[1].split(";")[0], mine)
     dse_train_runner.main(student_flags(**flags, trainer_checkpoint=mine))
     assert [path.name for path in mine.parent.iterdir()] == ["mine.pt"]
 
@@ -371,7 +371,7 @@ def test_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, tmp
         stop_at(patched, 3)
         line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN, trainer_checkpoint=mine), capsys)[1]
     assert {name: contents(other).get(name) for name in before} == before
-    state = line.split("state in ")[1].split(";")[0]  # of the position that the other run has a state of, too
+    state = line.split("state saved in ")[1].split(";")[0]  # of the position that the other run has a state of, too
     assert state.endswith("_state_epoch_1_update_2.pt")
     dse_train_runner.main(student_flags(**SHORT_RUN, trainer_checkpoint=state))
     after = contents(other)
