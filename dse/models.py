@@ -6,7 +6,7 @@
     model.predict(pairs)             labels, or scores for regression
 
 A text is cut off after the student's `max_seq_length` tokens, `[CLS]` and `[SEP]` included. Each distinct text is
-embedded once per call, in steps of similar length; the other texts of a call change a number by rounding only.
+embedded once per call, in steps of similar length; the other texts of a call change its numbers by rounding only.
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 

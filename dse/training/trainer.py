@@ -52,7 +52,7 @@ class EpochSoFar:
 
     @classmethod
     def from_state(cls, state: dict[str, Any] | None, plan: EpochPlan, epoch: int) -> "EpochSoFar":
-        """Where `state_dict` was taken."""
+        """The epoch so far, as it was when `state_dict` was taken."""
         if state is None:
             return cls()
         done = slice(None if parallel.is_first() else 0)  # the outputs are summed: one process has those of before

@@ -356,10 +356,10 @@ def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
     line = refusal("rte")
     assert "['0', '1']" in line
     assert "['entailment', 'not_entailment']" in line
-    assert "its labels in order are ['0', '1'], those of rte are ['entailment', 'not_entailment']" in refusal(
+    assert "its labels in order are ['0', '1'], but those of rte are ['entailment', 'not_entailment']" in refusal(
         "rte", model=teacher("mrpc")
     )
-    assert "gives 2 logits, and mnli needs 3" in refusal("mnli", model=teacher("mrpc"))
+    assert "gives 2 logits, but mnli needs 3" in refusal("mnli", model=teacher("mrpc"))
     assert "not a fine-tuned teacher: classifier.bias, classifier.weight missing" in refusal("rte", model=bert)
 
 
@@ -384,7 +384,7 @@ def test_other_refusals(refusal, tmp_path):
     assert "nowhere is not a folder" in refusal("mrpc", data_dir="nowhere")
     assert "1.5 is outside (0, 1)" in refusal("mrpc", threshold=1.5)
     assert "--threshold: is for binary tasks, and sts-b is regression" in refusal("sts-b", threshold=0.3)
-    assert "--threshold: mnli (multiclass) has none" in refusal("mnli", threshold=0.3)
+    assert "--threshold: is for binary tasks, and mnli is multiclass" in refusal("mnli", threshold=0.3)
     folder = tmp_path / "predictions"
     (folder / "MRPC.tsv").mkdir(parents=True)
     assert "MRPC.tsv is a folder" in refusal("mrpc", output_dir=folder)

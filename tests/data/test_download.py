@@ -1078,7 +1078,10 @@ def test_snli_by_hand(server, get, glue, caplog):
         f"snli_1.0.zip: {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}, recorded: none"
         in caplog.text
     )
-    assert "snli_1.0_dev.txt has no sentence2_binary_parse, sentence1_parse, sentence2_parse: left empty" in caplog.text
+    assert (
+        "snli_1.0_dev.txt has no sentence2_binary_parse, sentence1_parse, sentence2_parse: these columns are left empty"
+        in caplog.text
+    )
     parses = "sentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
     expected = (
         f"index\tcaptionID\tpairID\t{parses}\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n"
