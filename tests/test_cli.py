@@ -91,3 +91,13 @@ def test_the_log_on_the_terminal(capsys):
     cli.set_up_logging()
     logging.getLogger("dse.test").warning("caf\u00e9 %s", "\x1b[2J\r\nforged")
     assert capsys.readouterr().err.endswith(" WARNING caf\u00e9 \\x1b[2J\\r\\nforged\n")
+
+
+def test_the_help_shows_defaults_that_mean_something(capsys):
+    """Lists as they are typed, 0 too, words for what is worked out; nothing for switches and required flags."""
+    with pytest.raises(SystemExit):
+        dse_train_runner.main(["-h"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"(default: {value})" in shown for value in ("512 1", "0", "0.5", "--lr", "concat_top_mean"))
+    assert not any(f"(default: {value})" in shown for value in ("None", "False", "", "[512, 1]"))
+    assert ") (default" not in shown.replace("(max) (default", "").replace("u.v (dot) (default", "")
