@@ -3,8 +3,8 @@
 
     python download_glue_data.py --data_dir glue_data --tasks MRPC,STS
 
-Downloads live in <data_dir>/.download. A task's folder appears as a whole, with a download.json that says where its
-files came from, or not at all. allnli needs no step of its own: it reads SNLI and MNLI.
+Files are downloaded to <data_dir>/.download. A task's folder appears once it is complete, with a download.json that
+says where its files came from. allnli needs no download of its own: it reads SNLI and MNLI.
 """
 
 import argparse
@@ -25,7 +25,7 @@ logger = logging.getLogger("dse.download_glue_data")
 
 
 def task_list(text: str) -> list[str]:
-    """A flag's type: `all`, or a comma list of tasks, in any case."""
+    """A flag's type: `all`, or a comma-separated list of tasks, in any case."""
     known = {task.lower(): task for task in SOURCES}
     names = list(known) if text.lower() == "all" else [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name.lower() not in known]:
@@ -40,26 +40,27 @@ def address(text: str) -> str:
         refused |= "@" in parts.path  # a password with a slash in it
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not refused:
             return text
-    raise argparse.ArgumentTypeError(f"not an address such as {BASE_URL}: http:// or https://, a host, a path")
+    raise argparse.ArgumentTypeError(f"not an address such as {BASE_URL}: give http:// or https://, a host and a path")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and refuse what cannot work."""
     parser = cli.Parser(prog=PROG, description="Download GLUE and SNLI.")
     add = parser.add_argument
-    add("--data_dir", default="glue_data", help="where the tasks' folders go")
-    add("--tasks", type=task_list, default="all", help=f"all, or a comma list of {' '.join(SOURCES)}")
-    add("--path_to_mrpc", default="", help="folder with MRPC's raw files, as Microsoft has them; empty: download them")
-    add("--base_url", type=address, default=BASE_URL, help="a mirror (MRPC's files: ../../senteval/senteval_data/)")
-    add("--snli_url", type=address, default=SNLI_URL, help="where snli_1.0.zip is")
-    add("--no_verify", action="store_true", help="for mirrors that repack: take files that differ from their records")
+    add("--data_dir", default="glue_data", help="folder for the tasks' folders")
+    add("--tasks", type=task_list, default="all", help=f"all, or a comma-separated list of {' '.join(SOURCES)}")
+    add("--path_to_mrpc", default="", help="folder with Microsoft's raw MRPC files (default: they are downloaded)")
+    place = "address of GLUE's files; MRPC's raw files are in ../../senteval/senteval_data/ from there"
+    add("--base_url", type=address, default=BASE_URL, help=place)
+    add("--snli_url", type=address, default=SNLI_URL, help="address of snli_1.0.zip")
+    add("--no_verify", action="store_true", help="accept files that differ from the record (for mirrors that repack)")
     args = parser.parse_args(argv)
     args.base_url = args.base_url.rstrip("/") + "/"
     if urlsplit(args.base_url).query or urlsplit(args.base_url).fragment:
         parser.error("--base_url: file names are appended to it, so it cannot have a query (?...) or a fragment")
     area, raw = Path(args.data_dir) / AREA, args.path_to_mrpc
     if raw and area.is_dir() and Path(raw).exists() and area.samefile(raw):
-        parser.error(f"--path_to_mrpc: downloads are removed from {area}; move the raw files elsewhere")
+        parser.error(f"--path_to_mrpc: {area} is for downloads, which are removed later; move the raw files elsewhere")
     for name in MRPC_RAW if raw and "MRPC" in args.tasks else ():
         if not (Path(raw) / name).is_file():
             parser.error(f"--path_to_mrpc: no {name} in {raw}; expected {' and '.join(MRPC_RAW)} there")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.data_dir, "--data_dir")
     cli.set_up_logging()
     if args.no_verify:
-        logger.warning("--no_verify: files that differ from the recorded sizes and SHA-256 are taken all the same")
+        logger.warning("--no_verify: files that differ from the recorded sizes and SHA-256 are accepted")
 
     # 2. One task after the other; one that fails does not stop the others.
     mirror = Mirror(args.base_url, args.snli_url, args.path_to_mrpc, verify=not args.no_verify)

@@ -5,8 +5,8 @@
         --store_checkpoints --fc_dims 512 1 \\
         --distillation_logits_path outputs/logits/large_uncased_finetuned_mrpc_logits.pt
 
-With --store_checkpoints the best and the newest checkpoint are kept. The same command with --resume goes on with a
-run that was stopped, from its newest state, and ends as if it had never stopped; so does --trainer_checkpoint <newest>.
+With --store_checkpoints the best and the newest checkpoint are kept. The same command with --resume continues a run
+that was stopped from its newest state, and ends as if it had never stopped. So does --trainer_checkpoint <newest>.
 """
 
 import argparse
@@ -44,42 +44,43 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Train the Siamese student on labels and teacher logits.")
     add, count = parser.add_argument, cli.whole_number(1)
     cli.add_task_flags(parser)
-    add("--distillation_logits_path", required=True, help="file of run_distillation_logits_creator.py")
-    add("--train_features_path", default="", help="cache of the training features; empty: a name beside the data")
-    add("--dev_features_path", default="", help="cache of the dev features; empty: a name beside the data")
+    add("--distillation_logits_path", required=True, help="logits file that run_distillation_logits_creator.py wrote")
+    add("--train_features_path", default="", help="cache file of the training features (default: beside the data)")
+    add("--dev_features_path", default="", help="cache file of the dev features (default: beside the data)")
     cli.add_architecture_flags(parser)
-    add("--experiment_name", type=cli.file_word, default="bert_distillation", help="begins the names of all outputs")
+    add("--experiment_name", type=cli.file_word, default="bert_distillation", help="prefix of all output names")
     cli.add_log_flags(parser)
     add("--store_checkpoints", action="store_true", help="keep the best and the newest checkpoint")
-    add("--checkpoint_dir", default="outputs/checkpoints", help="folder of the runs' checkpoint folders")
-    add("--plot_metrics", action="store_true", help="draw the metrics by epoch (needs matplotlib)")
-    add("--plots_dir", default="outputs/plots", help="folder of the runs' plots")
+    add("--checkpoint_dir", default="outputs/checkpoints", help="folder for the run folders, which hold checkpoints")
+    add("--plot_metrics", action="store_true", help="plot the metrics by epoch (needs matplotlib)")
+    add("--plots_dir", default="outputs/plots", help="folder for the plots")
     cli.add_device_flags(parser)
-    add("--trainer_checkpoint", default="", help="go on from this checkpoint, to a total of --epochs")
+    add("--trainer_checkpoint", default="", help="continue from this checkpoint, to a total of --epochs")
     cli.add_resume_flags(parser)
-    add("--random_seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
-    add("--epochs", type=count, default=5, help="epochs in all")
-    add("--validate_every", type=count, default=1, help="epochs between validations and checkpoints; the last has one")
+    add("--random_seed", type=cli.seed, default=42, help="random seed; -1 draws a new one for each run")
+    add("--epochs", type=count, default=5, help="total number of epochs")
+    add("--validate_every", type=count, default=1, help="epochs between validations; the last epoch always has one")
     add("--patience", type=count, help="stop after so many validations without a better score")
-    add("--batch_size", type=count, default=16, help="pairs per step (not per update)")
-    add("--val_batch_size", type=count, default=128, help="pairs of full length per step of validation")
+    add("--batch_size", type=count, default=16, help="pairs per batch, not per update")
+    add("--val_batch_size", type=count, default=128, help="full-length pairs per validation step; more if shorter")
     add("--gradient_accumulation_steps", type=count, default=2, help="batches per update")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--gradient_checkpointing", action="store_true", help="use less memory and more time")
     cli.add_precision_flags(parser)
     cli.add_padding_flag(parser)
-    add("--lr", type=cli.positive, default=2e-5, help="peak rate of BertAdam")
-    add("--head_lr", type=cli.positive, help="peak rate of the head, which starts untrained; not given: --lr")
-    add("--warmup_proportion", type=cli.share, default=0.1, help="share of the schedule with a growing rate")
-    add("--schedule_in_updates", action="store_true", help="let the schedule count updates, not the original's batches")
-    add("--dropout", type=cli.dropout_rate, help="rate in all of the encoder and of its embeddings; not given: its own")
-    add("--distillation_coeff", type=cli.share, default=0.5, help="weight of the teacher's logits against the labels")
-    add("--tune_positive_thresholds", type=cli.threshold, nargs="+", default=[0.5], help="binary: positive above these")
+    add("--lr", type=cli.positive, default=2e-5, help="peak learning rate")
+    add("--head_lr", type=cli.positive, help="peak learning rate of the head (default: --lr)")
+    add("--warmup_proportion", type=cli.share, default=0.1, help="share of the schedule in which the rate grows")
+    add("--schedule_in_updates", action="store_true", help="schedule the rate by updates; the original counts batches")
+    add("--dropout", type=cli.dropout_rate, help="dropout rate of encoder and embeddings (default: the encoder's)")
+    add("--distillation_coeff", type=cli.share, default=0.5, help="weight of the logits in the loss; labels: the rest")
+    tuned = "binary tasks: probability thresholds to try; the best f1 ranks the checkpoints"
+    add("--tune_positive_thresholds", type=cli.threshold, nargs="+", default=[0.5], help=tuned)
     add("--run_evaluation_before_fine_tune", action="store_true", help="log an evaluation before training")
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace, task: Task, caches: dict[str, tuple[Path, bool]]) -> None:
-    """Refuse what the flags alone tell."""
+    """Refuse flags that cannot work, whatever the data is."""
     check_sentence_pairs(task)
     check_fc_dims(args.fc_dims, task)
     hint = "run_distillation_logits_creator.py makes it"
@@ -89,7 +90,7 @@ def check_flags(args: argparse.Namespace, task: Task, caches: dict[str, tuple[Pa
         folder, flag = Path(args.trainer_checkpoint).parent, "--trainer_checkpoint"
         check_file(args.trainer_checkpoint, flag, "--store_checkpoints writes it")
         if args.resume:
-            raise InputError("--resume: finds the state to go on from by itself; give it or --trainer_checkpoint")
+            raise InputError("--resume: finds the newest state itself; give either this flag or --trainer_checkpoint")
     longest = f"{args.experiment_name}_{utc_stamp()}_state_epoch_{args.epochs}_update_{2**32}.pt"
     if args.plot_metrics:
         check_can_plot("--plot_metrics")
@@ -101,7 +102,7 @@ def check_flags(args: argparse.Namespace, task: Task, caches: dict[str, tuple[Pa
             check_cache_path(path, "separate")
     paths = [path for path, chosen in caches.values() if chosen]
     if len(set(paths)) < len(paths):
-        raise InputError(f"--dev_features_path: {args.dev_features_path} serves two sets; name a path of its own")
+        raise InputError(f"--dev_features_path: {args.dev_features_path} is used for two sets; give each its own path")
 
 
 def feature_caches(args: argparse.Namespace, task: Task) -> dict[str, tuple[Path, bool]]:
@@ -116,7 +117,7 @@ def feature_caches(args: argparse.Namespace, task: Task) -> dict[str, tuple[Path
 
 
 def run_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that a checkpoint remembers: those that another value of would make another run."""
+    """The flags that a checkpoint stores: all but those that only say where to continue and how often to save."""
     others = ("trainer_checkpoint", "resume", "save_every")
     return {flag: value for flag, value in vars(args).items() if flag not in others}
 
@@ -124,7 +125,7 @@ def run_flags(args: argparse.Namespace) -> dict[str, Any]:
 def find_start(
     args: argparse.Namespace, task: Task, files: dict[str, Any], stamp: str, log_file: Path | None
 ) -> "StudentRun":
-    """From --trainer_checkpoint, with --resume from the run's newest whole state, else from the pre-trained encoder."""
+    """Start from --trainer_checkpoint, with --resume from the run's newest intact state, else from the encoder."""
     from dse.training.run import Identity
     from dse.training.student_run import StudentRun, find_run, take_over
 
@@ -135,7 +136,7 @@ def find_start(
     elif args.resume:
         found = find_run(Path(args.checkpoint_dir), args.experiment_name, now)
         if found is None:
-            logger.info("--resume: no state of %s in %s: starting anew", args.experiment_name, args.checkpoint_dir)
+            logger.info("--resume: no state of %s in %s: starting a new run", args.experiment_name, args.checkpoint_dir)
     if found is not None:
         return StudentRun.going_on(found, task, flags, log_file)
     layers = args.pooler_num_top_hidden_layers
@@ -223,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
     trainer = make_trainer(args, task, network, batches["train"], logits, seed)
     training.resume(trainer)
     logger.info(
-        "device %s, seed %d, task %s, %s, embeddings of %d", describe_device(device), trainer.plan.seed, task.name,
+        "device %s, seed %d, task %s, %s, embeddings of size %d", describe_device(device), trainer.plan.seed, task.name,
         ", ".join(f"{split} {len(rows)}" for split, rows in batches.items()), training.config.embedding_size,
     )  # fmt: skip
 
@@ -231,7 +232,7 @@ def run(args: argparse.Namespace) -> None:
     measure = partial(validate, args, task, network, batches)
     if args.run_evaluation_before_fine_tune:
         logger.info("before training: %s", format_metrics(measure()))
-    with signals.advice("the same command with --resume goes on"):
+    with signals.advice("run the same command with --resume to continue"):
         training.train(measure, args.save_every)
 
     # 5. The best epoch.

@@ -4,9 +4,9 @@
     python finetune_bert.py --bert_model bert-large-uncased-whole-word-masking --task_name mrpc --do_train --do_eval \\
         --do_lower_case --data_dir glue_data/MRPC --output_dir outputs/large_uncased_finetuned_mrpc
 
-Writes to --output_dir a folder that transformers' `from_pretrained` loads, training.json (how it was made, and hashes)
-and eval_results.txt. The same command with --resume goes on with a training that was stopped, from the newest state in
-<output_dir>/training_state. With --do_eval alone, --bert_model names a folder that this script made.
+Writes the teacher to --output_dir, a folder that transformers' `from_pretrained` loads, with training.json (how it was
+made, and hashes) and eval_results.txt. The same command with --resume continues a training that was stopped, from the
+newest state in <output_dir>/training_state. With --do_eval alone, --bert_model must be a folder that this script made.
 """
 
 import argparse
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dse.training.trainer import Trainer
 
 PROG = "finetune_bert.py"
-STALE = ("vocab.txt", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer, read where there, not written
+STALE = ("vocab.txt", "special_tokens_map.json", "added_tokens.json")  # a tokenizer's: read if present, never written
 logger = logging.getLogger("dse.finetune_bert")
 
 
@@ -44,29 +44,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add, count = parser.add_argument, cli.whole_number(1)
     cli.add_task_flags(parser)
     add("--bert_model", required=True, help="hub name or folder of a BERT")
-    add("--output_dir", required=True, help="where the teacher and its results go")
-    add("--cache_dir", default="", help="where downloaded models are kept; empty: the hub library's place")
+    add("--output_dir", required=True, help="folder for the teacher and its results")
+    add("--cache_dir", default="", help="cache of downloaded models (default: the hub library's)")
     add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
     add("--do_train", action="store_true", help="train and save the teacher")
     add("--do_eval", action="store_true", help="evaluate on the dev set, after each epoch when training")
-    add("--do_lower_case", action="store_true", help="uncased model")
+    add("--do_lower_case", action="store_true", help="lower-case the text, for an uncased model")
     add("--train_batch_size", type=count, default=32, help="pairs per update")
-    add("--eval_batch_size", type=count, default=8, help="pairs of full length per step of the evaluation")
-    add("--learning_rate", type=cli.positive, default=5e-5, help="peak rate of BertAdam")
-    add("--num_train_epochs", type=cli.whole_epochs, default=3.0, help="epochs")
-    add("--warmup_proportion", type=cli.share, default=0.1, help="share of the updates with a growing rate")
-    add("--no_cuda", action="store_true", help="use the CPU though there is a GPU")
-    add("--no_parallel", action="store_true", help="accepted for the original's sake; torchrun alone uses several GPUs")
-    add("--gpu_id", type=cli.whole_number(0), default=0, help="which GPU")
+    add("--eval_batch_size", type=count, default=8, help="full-length pairs per evaluation step; more if shorter")
+    add("--learning_rate", type=cli.positive, default=5e-5, help="peak learning rate")
+    add("--num_train_epochs", type=cli.whole_epochs, default=3.0, help="number of epochs")
+    add("--warmup_proportion", type=cli.share, default=0.1, help="share of the updates over which the rate grows")
+    add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
+    add("--no_parallel", action="store_true", help="no effect, kept from the original; use torchrun for several GPUs")
+    add("--gpu_id", type=cli.whole_number(0), default=0, help="number of the GPU, from 0")
     add("--overwrite_output_dir", action="store_true", help="train into a folder that is not empty")
-    add("--seed", type=cli.seed, default=42, help="seed; -1: a new one each run")
+    add("--seed", type=cli.seed, default=42, help="random seed; -1 draws a new one for each run")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per update")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--gradient_checkpointing", action="store_true", help="use less memory and more time")
     cli.add_resume_flags(parser)
     cli.add_precision_flags(parser)
     cli.add_padding_flag(parser)
     cli.add_log_flags(parser)
-    add("--save_checkpoint_every_epoch", action="store_true", help="refresh --output_dir after each epoch")
+    add("--save_checkpoint_every_epoch", action="store_true", help="write the teacher after every epoch")
     args = parser.parse_args(argv)
     if not (args.do_train or args.do_eval):
         parser.error("nothing to do: give --do_train, --do_eval or both")
@@ -88,7 +88,7 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     check_name(feature_caches(args, task, ["train"])["train"][0], "--data_dir, --bert_model or --task_name")
     free = args.overwrite_output_dir or args.resume or not args.do_train
     if not free and output_dir.is_dir() and any(output_dir.iterdir()):
-        hint = "--resume to go on with the training in it, " if (output_dir / STATE).is_dir() else ""
+        hint = "--resume to continue the training in it, " if (output_dir / STATE).is_dir() else ""
         raise InputError(
             f"--output_dir: {output_dir} is not empty; give {hint}--overwrite_output_dir to train into it, "
             "or another folder"
@@ -96,17 +96,17 @@ def check_output_dir(args: argparse.Namespace, task: Task) -> None:
     stale = [name for name in STALE if (output_dir / name).is_file()]
     if args.do_train and set(stale) - files_of_teacher(output_dir):
         raise InputError(f"--output_dir: {output_dir} holds {', '.join(stale)}, which would change the teacher's "
-                         "tokenizer: move them away, or name another folder")  # fmt: skip
+                         "tokenizer: move them away, or give another folder")  # fmt: skip
 
 
 def feature_caches(args: argparse.Namespace, task: Task, splits: Iterable[str]) -> dict[str, tuple[Path, bool]]:
-    """Where each split's token ids are kept, beside the data, and that the user did not choose it."""
+    """The path of each split's feature cache, beside the data, and False: the user did not choose it."""
     bert, length, folder = last_part(args.bert_model), args.max_seq_length, Path(args.data_dir)
     return {split: (folder / cache_name(split, bert, length, task.name, "joint"), False) for split in splits}
 
 
 def identity_of(args: argparse.Namespace, task: Task, data: dict[str, Examples], bert: OpenedBert) -> "Identity":
-    """What makes a training this one."""
+    """What identifies the training when it is resumed."""
     from dse.training.run import Identity
 
     free = ("resume", "save_every", "overwrite_output_dir", "task_name", "cache_dir")
@@ -128,7 +128,7 @@ def make_trainer(args: argparse.Namespace, task: Task, teacher: "Teacher", batch
     steps, batch_size = args.gradient_accumulation_steps, args.train_batch_size // args.gradient_accumulation_steps
     if batch_size * steps != args.train_batch_size:
         told = (args.train_batch_size, steps, batch_size * steps)
-        logger.warning("--train_batch_size %d is not a multiple of %d: an update takes %d pairs", *told)
+        logger.warning("--train_batch_size %d does not divide evenly into %d batches: each update uses %d pairs", *told)
     updates = count_updates(len(batches), batch_size, steps) * int(args.num_train_epochs)
     logger.info("%d pairs, %d per batch, %d updates in all", len(batches), batch_size, updates)
     return Trainer(
@@ -152,13 +152,13 @@ def evaluate(
 
 
 def write_all_results(sets: dict[str, Path], history: list[Record] | None, measure: Callable[[str], Record]) -> str:
-    """Write eval_results.txt for each set that is evaluated, in its folder; the metrics on dev in words."""
+    """Write eval_results.txt for each evaluated set into its folder. Returns the metrics on dev in words."""
     last: Record = history[-1] if history else {"updates": 0, "train": {"loss": None}}
     found: dict[str, Record] = {}
     for split, folder in sets.items():
         found[split] = (split == "dev" and last.get("validation")) or measure(split)
         write_results(folder, found[split], last["updates"], last["train"]["loss"])
-    return format_metrics(found["dev"]) if found else "no evaluation asked for"
+    return format_metrics(found["dev"]) if found else "no evaluation was requested"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -199,13 +199,13 @@ def run(args: argparse.Namespace) -> None:
     measure = partial(evaluate, args, task, teacher, batches)
     if trains:
         training.resume(make_trainer(args, task, teacher, batches["train"], seed))
-        with signals.advice("the same command with --resume goes on"):
+        with signals.advice("run the same command with --resume to continue"):
             history = training.train(partial(measure, "dev") if args.do_eval else None, args.save_every)
     elif args.do_train:
-        logger.warning("nothing to train: the teacher in %s is finished", args.output_dir)
+        logger.warning("nothing to train: the teacher in %s is already finished", args.output_dir)
 
     # 5. Results of the last epoch's teacher.
-    with signals.advice(f"the same command{' with --resume' if trains else ''} goes on"):
+    with signals.advice(f"run the same command{' with --resume' if trains else ''} to continue"):
         metrics = write_all_results(sets, history, measure)
     if trains:
         training.states.finish()  # the teacher is there, with its results

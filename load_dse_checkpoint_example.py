@@ -3,7 +3,7 @@
 
     python load_dse_checkpoint_example.py --task_name mrpc --trainer_checkpoint <path_to_saved_checkpoint>
 
-A checkpoint carries its architecture, casing and tokenizer; flags that are given as well must agree with it.
+A checkpoint carries its architecture, casing and tokenizer; if flags for them are given, they must agree with it.
 Without a checkpoint the encoder is the pre-trained one and the head is untrained.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("dse.load_dse_checkpoint_example")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Load a student, embed two sentences and score their pair.")
     parser.add_argument("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
-    parser.add_argument("--trainer_checkpoint", default="", help="a checkpoint of dse_train_runner.py")
+    parser.add_argument("--trainer_checkpoint", default="", help="checkpoint that dse_train_runner.py wrote")
     cli.add_architecture_flags(parser, given_only=True)
     return parser.parse_args(argv)
 
@@ -46,7 +46,7 @@ def load_trained(path: str, task: Task, given: dict[str, Any]) -> "DSESiameseCla
         if not same_value(checkpoint.run[flag], value):
             raise InputError(
                 f"--{flag}: {value} was given, but the checkpoint was trained with {checkpoint.run[flag]}; "
-                "leave the flag out, the checkpoint knows it"
+                "leave the flag out, since the checkpoint has its value"
             )
     return DSESiameseClassifier(**vars(checkpoint.student()))
 

@@ -6,7 +6,7 @@
         --bert_checkpoint_dir outputs/large_uncased_finetuned_mrpc
 
 Writes <output_dir>/<last part of bert_checkpoint_dir>_logits.pt, a bare float32 tensor (rows, labels), and a .json that
-says what the logits belong to. A .partial keeps the outputs so far, once a minute; the same command goes on from there.
+says what the logits belong to. Once a minute, a .partial stores the outputs so far; the same command continues from it.
 """
 
 import argparse
@@ -32,14 +32,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Write the teacher's logits for the training pairs.")
     add = parser.add_argument
     cli.add_task_flags(parser)
-    add("--train_features_path", required=True, help="cache of finetune_bert.py's features; made if absent")
+    add("--train_features_path", required=True, help="feature cache that finetune_bert.py wrote; made if missing")
     add("--bert_checkpoint_dir", required=True, help="the teacher: a folder that finetune_bert.py made")
-    add("--do_lower_case", action="store_true", help="uncased model")
+    add("--do_lower_case", action="store_true", help="lower-case the text, for an uncased model")
     cli.add_device_flags(parser)
-    add("--output_dir", default="outputs/logits", help="folder of the logits file")
+    add("--output_dir", default="outputs/logits", help="folder for the logits file")
     add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
-    add("--batch_size", type=cli.whole_number(1), default=256, help="pairs of full length per step")
-    add("--save_every", type=cli.whole_number(1), help="steps between two writes of .partial; not given: once a minute")
+    add("--batch_size", type=cli.whole_number(1), default=256, help="full-length pairs per step; more if shorter")
+    add("--save_every", type=cli.whole_number(1), help="steps between two writes of .partial (default: once a minute)")
     cli.add_padding_flag(parser)
     return parser.parse_args(argv)
 

@@ -10,14 +10,14 @@ from dse import cli, commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the named command with the rest of the arguments; `command` of its namespace is the line that was typed."""
+    """Run the named command with the remaining arguments; its `args.command` is the command line as typed."""
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
     modules = {name: importlib.import_module(f"dse.commands.{name}") for name in names}
     helps = {name: str(module.__doc__).splitlines()[0] for name, module in modules.items()}
-    lines = ["Commands beside the five scripts:\n", *(f"  {name:<12}{text}" for name, text in helps.items())]
+    lines = ["Commands in addition to the five scripts:\n", *(f"  {name:<12}{text}" for name, text in helps.items())]
     parser = cli.Parser(prog="python -m dse", description="\n".join(lines))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("command", choices=names, metavar="COMMAND", help="one of these; COMMAND -h tells its flags")
+    parser.add_argument("command", choices=names, metavar="COMMAND", help="one of these; COMMAND -h lists its flags")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own flags")
     given = parser.parse_args(argv)
     prog, module = f"{parser.prog} {given.command}", modules[given.command]

@@ -1,6 +1,6 @@
 """What the scripts and commands share on the command line: flags and their types, one-line errors, logs.
 
-Loads no torch at import, so that `-h` and refusals are immediate.
+Importing it does not load torch, so `-h` and refusals are immediate.
 """
 
 import argparse
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Storage size calculation overflowed")
 _LESS_MEMORY = (
-    "lower the batch size (in training, raise --gradient_accumulation_steps with it), give --bf16 or "
-    "--gradient_checkpointing where the command takes them, or take smaller layers"
+    "lower the batch size (in training, raise --gradient_accumulation_steps as well), add --bf16 or "
+    "--gradient_checkpointing if the command has these flags, or use smaller layers"
 )
 DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 _Rule = tuple[Callable[[Any], bool], str]  # of a flag's value, and what is wrong with one that breaks it
@@ -38,10 +38,18 @@ class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviations, and errors on one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As argparse does; a default that means something is added to the help as a user would type it."""
+        default = options.get("default")
+        shown = str(" ".join(map(str, default)) if isinstance(default, list) else default)
+        if shown not in ("None", "False", "", argparse.SUPPRESS):
+            options["help"] = f"{options['help']} (default: {shown})"
+        return super().add_argument(*names, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, after refusing words that logs, model cards and tables cannot repeat."""
+        """As argparse does, after refusing words that logs, model cards and tables cannot show."""
         for word in sys.argv[1:] if args is None else args:
             if found := re.search("[\0\ud800-\udfff]", word):
                 what = "has a NUL character" if found[0] == "\0" else "is not valid UTF-8"
@@ -49,32 +57,32 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong on one line and leave with exit code 2."""
+        """Print what is wrong on one line and exit with code 2."""
         message = printable(re.sub(r"//[^/\s]*@", "//", message))  # a password in an address
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
 def printable(text: str) -> str:
-    """A line for the terminal: characters that would steer it, as file names and servers can have, become escapes."""
+    """Escape control characters, which file names and servers can send, so that they cannot steer the terminal."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextlib.contextmanager
 def clear_errors(prog: str) -> Iterator[None]:
-    """Tell what ends the block in one line on stderr, and leave with its exit code.
+    """Report the error that ends the block in one line on stderr, and exit with its code.
 
-    2: refused input; 1: work that cannot go on; 130: Ctrl-C; 143: SIGTERM; 141: the reader of the output has stopped.
+    2: refused input; 1: work that cannot continue; 130: Ctrl-C; 143: SIGTERM; 141: the output's reader has stopped.
     """
     with signals.safe_console():
         try:
             with signals.caught(), parallel.process_group():
                 yield
                 if sys.stdout is not None:
-                    sys.stdout.flush()  # now, so that its errors are told like others
+                    sys.stdout.flush()  # now, so that its errors are reported like others
         except (InputError, RunError) as error:
             _leave(prog, f"error: {error}", error.exit_code, error)
         except signals.Stopped as stop:
-            if not parallel.is_first():  # the first process tells
+            if not parallel.is_first():  # the first process reports it
                 raise SystemExit(stop.exit_code) from stop
             _leave(prog, f"{stop}: {stop.advice}", stop.exit_code, stop)
         except BrokenPipeError as error:  # of the output: those of the console are not raised
@@ -100,7 +108,7 @@ def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
 
 
 def program(prog: str, parse: Callable[..., Any], run: Callable[[Any], None]) -> Callable[..., None]:
-    """The `main(argv=None)` of a script or command: runs it, and tells its errors in one line (`clear_errors`)."""
+    """The `main(argv=None)` of a script or command: runs it, and reports errors in one line (`clear_errors`)."""
 
     def main(argv: Sequence[str] | None = None) -> None:
         with clear_errors(prog):
@@ -110,7 +118,7 @@ def program(prog: str, parse: Callable[..., Any], run: Callable[[Any], None]) ->
 
 
 def _flag_type(read: Callable[[str], Any], what: str, *rules: _Rule) -> Callable[[str], Any]:
-    """A flag's type: what `read` makes of the text, by every rule; `read` raises ValueError for what is not `what`."""
+    """A flag's type: reads the text with `read`, which raises ValueError unless it is `what`, and checks the rules."""
 
     def checked(text: str) -> Any:
         try:
@@ -147,8 +155,8 @@ seed = whole_number(-1)  # -1: a new one each run
 extra_size = _whole((lambda n: n == -1 or n > 0, "is not a size: give 1 or more, or -1 for no layer"))  # a layer's
 share = _number(_SHARE)
 # near 1, at the 16 bits of its random numbers, nothing would be left
-dropout_rate = _number(_SHARE, (lambda x: x <= MOST_DROPOUT, "drops everything: give less"))
-threshold = _number((lambda x: 0 < x < 1, "is outside (0, 1): a probability between the two is expected"))
+dropout_rate = _number(_SHARE, (lambda x: x <= MOST_DROPOUT, "would drop everything: give a lower rate"))
+threshold = _number((lambda x: 0 < x < 1, "is outside (0, 1): give a probability above 0 and below 1"))
 positive = _number(_POSITIVE)
 whole_epochs = _number(_POSITIVE, (float.is_integer, "is not a whole number of epochs"))  # a float, as in the original
 
@@ -156,7 +164,7 @@ whole_epochs = _number(_POSITIVE, (float.is_integer, "is not a whole number of e
 def file_word(text: str) -> str:
     """A flag's type: a name that becomes part of file names."""
     if text in ("", "..") or text != Path(text).name:
-        raise argparse.ArgumentTypeError(f"{text!r} becomes part of file names: it must not be a path")
+        raise argparse.ArgumentTypeError(f"{text!r} becomes part of file names: give a plain name, not a path")
     return text
 
 
@@ -169,72 +177,72 @@ def _new_name(text: str) -> tuple[str, str]:
 
 
 def _flags(**flags: dict[str, Any]) -> Callable[..., None]:
-    """A function that adds flags of these names to a parser, each with its options of argparse."""
+    """A function that adds the named flags to a parser, each with its argparse options."""
 
     def add(parser: argparse.ArgumentParser, given_only: bool = False) -> None:
-        """Add the flags; with `given_only`, those that are not given have no entry in the namespace."""
+        """Add the flags; with `given_only`, a flag that the user leaves out has no entry in the namespace."""
         for name, options in flags.items():
+            action = parser.add_argument(f"--{name}", **options)
             if given_only:
-                shown = f"{options['help']} (default: {options.get('default', False)})"
-                options = {**options, "default": argparse.SUPPRESS, "help": shown}
-            parser.add_argument(f"--{name}", **options)
+                action.default = argparse.SUPPRESS
 
     return add
 
 
 _SWITCH = {"action": "store_true"}
 _DEVICE: dict[str, Any] = {
-    "disable_gpu": _SWITCH | {"help": "use the CPU though there is a GPU"},
-    "gpu_id": {"type": whole_number(0), "default": 0, "help": "which GPU"},
+    "disable_gpu": _SWITCH | {"help": "use the CPU even if there is a GPU"},
+    "gpu_id": {"type": whole_number(0), "default": 0, "help": "number of the GPU, from 0"},
 }
 add_device_flags = _flags(**_DEVICE)
-_SENTENCES = {"type": whole_number(1), "default": 32, "help": "sentences of full length per step"}
+_SENTENCES = {"type": whole_number(1), "default": 32, "help": "full-length sentences per step; more if shorter"}
 add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE)  # of the commands that use a student
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},
 )
 add_log_flags = _flags(
-    file_log=_SWITCH | {"help": "log to a file too, and a JSON line per epoch beside it"},
-    log_dir={"default": "outputs/logs", "help": "folder of the log files"},
+    file_log=_SWITCH | {"help": "also log to a file, and write a JSON line per epoch beside it"},
+    log_dir={"default": "outputs/logs", "help": "folder for the log files"},
 )
+_POOLER = "how hidden states become an embedding: cls, or {concat_top,mean_top}_{mean,sqrt_mean,max}[_with_cls]"
 add_architecture_flags = _flags(
     bert_model={"default": DEFAULT_BERT, "help": "pre-trained encoder: hub name or folder"},
-    do_lower_case=_SWITCH | {"help": "uncased model"},
-    pooler_type={"default": "concat_top_mean", "help": "hidden states to embedding", "choices": POOLERS,
-                 "metavar": "POOLER"},
-    pooler_num_top_hidden_layers={"default": 4, "help": "layers that the pooler works on, from the top",
+    do_lower_case=_SWITCH | {"help": "lower-case the text, for an uncased model"},
+    pooler_type={"default": "concat_top_mean", "help": _POOLER, "choices": POOLERS, "metavar": "POOLER"},
+    pooler_num_top_hidden_layers={"default": 4, "help": "how many of the top layers the pooler uses",
                                   "type": whole_number(1)},
     max_seq_length={"default": 128, "help": "token ids per sentence, with [CLS] and [SEP]", "type": whole_number(4)},
-    siamese_head_type={"default": "concat", "help": "concat: u, v, u*v, |u-v|; dot: u.v", "choices": HEAD_TYPES},
-    additional_embedding_layer_size={"default": -1, "help": "linear layer after the pooler; -1: none",
+    siamese_head_type={"default": "concat", "choices": HEAD_TYPES,
+                       "help": "input of the head for embeddings u and v: [u, v, u*v, |u-v|] (concat) or u.v (dot)"},
+    additional_embedding_layer_size={"default": -1, "help": "size of a linear layer after the pooler, or -1 for none",
                                      "type": extra_size},
-    fc_dims={"default": [512, 1], "help": "sizes of the head's layers; the last is 1, or 3 for NLI",
+    fc_dims={"default": [512, 1], "help": "sizes of the head's layers; the last is 1, or 3 for three classes",
              "type": whole_number(1), "nargs": "+"},
     freeze_bert=_SWITCH | {"help": "train only the head and the additional layer"},
 )  # fmt: skip
-_LAYOUTS = "packed: none but in attention; batch: to the longest row; max: to max_seq_length"
+_PADDING = "pad rows only within attention (packed), to the batch's longest row (batch), or to --max_seq_length (max)"
 add_padding_flag = _flags(  # the results are the same up to rounding
-    padding={"choices": PADDINGS, "help": f"{_LAYOUTS} (not given: packed on CPU, batch on CUDA)"}
+    padding={"choices": PADDINGS, "help": f"{_PADDING} (default: packed on CPU, batch on CUDA)"}
 )
 add_resume_flags = _flags(
-    resume=_SWITCH | {"help": "go on from the newest whole state of the same run"},
-    save_every={"type": whole_number(1), "help": "updates between two states; not given: one after each epoch"},
+    resume=_SWITCH | {"help": "continue the same run from its newest intact state, if there is one"},
+    save_every={"type": whole_number(1), "help": "updates between two states (default: one after each epoch)"},
 )
 add_precision_flags = _flags(  # `precision_of` reads them
     fp16=_SWITCH | {"help": "mixed precision with float16, CUDA only"},
     bf16=_SWITCH | {"help": "mixed precision with bfloat16"},
 )
-_CALLED = "what a task is called in the results, as snli=SICK where that lies in its folder"
+_CALLED = "a task's name in the results, such as snli=SICK if the folder of snli holds SICK"
 add_call_flag = _flags(  # `dict(args.call)` has the names by task
     call={"type": _new_name, "action": "append", "default": [], "metavar": "TASK=NAME", "help": _CALLED}
 )
 
 
 def precision_of(args: argparse.Namespace) -> str:
-    """The precision that the flags choose: fp32, fp16 or bf16. Raises InputError for two of them."""
+    """The precision that the flags choose: fp32, fp16 or bf16. Raises InputError if both flags are given."""
     if args.fp16 and args.bf16:
-        raise InputError("--bf16: give it or --fp16, not both")
+        raise InputError("--bf16: give either this flag or --fp16, not both")
     return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
 
 
@@ -246,7 +254,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(file: Path | None = None) -> None:
-    """Log to the console and, if given, to a file, whose folder is made; of several processes only the first does."""
+    """Log to the console and, if given, to a file, whose folder is made. Only the first of several processes logs."""
     ours, first = logging.getLogger("dse"), parallel.is_first()
     before, ours.handlers = ours.handlers, [_ConsoleHandler()]
     for handler in before:

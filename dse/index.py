@@ -35,7 +35,7 @@ _QUERIES = 64  # scored at once
 
 
 class Hit(NamedTuple):
-    """A candidate as it was found."""
+    """A candidate that a search found."""
 
     score: float  # of a regression, else the log-odds of the rank label: its probability is sigmoid(score)
     row: int  # from 0, in the order in which the candidates were given
@@ -65,12 +65,12 @@ class CandidateIndex:
         """Embed candidates and store them, in constant memory.
 
         Args:
-            sentences: any iterable of strings, e.g. a file's lines; rows are numbered as they come.
-            folder: where it is kept, whole or not at all; an index that is there is replaced. None: a temporary
-                folder, which goes with the index.
+            sentences: any iterable of strings, e.g. a file's lines; rows are numbered in their order.
+            folder: where it is written, whole or not at all; an index already there is replaced. None: a temporary
+                folder, which is removed with the index.
             dtype: "float32", or "float16" for half the space (embeddings rounded to 11 bits).
 
-        Raises InputError for a folder with other things in it.
+        Raises InputError for a folder with other files in it.
         """
         return cls.from_embeddings(model, _embedded(model, sentences, batch_size, show_progress), folder, dtype)
 
@@ -82,7 +82,7 @@ class CandidateIndex:
         folder: str | Path | None = None,
         dtype: str = "float32",
     ) -> Self:
-        """As `build`, of parts: embeddings (n, embedding_size) as `model.encode` gives them, and their n texts."""
+        """As `build`, from parts: embeddings (n, embedding_size) as `model.encode` gives them, and their n texts."""
         keep: Any = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name, "index") if folder is None else Path(folder)
         width = model.network.config.embedding_size
@@ -90,19 +90,19 @@ class CandidateIndex:
 
     @classmethod
     def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
-        """An index as it was stored, memory-mapped. Raises InputError if it is spoiled, another model's or no index."""
+        """An index as it was stored, memory-mapped. Raises InputError if corrupt, another model's or not an index."""
         files = IndexFiles.open(Path(folder))
         if files.content["model"] != fingerprint(model):
-            raise InputError(f"{folder}: this index was made by another model; build it anew, or give its own model")
+            raise InputError(f"{folder}: this index was made by another model; build it again, or give its own model")
         return cls(model, files)
 
     def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
-        """Add candidates behind those that are there; a stop in between leaves the index as it was."""
+        """Add candidates after the existing ones; a stop in between leaves the index as it was."""
         parts = _embedded(self.model, sentences, batch_size, show_progress)
         self.files = self.files.append(fingerprint(self.model), parts)
 
     def save(self, folder: str | Path) -> None:
-        """Copy the index to another folder, whole. Raises InputError for a folder with other things in it."""
+        """Copy the index to another folder, whole. Raises InputError for a folder with other files in it."""
         self.files.save(Path(folder))
 
     def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
@@ -116,7 +116,7 @@ class CandidateIndex:
             float32, (candidates,) for one query, (queries, candidates) for several: `rank_scores` of what `model.score`
             gives for the pairs (query, candidate), to rounding.
 
-        Raises TypeError for what is not text, InputError for a label that the task lacks or has to be told.
+        Raises TypeError for anything but text, InputError for a label that the task lacks, or if one must be given.
         """
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         scores = np.empty((len(texts), len(self)), np.float32)
@@ -128,7 +128,7 @@ class CandidateIndex:
         self, queries: str | Sequence[str], top_k: int = 10, rank_label: str | None = None,
         show_progress: bool | None = False,
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
-        """The best candidates of each query, best first, of equals the earlier row; all where there are fewer.
+        """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
 
         `rank_label` is as in `score`. Memory does not grow with the candidates.
         """
@@ -148,11 +148,11 @@ class CandidateIndex:
         return self.files.text(row)
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
-        """The embeddings of rows `start` to `stop`, as stored, (stop - start, width); not compared with their sums."""
+        """The embeddings of rows `start` to `stop`, as stored, (stop - start, width), without comparing CRCs."""
         return self.files.arrays[VECTORS][start:stop]
 
     def block(self, start: int) -> Tensor:
-        """Up to BLOCK embeddings from a row on, a multiple of BLOCK, float32, on the model's device."""
+        """Up to BLOCK embeddings from row `start` on, a multiple of BLOCK, float32, on the model's device."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
             return torch.from_numpy(self.files.block(start)).to(self.model.device, torch.float32)

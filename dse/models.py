@@ -6,7 +6,7 @@
     model.predict(pairs)             labels, or scores for regression
 
 A text is cut off after the student's `max_seq_length` tokens, `[CLS]` and `[SEP]` included. Each distinct text is
-embedded once per call, in steps of similar length; the other texts of a call change a number by rounding only.
+embedded once per call, in steps of similar length; the other texts of a call change its numbers by rounding only.
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
@@ -42,16 +42,16 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return self.network.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the network to a device; the student itself."""
+        """Move the network to a device. Returns the student."""
         self.network.to(device)
         return self
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:  # type: ignore[override]  # the mixin names all
-        """A student in evaluation mode on the CPU, float32, of a folder that `save_pretrained` wrote, or of the hub.
+        """A student in evaluation mode on the CPU, float32, from a folder of `save_pretrained`, or from the hub.
 
         `of_hub` is huggingface_hub's revision, token, cache_dir and local_files_only. Raises InputError for a folder
-        that does not hold a student, or one of another version, incomplete or spoiled.
+        that holds no student, or one that is incomplete, corrupt or of another version.
         """
         return cls(**vars(read_student(name, **of_hub)))
 
@@ -63,7 +63,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
     def save_pretrained(  # type: ignore[override]  # it takes what push_to_hub gives, and refuses the rest
         self, folder: str | Path, config: None = None, model_card_kwargs: Any = None
     ) -> None:
-        """As `write_student`; `push_to_hub` gives the other arguments, which are not needed."""
+        """As `write_student`; the other arguments, which `push_to_hub` gives, are ignored."""
         write_student(self, Path(folder))
 
     def encode(
@@ -82,7 +82,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             batch_size: sentences of full length that a step may hold; of shorter ones it holds more.
             normalize: scale each embedding to length 1.
             convert_to: "numpy", "tensor" (on the model's device) or "list" (of one array per sentence).
-            show_progress: a progress bar; None: where the output is a terminal.
+            show_progress: whether to show a progress bar; None: if the output is a terminal.
             half: compute with 16 bits (float16 on CUDA, bfloat16 on CPU) and return float16. Embeddings then differ
                 by about 0.5 % of the largest number in them.
 
@@ -90,8 +90,8 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             (sentences, embedding_size) in the order given, float32, or float16 with `half`; for one string
             (embedding_size,). No sentences: (0, embedding_size).
 
-        Raises TypeError for what is not text (mappings, sets, tables and bytes too), ValueError for a string that UTF-8
-        cannot hold and for other wrong arguments.
+        Raises TypeError for anything but text (mappings, sets, tables and bytes included), ValueError for a string that
+        UTF-8 cannot hold and for other wrong arguments.
         """
         if convert_to not in ("numpy", "tensor", "list"):
             raise ValueError(f"convert_to: {convert_to!r} is not one of numpy, tensor, list")
@@ -112,7 +112,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         return list(embeddings) if convert_to == "list" else embeddings
 
     def score(self, pairs: Iterable[Pair], batch_size: int = 32, show_progress: bool | None = None) -> np.ndarray:
-        """The head's outputs for pairs of texts, the first one being the query where that matters.
+        """The head's outputs for pairs of texts, the first one being the query if that matters.
 
         Args:
             pairs: (text, text), or {"text": ..., "text_pair": ...}, each.
@@ -122,7 +122,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
             (pairs, labels) logits for multiclass, labels in the task's order.
 
-        Raises TypeError for what is not a pair of texts, ValueError for wrong arguments.
+        Raises TypeError for anything but pairs of texts, ValueError for wrong arguments.
         """
         _check_batch_size(batch_size)
         batches, width = self._batches(*_sides(pairs)), self.network.config.fc_dims[-1]
@@ -143,8 +143,8 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             probabilities: float32 instead of labels. True: of a binary task (pairs,), the probability of the label that
                 ranks (tasks.ranked_label: "entailment" of RTE and QNLI, "1" of MRPC); of a multiclass task
                 (pairs, labels), labels in the task's order. "all": (pairs, labels) for both.
-            threshold: binary: a pair has the second label where that one's probability is above it, strictly. None: the
-                one that was best on dev in training (`self.threshold`).
+            threshold: in binary tasks, a pair has the second label if that label's probability is strictly above it.
+                None: the threshold that was best on dev in training (`self.threshold`).
 
         Raises ValueError for probabilities of a regression, TypeError as `score` does.
         """

@@ -153,7 +153,7 @@ def test_a_quantized_student_scores_and_is_not_indexed(student):
     half = quantized.encode(texts, half=True)
     np.testing.assert_allclose(half, embeddings, atol=2e-2 * np.abs(embeddings).max())
     assert half.dtype == np.float16
-    with pytest.raises(InputError, match="not a plain tensor, so the student cannot be stored or indexed"):
+    with pytest.raises(InputError, match="not a plain tensor; a quantized student cannot be saved or indexed"):
         CandidateIndex.build(quantized, texts)
 
 
@@ -161,7 +161,7 @@ def test_a_hooked_students_index_is_not_a_plain_ones(student, tmp_path, caplog):
     hooked = student()
     hooked.network.siamese_head.fc_layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
     CandidateIndex.build(hooked, ["a car", "the town"], tmp_path / "index")
-    assert "has hooks or wrapped layers: an index cannot tell whether they are the same" in caplog.text
+    assert "has hooks or wrapped layers: an index cannot check whether they stay the same" in caplog.text
     with pytest.raises(InputError, match="made by another model"):
         CandidateIndex.open(tmp_path / "index", student())
     assert len(CandidateIndex.open(tmp_path / "index", hooked)) == 2
@@ -172,7 +172,7 @@ def test_a_folder_is_not_replaced_by_one_that_does_not_load(student, tmp_path):
     model = student()
     model.save_pretrained(tmp_path / "student")
     torch.nn.utils.parametrizations.weight_norm(model.network.siamese_head.fc_layers[0])
-    with pytest.raises(InputError, match="cannot hold the student's wrapped layers: merge them first"):
+    with pytest.raises(InputError, match="not written, as the student has wrapped layers: merge them first"):
         model.save_pretrained(tmp_path / "student")
     np.testing.assert_array_equal(
         DSESiameseClassifier.from_pretrained(tmp_path / "student").encode("a car"), student().encode("a car")

@@ -78,7 +78,7 @@ def test_a_head_beyond_memory(student_flags, refused, capsys):
         with pytest.raises(SystemExit) as stop:
             dse_train_runner.main(student_flags(fc_dims=sizes))
         assert stop.value.code == 1
-        assert "take smaller layers" in capsys.readouterr().err.splitlines()[-1]
+        assert "use smaller layers" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_other_errors_are_not_hidden(monkeypatch, teacher_flags):
@@ -91,3 +91,13 @@ def test_the_log_on_the_terminal(capsys):
     cli.set_up_logging()
     logging.getLogger("dse.test").warning("caf\u00e9 %s", "\x1b[2J\r\nforged")
     assert capsys.readouterr().err.endswith(" WARNING caf\u00e9 \\x1b[2J\\r\\nforged\n")
+
+
+def test_the_help_shows_defaults_that_mean_something(capsys):
+    """Lists as they are typed, 0 too, words for what is worked out; nothing for switches and required flags."""
+    with pytest.raises(SystemExit):
+        dse_train_runner.main(["-h"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"(default: {value})" in shown for value in ("512 1", "0", "0.5", "--lr", "concat_top_mean"))
+    assert not any(f"(default: {value})" in shown for value in ("None", "False", "", "[512, 1]"))
+    assert ") (default" not in shown.replace("(max) (default", "").replace("u.v (dot) (default", "")

@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite_are_not_stored(student, tmp_path):
     vectors = np.full((1, model.network.config.embedding_size), 70_000.0, np.float32)
     assert len(CandidateIndex.from_embeddings(model, [(vectors, ["a"])])) == 1
     for spoiled, dtype in ((vectors, "float16"), (vectors * np.nan, "float32")):
-        with pytest.raises(InputError, match="NaN, infinite numbers or, for float16"):
+        with pytest.raises(InputError, match="NaN, infinite or, for float16"):
             CandidateIndex.from_embeddings(model, [(spoiled, ["a"])], tmp_path / "index", dtype)
     assert not (tmp_path / "index").exists()
 
@@ -224,7 +224,7 @@ def test_the_wanted_candidate_ranks_first(first_label_wanted, tmp_path):
     )
     card = (first_label_wanted / "README.md").read_text()
     label = model.task.labels[0]
-    assert f"candidates rank by the probability of `{label}`" in card
+    assert f"candidates are ranked by the probability of `{label}`" in card
     assert f"`predict(probabilities=True)` gives the probability of `{label}`" in card
 
 

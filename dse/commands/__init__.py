@@ -1,4 +1,4 @@
-"""The commands of `python -m dse`, a module each: a docstring whose first line is the help, add_flags and run."""
+"""The commands of `python -m dse`: modules with `add_flags`, `run` and a docstring whose first line is the help."""
 
 import argparse
 import logging

@@ -1,8 +1,8 @@
-"""Make a student's folder from a checkpoint: it loads without flags, from there or from the hub.
+"""Turn a checkpoint into a student's folder, which loads without flags, from there or from the hub.
 
     python -m dse export --trainer_checkpoint CHECKPOINT --output FOLDER
 
-dse_train_runner.py --store_checkpoints makes one for the best epoch by itself: `best` beside the checkpoints.
+dse_train_runner.py --store_checkpoints makes such a folder of the best epoch itself: `best` beside the checkpoints.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from dse.system.files import check_file, check_writable
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("--trainer_checkpoint", required=True, help="a checkpoint of dse_train_runner.py")
-    parser.add_argument("--output", required=True, help="the folder; an earlier student's is replaced")
+    parser.add_argument("--trainer_checkpoint", required=True, help="checkpoint that dse_train_runner.py wrote")
+    parser.add_argument("--output", required=True, help="folder to write; an earlier student in it is replaced")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     model = DSESiameseClassifier.from_checkpoint(args.trainer_checkpoint)
     model.save_pretrained(args.output)
     epoch = model.origin["epoch"]
-    when = "within an epoch, without metrics" if epoch is None else f"epoch {epoch}"
+    when = "from within an epoch, so without metrics" if epoch is None else f"epoch {epoch}"
     logger.info("student of %s, %s: %s", model.task.name, when, args.output)

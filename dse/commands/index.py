@@ -1,4 +1,4 @@
-"""Embed candidates once and store them, to be scored by `python -m dse score`.
+"""Embed candidates once and store them in an index, which `python -m dse score` takes.
 
     python -m dse index --model FOLDER --candidates FILE --output FOLDER
 
@@ -19,11 +19,11 @@ from dse.system.text_files import check_texts, texts_of
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
-    add("--candidates", required=True, help="file with a candidate per line; - for standard input")
+    add("--model", required=True, help="a student: `best` in a run folder, an exported folder, or a hub name")
+    add("--candidates", required=True, help="file with one candidate per line; - for standard input")
     add("--output", required=True, help="folder of the index; an earlier index there is replaced")
     add("--append", action="store_true", help="add to the index at --output instead")
-    add("--half", action="store_true", help="use 16 bits: half the space, scores off by about 0.01 %% of the largest")
+    add("--half", action="store_true", help="store 16 bits: half the space, scores off by about 0.01 %% of the largest")
     cli.add_inference_flags(parser)
 
 
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
         index = CandidateIndex.open(args.output, model)
         before = len(index)
         index.append(texts, args.batch_size)
-        logger.info("%d candidates added to %d in %s", len(index) - before, before, args.output)
+        logger.info("%d candidates added to the %d in %s", len(index) - before, before, args.output)
     else:
         dtype = "float16" if args.half else "float32"
         index = CandidateIndex.build(model, texts, args.output, dtype, args.batch_size)
-        logger.info("%d candidates, embeddings of %d, %s: %s", len(index), index.width, dtype, args.output)
+        logger.info("%d candidates, embeddings of size %d, %s: %s", len(index), index.width, dtype, args.output)

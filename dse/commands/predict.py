@@ -1,9 +1,9 @@
-"""Predict a task's test set with a teacher or a student, in the form that GLUE's leaderboard takes.
+"""Predict a task's test set with a teacher or a student, in the format of GLUE's leaderboard.
 
     python -m dse predict --model FOLDER --task_name mrpc --data_dir glue_data/MRPC --output_dir predictions
 
-Writes <output_dir>/MRPC.tsv (see GLUE_FILES; a task of your own under its name), with a line per row of the test file,
-in its order: `index` from 0, and `prediction`, the label's name or a score.
+Writes <output_dir>/MRPC.tsv (GLUE_FILES has the other names; your own task gives <name>.tsv). It has a line per row of
+the test file, in order: `index` from 0, and `prediction`, which is the label's name or a score.
 """
 
 import argparse
@@ -32,8 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
     cli.add_task_flags(parser)
-    add("--output_dir", required=True, help="where the file goes; one of that name is replaced")
-    add("--threshold", type=cli.threshold, help="binary: the second label is above it; not given: the model's own")
+    add("--output_dir", required=True, help="folder for the file; a file of the same name is replaced")
+    add("--threshold", type=cli.threshold, help="binary: second label above this probability (default: the model's)")
     cli.add_inference_flags(parser)
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if task.test is None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
     if args.threshold is not None and task.kind != BINARY:
-        raise InputError(f"--threshold: {task.name} ({task.kind}) has none; leave it out")
+        raise InputError(f"--threshold: is for binary tasks, and {task.name} is {task.kind}; leave it out")
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     from dse.experiments.predictions import answers, load_scorer

@@ -27,7 +27,7 @@ TRAIN_PAIRS, DEV_PAIRS = 3000, 600
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("--output_dir", default="outputs/quickstart", help="folder of everything that is made")
+    parser.add_argument("--output_dir", default="outputs/quickstart", help="folder for everything that is made")
 
 
 def run_stages(folder: Path) -> Path:
@@ -63,7 +63,7 @@ def run_stages(folder: Path) -> Path:
 
 
 def print_table(folder: Path, best: Path) -> None:
-    """Accuracy, f1 and pairs scored per second, the best of a few repeats, on the dev set."""
+    """Print accuracy, f1 and pairs scored per second, the best of a few repeats, on the dev set."""
     import torch
 
     from dse.experiments.predictions import load_scorer
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
     best = run_stages(folder)
     print_table(folder, best)
     print(
-        "\nThe sentences are made up (dse/experiments/synthetic.py): this shows that it works, not how good it is."
-        "\nThe student's rate is for stored embeddings, each made once."
+        "\nThe sentences are made up (dse/experiments/synthetic.py): the table shows that it works, not how well."
+        "\nThe student's rate is for scoring stored embeddings, each computed once."
         f"\n\ndata        {folder / 'data'}\nteacher     {folder / 'teacher'}"
         f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
         f"\nstudent     {best}\nlogs        {folder / 'logs'}"

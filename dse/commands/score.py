@@ -1,4 +1,4 @@
-"""Score queries against candidates with a student's trained head, and write the best of each.
+"""Score candidates for each query with a student's trained head, and write each query's best.
 
     python -m dse score --model FOLDER --queries FILE --candidates FILE_OR_INDEX --top_k 10 --output FILE
 
@@ -28,13 +28,14 @@ COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="a student's folder (`python -m dse export`) or hub name")
-    add("--queries", required=True, help="file with a query per line; - for standard input")
-    add("--candidates", required=True, help="file with a candidate per line (- for standard input), or an index")
+    add("--model", required=True, help="a student: `best` in a run folder, an exported folder, or a hub name")
+    add("--queries", required=True, help="file with one query per line; - for standard input")
+    add("--candidates", required=True, help="file with one candidate per line (- for standard input), or an index")
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
-    add("--rank_label", help="label that ranks; not given: the task's own, entailment, or a binary task's second")
-    add("--output", default="-", help="file; - for standard output")
-    add("--format", choices=("tsv", "jsonl"), help="not given: jsonl for such a name, else tsv")
+    usual = "the task's rank_label, else entailment, else a binary task's second label"
+    add("--rank_label", help=f"label whose probability ranks candidates (default: {usual})")
+    add("--output", default="-", help="output file; - for standard output")
+    add("--format", choices=("tsv", "jsonl"), help="output format (default: by --output's ending, else tsv)")
     cli.add_inference_flags(parser)
 
 
@@ -52,10 +53,10 @@ def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool) -> Iterat
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score queries against candidates, and write each query's best."""
+    """Score the candidates for each query, and write each query's best."""
     # 1. Refuse what cannot work.
     if args.queries == args.candidates == "-":
-        raise InputError("--candidates: standard input can be read once; give --queries or --candidates as a file")
+        raise InputError("--candidates: standard input can be read only once; give a file for this flag or --queries")
     check_texts(args.queries, "--queries")
     is_index = Path(args.candidates).is_dir()
     if not is_index:
@@ -63,12 +64,12 @@ def run(args: argparse.Namespace) -> None:
     if args.output != "-":
         check_output_file(args.output, "--output")
     elif sys.stdout is None:
-        raise InputError("--output: standard output is closed; name a file")
+        raise InputError("--output: standard output is closed; give a file")
     from dse.index import CandidateIndex
 
     model = load_student(args)
     label = ranked_label(model.task, args.rank_label)
-    logger.info("ranked by %s", "score" if label is None else f"the probability of {label!r}")
+    logger.info("ranking by %s", "score" if label is None else f"the probability of {label!r}")
 
     # 2. Queries, candidates, and the best of them.
     queries = list(texts_of(args.queries, "--queries"))

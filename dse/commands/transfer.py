@@ -2,8 +2,8 @@
 
     python -m dse transfer --model FOLDER --data_dir glue_data
 
-Two baselines stand beside it: the mean of the encoder as downloaded, and a bag of words. Every classification task with
-train and dev files in --data_dir counts, and so do test sets with labels. Prints a Markdown table.
+Prints a Markdown table, which also shows two baselines: the mean of the encoder as downloaded, and a bag of words. It
+covers every classification task that has train and dev files in --data_dir, and test sets that have labels.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from dse.system.files import check_output_file, write_json
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="a student's folder (`best` of a run, or `python -m dse export`) or hub name")
+    add("--model", required=True, help="a student: `best` in a run folder, an exported folder, or a hub name")
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
-    add("--bert_model", default="", help="the encoder as downloaded; empty: the one of the student's training")
-    add("--max_rows", type=cli.whole_number(10), default=20_000, help="training rows of a task, from its start")
+    add("--bert_model", default="", help="encoder to compare with (default: the one that the student started from)")
+    add("--max_rows", type=cli.whole_number(10), default=20_000, help="training rows per task at most, from the start")
     add("--output", default="", help="JSON file for the numbers")
     cli.add_call_flag(parser)
     cli.add_inference_flags(parser)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     student = load_student(args)
     began = [flags["bert_model"] for _, flags in student.origin.get("commands", []) if "bert_model" in flags]
     if not (args.bert_model or began):
-        raise InputError("--bert_model: the student does not say which encoder it began with; give it")
+        raise InputError("--bert_model: the student does not say which encoder it started from; give that encoder")
     bert = find_bert(args.bert_model or began[-1], "--bert_model")
     embedders = {
         "DSE": partial(student.encode, batch_size=args.batch_size),

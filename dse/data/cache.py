@@ -1,4 +1,4 @@
-"""Caches of arrays, which count only while all that they were made from is the same.
+"""Caches of arrays, which are valid only while everything that they were made from is unchanged.
 
 A cache is a safetensors file; its header says what it was made from, and holds the hash of its content.
 """
@@ -23,12 +23,12 @@ _DTYPES: dict[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def cache_name(split: str, bert_name: str, max_seq_length: int, task_name: str, form: str) -> str:
-    """The name of a cache beside the data, for which the user gave no path; the two forms have different names."""
+    """The name of a cache beside the data, for when the user gives no path; the two forms have different names."""
     return f"{split}_{bert_name}_{max_seq_length}_{task_name}{'_separate' if form == 'separate' else ''}"
 
 
 def check_cache_path(path: str | Path, form: str) -> None:
-    """Raise InputError when a path that the user gave holds anything but a cache of that form, or is unwritable."""
+    """Raise InputError if a path that the user gave holds anything but a cache of that form, or is not writable."""
     path = Path(path)
     check_writable(path.parent, f"the feature cache {path}", path.name)
     if not path.exists():
@@ -37,9 +37,9 @@ def check_cache_path(path: str | Path, form: str) -> None:
         raise InputError(f"{path}: is a folder; expected the file of a feature cache, or a name for one")
     if (header := _read_header(path)) is None:
         what = "is not a feature cache of this project, so it is not overwritten"
-        raise InputError(f"{path}: {what}; remove it or name another path")
+        raise InputError(f"{path}: {what}; remove it or give another path")
     if (held := header.get("form")) != form:
-        raise InputError(f"{path}: holds {held} features, and this stage needs {form} ones; give it another path")
+        raise InputError(f"{path}: holds {held} features, but this stage needs {form} ones; give another path")
 
 
 def _read_header(path: Path) -> dict[str, Any] | None:
@@ -52,15 +52,15 @@ def _read_header(path: Path) -> dict[str, Any] | None:
 
 
 def read_cache(path: Path, made_from: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache that was made from the same; None, with a log line, for another or a spoiled one."""
+    """The arrays of a cache that was made from the same inputs; None, with a log line, for another or a corrupt one."""
     header = _read_header(path)
     if header and (changed := [key for key in made_from if header.get(key) != made_from[key]]):
-        logger.info("feature cache %s was made with another %s; remade", path, ", ".join(changed))
+        logger.info("feature cache %s was made with another %s; making it again", path, ", ".join(changed))
         return None
     with contextlib.suppress(Exception):  # a dtype that numpy lacks raises what the library trips over
         if header and _content_hash(arrays := _mapped(path)) == header.get("content"):
             return arrays
-    logger.warning("feature cache %s is spoiled or of another program; remade", path)
+    logger.warning("feature cache %s is corrupt or of another program; making it again", path)
     return None
 
 
@@ -81,7 +81,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, Any], chosen: bool) -> None:
-    """Write a cache whole. Where that fails: RunError for a path that the user gave, else a warning."""
+    """Write a cache whole. If that fails, raises RunError for a path that the user gave, and otherwise warns."""
     header = {**made_from, "content": _content_hash(arrays)}
     try:
         with atomic_write(path) as beside:
@@ -90,7 +90,7 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray], made_from: dict[str, 
     except RunError as error:
         if chosen:
             raise
-        logger.warning("no feature cache: %s", error)
+        logger.warning("no feature cache is stored: %s", error)
 
 
 def _content_hash(arrays: dict[str, np.ndarray]) -> str:

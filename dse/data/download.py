@@ -1,7 +1,7 @@
-"""Files from the net that can be trusted: fetched with patience, compared with the record, unpacked within bounds.
+"""Downloads that can be trusted: retried, compared with a record, and unpacked within limits.
 
-A file grows as NAME.part; NAME.json says which state of which address its bytes came from, so that a later run can go
-on. One that does not agree with its record is kept as NAME.<hash>.bad. Proxies and certificates are those of requests.
+A file grows as NAME.part. NAME.json says which state of which address its bytes came from, so that a later run can
+continue. A file that differs from its record is kept as NAME.<hash>.bad. requests chooses proxies and certificates.
 """
 
 import errno
@@ -38,7 +38,7 @@ MOST_FILES = 1000  # in an archive
 
 
 class DownloadError(RunError):
-    """A file cannot be had or trusted. `wait`: the least seconds until a try that may succeed; None: none may."""
+    """A file cannot be fetched or trusted. `wait`: the least seconds until a retry may succeed; None: none can."""
 
     def __init__(self, why: str, wait: int | None = None) -> None:
         super().__init__(why)
@@ -67,7 +67,7 @@ def check_space(folder: Path, needed: int) -> None:
     """Raise OSError (ENOSPC) if the disk has less room than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        why = f"{needed / 1e6:,.1f} MB are needed, and {free / 1e6:,.1f} MB are free"
+        why = f"{needed / 1e6:,.1f} MB are needed, but {free / 1e6:,.1f} MB are free"
         raise OSError(errno.ENOSPC, why, str(folder))
 
 
@@ -89,8 +89,8 @@ class Download:
         """Download the file, continuing with what an earlier try left beside `path`.
 
         Returns its SHA-256, and the address that the bytes came from, after redirects. Raises DownloadError if the file
-        cannot be had, is longer than `most`, or is not the recorded one, and for a redirect from https to http; OSError
-        if it cannot be written or does not fit on the disk.
+        cannot be fetched, is longer than `most`, or is not the recorded one, and for a redirect from https to http;
+        OSError if it cannot be written or does not fit on the disk.
         """
         if self.path.exists():  # complete, but the run that fetched it ended before it was used
             self.path.replace(self.part)
@@ -139,7 +139,7 @@ class Download:
         return (have, state) if usable and note.get("from") == shown(self.url) else (0, "")
 
     def check(self, in_pieces: bool) -> str:
-        """The part's SHA-256. Raises for another than the recorded one; the bytes of several answers get more tries."""
+        """The part's SHA-256. Raises if it is not the recorded one; bytes of several answers are then fetched again."""
         found = sha256_file(self.part)
         if self.sha256 in (None, found):
             return found
@@ -165,13 +165,13 @@ class Download:
                 self.append(response, self.start_of(response, have, state))
 
     def start_of(self, response: requests.Response, have: int, state: str) -> int:
-        """The position in the file at which an answer's body begins. Raises if the answer is of no use."""
+        """The position in the file at which an answer's body begins. Raises if the answer is useless."""
         status = response.status_code
         if status == 200:
             # Do not give up what we have for an answer, such as an error page, that cannot be the recorded file.
             length = _number(response, "Content-Length")
             if have and self.size is not None and length not in (None, self.size) and "ETag" not in response.headers:
-                raise DownloadError(f"the server sends {length:,} bytes in place of {self.size:,}", wait=0)
+                raise DownloadError(f"the server sends {length:,} bytes instead of {self.size:,}", wait=0)
             return 0
         same = not state or _state_of(response) in ("", state)  # not every server heeds If-Range
         if status == 206 and have and same and response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
@@ -208,7 +208,7 @@ class Download:
                     file.truncate(0)  # leaves nothing to continue
                     raise too_long
         if total is None and length is None and response.headers.get("Transfer-Encoding") != "chunked":
-            logger.warning("%s: the server did not say how long it is, so it may be cut off", shown(self.url))
+            logger.warning("%s: the server did not say how long the file is, so it may be cut off", shown(self.url))
         if self.received() < (total or 0):
             raise DownloadError(f"the answer ended at {self.received():,} of {total:,} bytes", wait=0)
 
@@ -258,7 +258,7 @@ def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[st
     """Write the files below `folder` in a zip archive, or `only` those names, to `into`, an empty or missing folder.
 
     Raises DownloadError, before anything is written, for unsafe members anywhere in the archive and more than `most`
-    bytes, and later for damaged contents (CRC) and two files of one name; OSError if the disk has no room.
+    bytes, and later for damaged contents (CRC) and two files of the same name; OSError if the disk has no room.
     """
     try:
         with ZipFile(archive) as zipped:
@@ -273,7 +273,7 @@ def unzip(archive: Path, folder: str, into: Path, most: int, only: Collection[st
                     file.flush()
                     os.fsync(file.fileno())
     except (FileExistsError, NotADirectoryError) as error:
-        raise DownloadError("archive refused: two of its files have one name") from error
+        raise DownloadError("archive refused: two of its files have the same name") from error
     except DownloadError as error:
         raise DownloadError(f"archive refused: {error}") from error
     except Exception as error:  # zipfile and zlib raise many kinds for a damaged file

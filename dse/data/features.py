@@ -84,7 +84,7 @@ class JointFeatures(Features):
 
     @property
     def costs(self) -> np.ndarray:
-        """Tokens per pair, int64: what batches of similar length are made by."""
+        """Tokens per pair, int64, by which batches of similar length are made."""
         return self.tokens.lengths
 
     def rows_of(self, pairs: np.ndarray) -> tuple[Ragged, np.ndarray, np.ndarray]:
@@ -117,7 +117,7 @@ class SeparateFeatures(Features):
 def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:
     """Tokenize pairs (or single sentences) together, cut to max_seq_length.
 
-    A second text without pieces gives `[CLS] a [SEP]`; one that is not empty still keeps the budget of a pair.
+    A second text without pieces gives `[CLS] a [SEP]`; if it is not empty, `a` is still cut to the budget of a pair.
     """
     count = len(examples)
     seconds = [""] * count if examples.second is None else examples.second
@@ -139,9 +139,9 @@ def separate_features(task: Task, examples: Examples, tokenizer: Any, max_seq_le
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> tuple[Ragged, np.ndarray]:
-    """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row in there, int32.
+    """`[CLS] x [SEP]` of each distinct text, and for each of `texts` its row among them, int32.
 
-    Where the tokenizer does not fit the texts, that is warned of, once for a tokenizer.
+    Warns if the tokenizer does not fit the texts, once per tokenizer.
     """
     tokens, places = _encode(texts, tokenizer, max_seq_length)
     enough = len(tokens.ids) >= _ENOUGH and tokenizer not in _warned
@@ -202,10 +202,10 @@ def _unknown_share(tokens: Ragged, tokenizer: Any) -> float:
 def kept_lengths(
     a: np.ndarray, b: np.ndarray, is_pair: np.ndarray, max_seq_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces kept of each row's two texts, of a and b pieces, which must fit in max_seq_length - 3 together.
+    """How many pieces are kept of each row's texts, which have a and b pieces and must fit in max_seq_length - 3.
 
-    What dropping the last piece of the longer one, of the second on a tie, until they fit comes to. A row that is
-    not a pair keeps max_seq_length - 2 of its first text, and nothing else.
+    The result is that of dropping the last piece of the longer text (on a tie, of the second) until they fit. A row
+    that is not a pair keeps max_seq_length - 2 pieces of its first text, and nothing else.
 
     >>> kept_lengths(np.array([200]), np.array([200]), np.array([True]), 128)
     (array([63]), array([62]))
@@ -293,9 +293,9 @@ def _with_own_alone(content: str, own: tuple[str, ...]) -> Tokenizer:
 def cached_features(
     form: str, task: Task, examples: Examples, tokenizer: Any, max_seq_length: int, path: str | Path, chosen: bool
 ) -> Any:
-    """JointFeatures (`form` "joint") or SeparateFeatures from the cache at `path`, remade if it was made from others.
+    """JointFeatures (`form` "joint") or SeparateFeatures from the cache at `path`, remade if its inputs changed.
 
-    `chosen`: did the user name the path? Then InputError for another kind of file there, RunError where writing fails.
+    If the user has `chosen` the path: raises InputError for another kind of file there, RunError if writing fails.
     """
     path = Path(path)
     joint = form == "joint"
@@ -326,7 +326,7 @@ def cached_features(
 
 
 def batches_of(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
-    """Lists of up to `count` texts, cut short once they have that many characters, of an iterable of any length."""
+    """Cut an iterable of any length into lists of up to `count` texts, which end early at that many characters."""
     batch, size = list[str](), 0
     for text in texts:
         batch.append(text)

@@ -1,4 +1,4 @@
-"""The recipes of stage 1: where GLUE's and SNLI's files are, how a task's folder is made of them, what it must hold."""
+"""The recipes of stage 1: where GLUE's and SNLI's files are, how a task's folder is made, and what it must hold."""
 
 import logging
 import shutil
@@ -99,9 +99,9 @@ FILES = {
 
 
 def get_task(task: str, data_dir: Path, mirror: Mirror) -> tuple[str, str]:
-    """Make sure that a task's folder is in `data_dir`; return what became of it, in a word and in detail.
+    """Make sure that a task's folder is in `data_dir`; return the outcome, in a word and in detail.
 
-    Raises DownloadError for files that cannot be had or used, or are in the way; OSError, RunError if the disk refuses.
+    Raises DownloadError if files cannot be fetched or used, or are in the way; OSError, RunError if the disk refuses.
     """
     folder, area = data_dir / FOLDERS[task], data_dir / AREA
     making = area / f"{task}.making"
@@ -124,7 +124,7 @@ def get_task(task: str, data_dir: Path, mirror: Mirror) -> tuple[str, str]:
 
 
 def one_at_a_time(path: Path) -> filelock.AcquireReturnProxy:
-    """Return a held lock, which ends with its process; wait, and say so, while another run has it."""
+    """Return a held lock, which ends with its process. Log it, and wait, while another run holds the lock."""
     lock = filelock.FileLock(path)
     try:
         return lock.acquire(timeout=0)
@@ -140,7 +140,7 @@ def what_is_there(task: str, folder: Path) -> str | None:
         if len(lacking) == len(FILES[task]):
             return None
         if lacking:
-            raise DownloadError(f"there is a folder {folder}, but it has no {', '.join(lacking)}: {again}")
+            raise DownloadError(f"{folder} exists, but has no {', '.join(lacking)}: {again}")
         return f"not made by this script; {compare(task, folder)}"
     record = read_json(folder / RECORD, "the record of a download")
     try:
@@ -186,9 +186,9 @@ def fetch_sources(task: str, area: Path, mirror: Mirror) -> tuple[dict[str, Path
 
 
 def make_folder(task: str, raw: dict[str, Path], origins: list[dict[str, Any]], made: Path) -> str:
-    """Fill the folder `made` from a task's fetched files and record them; return what `compare` says of it.
+    """Fill the folder `made` from a task's fetched files and record them; return what `compare` finds.
 
-    Raises DownloadError for files of no use; downloads that no record vouches for are kept aside, to be fetched again.
+    Raises DownloadError for unusable files. Downloads that match no record are renamed, so that they are fetched again.
     """
     try:
         build(task, raw, made)
@@ -261,7 +261,7 @@ def convert_snli(path: Path) -> Iterator[str]:
     if not {"sentence1", "sentence2", "gold_label"} <= needed:
         raise InputError(f"{path.name}, line 1: no column {lacking} in the header: {header[:80]!r}")
     if lacking:
-        logger.warning("%s has no %s: left empty", path.name, lacking)
+        logger.warning("%s has no %s: these columns are left empty", path.name, lacking)
     kept = wanted + [name for name in _LABELS.split() if name in names]
     yield "\t".join(["index", *kept])
     index = more = 0
@@ -279,9 +279,9 @@ def convert_snli(path: Path) -> Iterator[str]:
 
 
 def compare(task: str, folder: Path, made_here: bool = False) -> str:
-    """Compare headers and row counts with the task's; warn of each difference, and return them for the closing table.
+    """Compare headers and row counts with the expected ones; warn of differences, and return them for the final table.
 
-    Raises DownloadError if a file made here has no rows or, but for SNLI's, a header that begins otherwise.
+    Raises DownloadError if a file made here has no rows or, except for SNLI, a header that begins differently.
     """
     useless, harmless = list[str](), list[str]()
     for split, (rows, header) in FILES[task].items():
@@ -306,7 +306,7 @@ def compare(task: str, folder: Path, made_here: bool = False) -> str:
 
 
 def put_in_place(made: Path, folder: Path) -> None:
-    """Give a finished folder its name, or add its files to those of the user; none of them is overwritten."""
+    """Give a finished folder its name, or add its files to the user's folder, where nothing is overwritten."""
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if empty or not folder.exists():
         made.replace(folder)
@@ -315,7 +315,7 @@ def put_in_place(made: Path, folder: Path) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     for name in names:
         if name not in missing and sha256_file(folder / name) != sha256_file(made / name):
-            raise DownloadError(f"{folder} already has another {name}: move it away")
+            raise DownloadError(f"{folder} already has a different {name}: move it away")
     for name in (Path(RECORD), *missing):  # the record first: it tells whether files are missing
         for left in (folder / name).parent.glob(f".{name.name}.*.part"):  # by a run that was killed here
             left.unlink()

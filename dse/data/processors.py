@@ -16,15 +16,15 @@ from dse.system.text_files import read_lines
 
 logger = logging.getLogger(__name__)
 _Columns = tuple[int | str | None, ...]  # numbers or names of the columns of text a, text b and the label
-_HEADER_HINT = 'put the names of the columns there (in a task of your own, or give "header": false)'
+_HEADER_HINT = 'put the names of the columns there (or, in a task of your own, give "header": false)'
 
 
 @dataclass
 class Examples:
     """The rows of a split, in file order.
 
-    `second` is None for single sentences. `labels` holds the label's place in `task.labels`, or the score for
-    regression; None without labels. `files` tells what was read: {"file": name below data_dir, "sha256": of its bytes}.
+    `second` is None for single sentences. `labels` holds positions in `task.labels`, or scores for regression; None
+    without labels. `files` says what was read: {"file": name below data_dir, "sha256": of its bytes}.
     """
 
     first: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
 
 
 def labelled_test(task: Task, data_dir: Path) -> Examples | None:
-    """The test set with its labels, where they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
+    """The test set with its labels, if they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
     if task.test and task.test_label is not None and (data_dir / task.test).is_file():
         return read_examples(task, data_dir, "test")
     if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
@@ -89,7 +89,7 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
     own = task.name not in TASKS
     lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
     if (line_1 := next(lines, None)) is None:
-        raise InputError(f"{path}: no rows of data in it, nor a header; expected one pair per line")
+        raise InputError(f"{path}: is empty; expected one pair per line")
     names = line_1.split("\t")
     place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
     if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
@@ -106,7 +106,7 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
             continue
         if len(cells) < needed or (own and len(cells) > needed):
             expected = f"{needed} cells expected, as in line 1" if own else f"at least {needed} columns expected"
-            hint = " (is a tab within a text, or does the header lack a name for row names?)" * (len(cells) > needed)
+            hint = " (is a tab within a text, or is the column of row names not in the header?)" * (len(cells) > needed)
             raise InputError(f"{path}, line {number}: {expected}, found {len(cells)}{hint}: {line[:80]!r}")
         uneven += len(cells) != len(names)
         if cells[place_a] != text:  # NLI repeats its premises: one string serves all
@@ -123,11 +123,11 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
     if not first:
-        found = f"no row has the {needed} columns that {task.name} needs" if skipped else "no rows of data in it"
+        found = f"no row has the {needed} columns that {task.name} needs" if skipped else "has no rows of data"
         raise InputError(f"{path}: {found}; expected one pair per line")
     if uneven:
         logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
-                       "the left (the last: from the right)", path, uneven, len(first), len(names))  # fmt: skip
+                       "the left, and the last one from the right", path, uneven, len(first), len(names))  # fmt: skip
     about = {"file": path.name, "sha256": sha256_file(path)}
     rows = Examples(first, None if place_b is None else second, None if place_label is None else labels, [about])
     checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
@@ -136,7 +136,7 @@ def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Exampl
 
 
 def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
-    """The lines but for blank ones at the end."""
+    """The lines except for blank ones at the end."""
     blank = 0
     for line in lines:
         if line:
@@ -146,7 +146,7 @@ def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
-    """Refuse a header whose label cell is a label, so that it is a row of data; for GLUE's files, warn of it."""
+    """Refuse a header whose label cell is a label, since it must be a row of data; for GLUE's files, only warn."""
     name = names[place] if place < len(names) else ""
     if _label(task, name) is not None:
         what = "a number" if task.kind == REGRESSION else f"a label of {task.name}"
@@ -160,7 +160,7 @@ def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
     """Warn of quoting; raise InputError where `names`, the cells of a header above the texts, are texts of rows too."""
     for name, texts in zip(names, rows.sides, strict=False):
         if name and name in texts:
-            found = f"its cell {name!r} is a text of a row too"
+            found = f"its cell {name!r} is also the text of a row"
             raise InputError(f"{path}, line 1: a header is expected, but {found}; {_HEADER_HINT}")
     quoted = sum(len(text) > 1 and text[0] == text[-1] == '"' for text in chain(*rows.sides))
     if quoted > 0.9 * len(rows.sides) * len(rows):
@@ -177,8 +177,8 @@ def _compare_headers(task: Task, train: Path, other: Path, columns: _Columns) ->
     both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
     numbers = [(own, trained) for own, trained in both if isinstance(own, int) and isinstance(trained, int)]
     if any(ours[own : own + 1 or None] != theirs[trained : trained + 1 or None] for own, trained in numbers):
-        logger.warning("%s, line 1: the header %r, and %s has %r: does each file have a header, and are the columns "
-                       "the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
+        logger.warning("%s, line 1: the header is %r, but in %s it is %r: does each file have a header, and are the "
+                       "columns the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
 
 
 def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) -> list[Any]:
@@ -195,10 +195,10 @@ def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) ->
             column = names.index(column)
         if own and column is not None:
             if column >= len(names):
-                raise InputError(f"{path}, line 1: column {column} (from 0) is needed, but only {len(names)} are there")
+                raise InputError(f"{path}, line 1: column {column} (from 0) is needed, but there are only {len(names)}")
             column %= len(names)
             if column in places:
-                raise InputError(f"{path}, line 1: column {column} (from 0) serves twice; each needs its own")
+                raise InputError(f"{path}, line 1: column {column} (from 0) is used twice; each needs its own")
         places.append(column)
     return places
 

@@ -1,7 +1,7 @@
 """The task table.
 
-A column is a number from 0, -1 being the last, or a name in the header. A user's own task is the same line in a JSON
-file. This module uses neither torch nor tokenizers, so that bad data is refused before either is loaded.
+A column is a number from 0, -1 being the last, or a name in the header. A user's own task has the same entries in a
+JSON file. This module uses neither torch nor tokenizers, so that bad data is refused before either is loaded.
 
     >>> task = get_task("MRPC")
     >>> task.kind, task.labels, task.text_a, task.text_b, task.label
@@ -106,15 +106,15 @@ def get_task(name: str) -> Task:
 def ranked_label(task: Task, asked: str | None = None) -> str | None:
     """The label whose probability ranks candidates; None for a regression, whose score does.
 
-    It is the one that is `asked` for, else the task's own, else `entailment`, else the second label of a binary task.
-    Raises InputError for a label that the task does not have, and where nothing says which label it is.
+    It is the one `asked` for, else the task's own, else `entailment`, else the second label of a binary task.
+    Raises InputError for a label that the task does not have, and if nothing says which label it is.
 
     >>> [ranked_label(TASKS[name]) for name in ("mrpc", "rte", "snli", "sts-b")]
     ['1', 'entailment', 'entailment', None]
     """
     if task.kind == REGRESSION:
         if asked is not None:
-            raise InputError(f"--rank_label: {task.name} is a regression, whose score ranks; leave it out")
+            raise InputError(f"--rank_label: {task.name} is a regression, which ranks by its score; leave the flag out")
         return None
     usual = ENTAILMENT if ENTAILMENT in task.labels else task.labels[1] if task.kind == BINARY else None
     label = next((one for one in (asked, task.rank_label) if one is not None), usual)
@@ -128,7 +128,7 @@ def ranked_label(task: Task, asked: str | None = None) -> str | None:
 
 
 def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
-    """The task's line as JSON values, with its rank label only where the student `ranks` by one."""
+    """The task's line as JSON values, with its rank label only for a student that `ranks` by one."""
     line = json.loads(json.dumps(asdict(task)))
     if not ranks or task.rank_label is None:
         del line["rank_label"]
@@ -136,7 +136,7 @@ def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
 
 
 def task_from_dict(line: dict[str, Any]) -> Task:
-    """The task that `task_to_dict` wrote. Raises TypeError for other entries."""
+    """The task that `task_to_dict` wrote. Raises TypeError for unknown entries."""
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
     return Task(**{**values, "also_validate": tuple(map(tuple, values.get("also_validate", ())))})
 
@@ -144,7 +144,7 @@ def task_from_dict(line: dict[str, Any]) -> Task:
 def check_sentence_pairs(task: Task) -> None:
     """Raise InputError for a task that a Siamese student cannot learn."""
     if task.text_b is None:
-        why = "has one sentence per row, and DSE scores pairs: only finetune_bert.py (the teacher) takes it"
+        why = "has one sentence per row, but DSE scores pairs: only finetune_bert.py (the teacher) takes it"
         raise InputError(f"--task_name: {task.name} {why}")
 
 
@@ -171,9 +171,9 @@ def _task_from_json(path: Path) -> Task:
             expected = getattr(types, "__name__", str(types)).replace(" | ", " or ").replace("None", "null")
             raise InputError(f"{path}: {key!r} must be {expected}, found {value!r}")
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-            raise InputError(f"{path}: {key!r} has a character that no file can have: {value!r}")
+            raise InputError(f"{path}: {key!r} has a character that files cannot hold: {value!r}")
     if missing := [key for key in ("kind", "text_a", "label") if key not in line]:
-        raise InputError(f"{path}: {', '.join(missing)} missing; a task needs kind, text_a, label and text_b for pairs")
+        raise InputError(f"{path}: {', '.join(missing)} missing; a task needs kind, text_a, label (pairs: text_b)")
     for key, types, what in (("labels", int | str, "strings or whole numbers"), ("metrics", str, "strings")):
         if not all(_is(entry, types) for entry in line.get(key, ())):
             raise InputError(f"{path}: {key!r} must be a list of {what}, found {line[key]!r}")
@@ -198,9 +198,10 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {labels}")
     known = DEFAULT_METRICS[kind] + ("mcc",) * (kind == BINARY)
     if not set(task.metrics) <= set(known):
-        raise InputError(f"{path}: metrics {list(task.metrics)}: a {kind} task knows {', '.join(known)}")
+        raise InputError(f"{path}: metrics {list(task.metrics)}: a {kind} task can have {', '.join(known)}")
     if not re.fullmatch(r"[\w.-]+", task.name) or task.name.lower() in TASKS:
-        raise InputError(f"{path}: name {task.name!r} must be letters, digits, '_', '.', '-', and not one of the table")
+        what = f"name {task.name!r} must consist of letters, digits, '_', '.' and '-', and not be a known task's"
+        raise InputError(f"{path}: {what}")
     columns = [getattr(task, key) for key in _COLUMNS]
     if not task.header and any(isinstance(column, str) for column in columns):
         raise InputError(f'{path}: columns by name need a header line; give numbers from 0, or "header": true')
@@ -209,7 +210,7 @@ def _check_own_task(path: Path, task: Task) -> None:
 
 
 def winning_threshold(metrics: dict[str, float]) -> float | None:
-    """The threshold with the best f1, of equals the one nearest to 0.5; None for metrics without thresholds.
+    """The threshold with the best f1, among equals the one nearest to 0.5; None for metrics without thresholds.
 
     >>> winning_threshold({"loss": 0.3, "f1_0.1": 0.9, "f1_0.4": 0.9, "f1_0.5": 0.8})
     0.4
@@ -219,7 +220,7 @@ def winning_threshold(metrics: dict[str, float]) -> float | None:
 
 
 def at_threshold(metrics: dict[str, Any], threshold: float | None = None) -> dict[str, Any]:
-    """The metrics without those of all thresholds but one; None: the winning one.
+    """The metrics at one threshold (None: the winning one), and those that have no threshold.
 
     >>> at_threshold({"loss": 0.3, "accuracy_0.4": 0.7, "f1_0.4": 0.8, "accuracy_0.5": 0.6, "f1_0.5": 0.9})
     {'loss': 0.3, 'accuracy_0.5': 0.6, 'f1_0.5': 0.9}

@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer: loaded with the casing that is asked for, refused where its files say otherwise."""
+"""BERT's WordPiece tokenizer: loaded with the requested casing, refused if its files say otherwise."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ from dse.system.files import read_json, sha256_json
 
 logger = logging.getLogger(__name__)
 
-# Classes whose ids are those of BERT's WordPiece, and such as leave all rules to tokenizer.json.
+# Classes whose ids are those of BERT's WordPiece, and classes that leave all rules to tokenizer.json.
 _CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 _FROM_FILE = ("PreTrainedTokenizer", "TokenizersBackend")
-_CASING = ("no --do_lower_case (cased)", "--do_lower_case (uncased)")
+_CASING = ("cased (no --do_lower_case)", "uncased (--do_lower_case)")
 # Rules of tokenizer_config.json that the library no longer reads: the values that mean BERT's.
 _SPLITTING = {
     "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece", "do_word_tokenize": True,
@@ -26,32 +26,32 @@ _SPLITTING = {
 def load_tokenizer(folder: Path, do_lower_case: bool, flag: str) -> Any:
     """BERT's WordPiece tokenizer with the casing that --do_lower_case decides.
 
-    Raises InputError when the folder's is another one. Warns when the model was saved with the other casing.
+    Raises InputError if the folder holds another tokenizer. Warns if the model was saved with the other casing.
     """
     saved = saved_casing(folder, flag)
     check_tokenizer_class(folder, flag)
     tokenizer = tokenizer_in(folder, f"{flag}: ", do_lower_case=do_lower_case)
     normalizer = tokenizer.backend_tokenizer.normalizer
     if getattr(normalizer, "lowercase", None) is not do_lower_case:
-        unmet = f"does not honour {_CASING[do_lower_case]}: its normalizer is {normalizer}"
+        unmet = f"cannot be loaded as {_CASING[do_lower_case]}: its normalizer is {normalizer}"
         raise InputError(f"{flag}: the tokenizer of {folder} {unmet}")
     _check_rules(folder, tokenizer, do_lower_case, flag)
     tokens = [tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.unk_token]
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     size = read_json(folder / "config.json", "the model's configuration").get("vocab_size", 30522)
     if any(token not in vocabulary for token in tokens) or max(tokenizer.get_vocab().values()) >= size:
-        found = f"{len(vocabulary)} entries for {size} embeddings, {', '.join(map(str, tokens))} expected among them"
+        found = f"{len(vocabulary)} entries for {size} embeddings; {', '.join(map(str, tokens))} must be among them"
         raise InputError(f"{flag}: the vocabulary of {folder} does not fit its model: {found}")
     if saved is not None and saved != do_lower_case:
         was, now = _CASING[bool(saved)], _CASING[do_lower_case]
-        logger.warning("%s was saved with %s, and this run uses %s", folder, was, now)
+        logger.warning("%s was saved as %s, but this run uses it as %s", folder, was, now)
     return tokenizer
 
 
 def check_tokenizer_class(folder: Path, flag: str) -> None:
-    """Raise InputError where the folder's configurations name another tokenizer, or rules that are not BERT's.
+    """Raise InputError if the folder's configurations name another tokenizer, or rules that are not BERT's.
 
-    transformers would take the vocabulary and put BERT's rules around it, with a warning at most.
+    transformers would combine the vocabulary with BERT's rules, with a warning at most.
     """
     known = _CLASSES + _FROM_FILE * (folder / "tokenizer.json").is_file()
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
@@ -63,12 +63,12 @@ def check_tokenizer_class(folder: Path, flag: str) -> None:
         value = config.get(key)
         some = isinstance(expected, list) and isinstance(value, list) and set(map(str, value)) <= set(expected)
         if value not in (None, expected, {}) and not some:
-            differs = f"{key} is {value!r}, and BERT's WordPiece has {expected!r}"
-            raise InputError(f"{flag}: {path}: {differs}; take a model whose tokenizer is BERT's")
+            differs = f"{key} is {value!r}, but {expected!r} in BERT's WordPiece"
+            raise InputError(f"{flag}: {path}: {differs}; use a model whose tokenizer is BERT's")
 
 
 def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -> None:
-    """Raise InputError where the files have other rules, or added tokens of other ids, than what was loaded of them.
+    """Raise InputError if the files have other rules, or other ids of added tokens, than what was loaded from them.
 
     transformers takes the vocabulary from tokenizer.json, but rules from tokenizer_config.json or its own.
     """
@@ -87,8 +87,8 @@ def _check_rules(folder: Path, tokenizer: Any, do_lower_case: bool, flag: str) -
         said = {f"id of {token!r}": place for token, place in _json_in(folder / "added_tokens.json").items()}
     for key, value in said.items():
         if used.get(key) != value:
-            differs = f"{key} is {value!r} there, and {used.get(key)!r} as loaded"
-            mend = "make tokenizer_config.json say the same if it can, or take another model"
+            differs = f"{key} is {value!r} there, but {used.get(key)!r} as loaded"
+            mend = "make tokenizer_config.json say the same if it can, or use another model"
             raise InputError(f"{flag}: the tokenizer of {folder} would not follow its files: {differs}; {mend}")
 
 
@@ -98,7 +98,7 @@ def _json_in(path: Path) -> dict[str, Any]:
 
 
 def saved_casing(folder: Path, flag: str) -> bool | None:
-    """The casing that the folder's files tell, if they do. Raises InputError for a tokenizer that is not BERT's."""
+    """The casing that the folder's files state, or None. Raises InputError for a tokenizer that is not BERT's."""
     whole = _json_in(folder / "tokenizer.json")
     model, normalizer = whole.get("model") or {}, whole.get("normalizer") or {}
     # transformers would take the vocabulary and silently put BERT's own rules around it.
@@ -110,21 +110,21 @@ def saved_casing(folder: Path, flag: str) -> bool | None:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """SHA-256 of all that decides the token ids: vocabulary, normalizer, splitting, special tokens."""
+    """SHA-256 of all that determines the token ids: vocabulary, normalizer, splitting, special tokens."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None  # ours, not the tokenizer's
     return sha256_json(content)
 
 
 def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:
-    """The tokenizer as the texts of its files, for a checkpoint."""
+    """The contents of the tokenizer's files by name, for a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
 
 
 def tokenizer_from_files(files: dict[str, str]) -> Any:
-    """The tokenizer that `tokenizer_to_files` took apart. Raises InputError where it cannot be loaded."""
+    """The tokenizer whose files `tokenizer_to_files` gave. Raises InputError if it cannot be loaded."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
@@ -137,5 +137,5 @@ def tokenizer_in(folder: Path, where: str = "", **options: Any) -> Any:
 
     try:
         return BertTokenizer.from_pretrained(folder, **options)
-    except Exception as error:  # a spoiled one raises whatever its reader trips over
+    except Exception as error:  # a corrupt one raises whatever its reader trips over
         raise InputError(f"{where}{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error

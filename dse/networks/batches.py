@@ -29,7 +29,7 @@ def padding_for(device: torch.device, asked: str | None) -> str:
 class Batches:
     """The rows of a split's Features, of either form, laid out for a network by one of config.PADDINGS.
 
-    max_seq_length: what "max" pads to, and what sizes of steps are counted by; None: the longest row.
+    max_seq_length: what "max" pads to, and the length in which step sizes are counted; None: the longest row.
     """
 
     def __init__(self, features: Any, padding: str = "batch", max_seq_length: int | None = None) -> None:
@@ -40,7 +40,7 @@ class Batches:
         return len(self.features)
 
     def of_pairs(self, rows: np.ndarray) -> Inputs:
-        """Inputs of the given pairs: of a student's, the first texts of all, then the second ones."""
+        """Inputs of the given pairs; for a student, the first texts of all pairs, then the second ones."""
         return self._inputs(*self.features.rows_of(rows))
 
     def of_texts(self, rows: np.ndarray) -> Inputs:
@@ -102,7 +102,7 @@ def _tensors(record: Group | PackedBatch, device: torch.device) -> dict[str, Any
 
 
 def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
-    """Pack the given rows, int, of `tokens`; a row may come several times.
+    """Pack the given rows, int, of `tokens`; a row may occur several times.
 
     first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
     """

@@ -30,13 +30,13 @@ class DSEConfig:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, bert: dict[str, Any]) -> "DSEConfig":
-        """The architecture that cli.add_architecture_flags asked for, over that BERT."""
+        """The architecture that the flags of cli.add_architecture_flags describe, over that BERT."""
         flags = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "bert"}
         return cls.from_dict({**flags, "bert": bert})
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> "DSEConfig":
-        """The architecture that `to_dict` wrote. Raises KeyError or TypeError where entries are missing or unknown."""
+        """The architecture that `to_dict` wrote. Raises KeyError or TypeError if entries are missing or unknown."""
         return cls(**{**entries, "fc_dims": tuple(entries["fc_dims"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class DSEConfig:
 
     @property
     def pooler(self) -> Pooler:
-        """What makes a vector of the hidden states."""
+        """What turns hidden states into a vector."""
         return POOLERS[self.pooler_type]
 
     @property
@@ -62,10 +62,10 @@ class DSEConfig:
 
 def check_fc_dims(fc_dims: list[int], task: Task) -> None:
     """Raise InputError unless the head's last layer is as wide as the task's outputs."""
-    if fc_dims[-1] != task.num_student_outputs:
+    if fc_dims[-1] != (needed := task.num_student_outputs):
         raise InputError(
-            f"--fc_dims: the last size is {fc_dims[-1]}, {task.name} ({task.kind}) needs {task.num_student_outputs}: "
-            f"try --fc_dims {' '.join(map(str, [*fc_dims[:-1], task.num_student_outputs]))}"
+            f"--fc_dims: the last size is {fc_dims[-1]}, but {task.name} ({task.kind}) needs {needed}: "
+            f"try --fc_dims {' '.join(map(str, [*fc_dims[:-1], needed]))}"
         )
 
 

@@ -13,7 +13,7 @@ from dse.networks.poolers import Pooler
 
 
 class PooledBert(nn.Module):
-    """A BertModel, a pooler of its last `top_layers` layers, dropout and a linear `classifier`, if there is one."""
+    """A BertModel, a pooler of its last `top_layers` layers, dropout and, if there is one, a linear `classifier`."""
 
     def __init__(
         self, bert: Any, pooler: Pooler, top_layers: int, dropout: nn.Dropout, classifier: nn.Linear | None

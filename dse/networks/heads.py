@@ -1,7 +1,7 @@
 """Heads: from two embeddings u and v to a pair's outputs, through linear layers with ReLU between them.
 
 `head(u, v)` scores pair by pair, as in training; `head.factorised()` does so for few queries and many stored
-candidates. A head is a class here, with both ways, and its name in config.HEAD_TYPES.
+candidates. A head is a class here, with both ways, and has its name in config.HEAD_TYPES.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class ConcatHead(SiameseHead):
 
         W_u u + W_v v + W_p (u * v) + W_d |u - v| + b  =  (W_u u + b)  +  (W_v + W_p diag(u)) v  +  W_d |u - v|
 
-    has a constant, one matrix for v, and |u - v| as the only thing to make for each pair; v alone is stored.
+    has a constant, one matrix for v, and |u - v| as the only term to compute for each pair; only v is stored.
     """
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:

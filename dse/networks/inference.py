@@ -46,9 +46,9 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
 
 @dataclass
 class PartialOutputs:
-    """The outputs of a long inference so far, in a file from which another run goes on."""
+    """The outputs so far of a long inference, in a file from which another run can continue."""
 
-    path: Path  # a file that is there counts if it is whole and of the same work
+    path: Path  # an existing file counts if it is intact and of the same work
     work: dict[str, Any]  # all that decides the outputs, but for how rows are cut into steps; JSON values
     every: int | None = None  # steps between two writes; None: a minute
     _identity: str = ""
@@ -57,25 +57,25 @@ class PartialOutputs:
     def find(self, steps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
         """Which rows are done, (n,), bool, and the outputs, (n, width), float32, NaN where they are not.
 
-        None where the file has nothing of the work that is cut into these steps of rows.
+        None if the file has nothing of this work, cut into these steps of rows.
         """
         self._identity = sha256_json([self.work, [rows.tolist() for rows in steps]])
         if not self.path.exists():
             return None
         try:
-            there = load_tensors(self.path, f"{self.path} is spoiled")
+            there = load_tensors(self.path, f"{self.path} is corrupt")
         except InputError as error:
-            logger.warning("%s: begun anew", error)
+            logger.warning("%s: starting over", error)
             return None
         if not isinstance(there, dict) or there.get("identity") != self._identity:
-            logger.info("%s is of other work: begun anew", self.path)
+            logger.info("%s is of other work (data, model or flags): starting over", self.path)
             return None
         done, outputs = there["done"].numpy(), there["outputs"].numpy()
-        logger.info("going on after %d of %d rows, as %s has them", done.sum(), len(done), self.path)
+        logger.info("continuing after %d of %d rows, which are in %s", done.sum(), len(done), self.path)
         return done, outputs
 
     def after(self, steps: int, outputs: Any, done: np.ndarray) -> None:
-        """Write, when it is time, what is done after so many steps: the rows that `done`, (n,), names in any process.
+        """Write, when it is time, what is done after so many steps: the rows that `done`, (n,), marks in any process.
 
         All processes call it at each step. Raises Stopped, after writing, when a signal asks for it.
         """
@@ -91,11 +91,11 @@ class PartialOutputs:
             self._started = time.monotonic()
         if signal:
             stop = signals.Stopped(signal)
-            stop.advice = f"outputs so far in {self.path}; the same command goes on"
+            stop.advice = f"outputs so far are in {self.path}; run the same command to continue"
             raise stop
 
     def remove(self) -> None:
-        """The work is done."""
+        """Remove the file, since the work is done."""
         if parallel.is_first():
             self.path.unlink(missing_ok=True)
 
@@ -114,7 +114,7 @@ def infer(
 
     Args:
         batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
-        what, show: name of the progress bar; None: where the output is a terminal.
+        what, show: name of the progress bar, and whether to show it; None: if the output is a terminal.
         texts: are the rows a student's distinct texts, and not pairs?
     """
     costs = batches.features.texts.lengths if texts else batches.features.costs
@@ -142,7 +142,7 @@ def infer(
         outputs = np.zeros((count, width), dtype=np.float32)
     outputs, done = _of_all(outputs, done)
     if not done.all():
-        raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as {done.argmin()}; run it again")
+        raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as row {done.argmin()}; run it again")
     return outputs
 
 

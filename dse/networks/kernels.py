@@ -1,7 +1,6 @@
-"""Everything of torch that is not public: each call with its reason, its gain and the public way beside it.
+"""Every call of torch that is not public, with its reason, its gain and the public way beside it.
 
-`PUBLIC_ONLY` forces the public ways, as tests do. Where another build of torch lacks an operator, its public way is
-taken too.
+`PUBLIC_ONLY` forces the public ways, as tests do. If a build of torch lacks an operator, its public way is taken, too.
 """
 
 import os
@@ -32,7 +31,7 @@ _NORMS: Any = getattr(torch, "_foreach_norm", None)
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """states @ weight.T + bias, for float32 on CPU through oneDNN where that is the faster one."""
+    """states @ weight.T + bias, for float32 on CPU through oneDNN if that is faster."""
     elsewhere = states.device.type != "cpu" or states.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if elsewhere or PUBLIC_ONLY or _LINEAR is None:
         return functional.linear(states, weight, bias)
@@ -77,7 +76,7 @@ def is_plain(module: nn.Module) -> bool:
 
     Not where one is of another class (quantized, wrapped, a LoRA layer), has a hook or a `forward` of its own, lacks a
     bias, or has weights that are more than a tensor. torch has no public way to list hooks; the public way beside this
-    is to call the modules, as callers do where they are not plain.
+    is to call the modules, as callers do if they are not plain.
     """
     for each in module.modules():
         kind = type(each)

@@ -1,12 +1,12 @@
 """Encoding without padding: real tokens only, in everything but the attention product.
 
-A batch's rows lie end to end, longest first: (tokens,) ids become (tokens, hidden) states. Attention alone needs rows
+A batch's rows lie end to end, longest first: (tokens,) ids become (tokens, hidden) states. Only attention needs rows
 apart. It pads them in groups of similar length, so that little is padded, and takes the padding out again:
 
     rows of 9 8 8 5 4 4 tokens, say in threes  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
 
 The weights and modules are those of a plain (`is_plain`) BertModel of transformers, and so are the numbers, to
-rounding. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes no more.
+rounding. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes only that.
 """
 
 from collections.abc import Callable, Iterator, Sequence

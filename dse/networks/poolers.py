@@ -1,11 +1,11 @@
 """From the hidden states of a BERT's last layers to one vector per sentence.
 
-A pooler says how layers come together (`concat_top` puts them side by side, the lowest first, `mean_top` averages
+A pooler says how layers are combined (`concat_top` puts them side by side, the lowest first, `mean_top` averages
 them), what is taken over the tokens (`mean`, `sqrt_mean` or `max`), and whether position 0, `[CLS]`, counts: only in
 the forms `…_with_cls`. `[SEP]` always counts. `cls` is BERT's own tanh pooler.
 
 A new pooler is a line here, and a branch of `_over_tokens` where it takes something else over the tokens. The module
-loads no torch at import, so that the flags that name poolers are quick.
+loads no torch at import, so that flags that name poolers are checked at once.
 """
 
 from collections.abc import Sequence

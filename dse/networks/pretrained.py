@@ -37,7 +37,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 
 
 class OpenedBert(NamedTuple):
-    """A BERT's folder that was found sound, its configuration and its tokenizer; its weights are not loaded yet."""
+    """The folder of a BERT that passed all checks, its configuration and its tokenizer; its weights are not loaded."""
 
     folder: Path
     config: dict[str, Any]
@@ -49,7 +49,7 @@ def open_bert(
 ) -> OpenedBert:
     """Find a BERT, as `find_bert` does, and load its tokenizer, before torch is loaded.
 
-    Raises InputError, naming the flag, where `find_bert`, `check_fits_bert` or `load_tokenizer` refuse it.
+    Raises InputError, naming the flag, if `find_bert`, `check_fits_bert` or `load_tokenizer` refuse it.
     """
     folder = find_bert(name, flag, **where)
     config = bert_config(folder, flag)
@@ -58,9 +58,9 @@ def open_bert(
 
 
 def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Path:
-    """The local folder of a BERT: the one named or, with `hub`, one of the hub, downloaded to cache_dir if given.
+    """The local folder of a BERT: the one named or, with `hub`, one downloaded from the hub (to cache_dir, if given).
 
-    Raises InputError, naming the flag, for what is not a BERT, or lacks weights or has spoiled ones.
+    Raises InputError, naming the flag, for anything but a BERT, and for missing or corrupt files.
     """
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
@@ -83,7 +83,7 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
             what = "is truncated or not a safetensors file"
             raise InputError(f"{flag}: {weights[0]} {what} ({error}); fetch it again") from error
     if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{flag}: {folder} has adapters, adapter_config.json: merge them into the weights")
+        raise InputError(f"{flag}: {folder} has adapters (adapter_config.json): merge them into the weights")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise InputError(f"{flag}: {folder} has no vocabulary; expected tokenizer.json or vocab.txt in it")
     check_hashes(folder, flag)
@@ -91,7 +91,7 @@ def find_bert(name: str, flag: str, cache_dir: str = "", hub: bool = True) -> Pa
 
 
 def read_training(folder: Path) -> dict[str, Any] | None:
-    """training.json of a teacher that finetune_bert.py made; None where there is none, or another program's."""
+    """training.json of a teacher that finetune_bert.py made; None if there is none, or it is another program's."""
     if not (folder / TRAINING).is_file():
         return None
     training = read_json(folder / TRAINING, "the teacher's training")
@@ -99,7 +99,7 @@ def read_training(folder: Path) -> dict[str, Any] | None:
         return None
     kinds = {"task_name": str, "task": dict, "run": dict, "data": dict, "history": list, "sha256": dict}
     if any(not isinstance(training.get(key), kind) for key, kind in kinds.items()):
-        raise InputError(f"{folder / TRAINING} is spoiled: make the teacher again, or remove this file")
+        raise InputError(f"{folder / TRAINING} is corrupt: make the teacher again, or remove this file")
     return training
 
 
@@ -109,11 +109,11 @@ def files_of_teacher(folder: Path) -> set[str]:
 
 
 def check_hashes(folder: Path, flag: str) -> None:
-    """Raise InputError where a teacher's files are not those that its training.json names."""
+    """Raise InputError if a teacher's files do not have the hashes in its training.json."""
     advice = f"make the teacher again, or remove {TRAINING} if you changed the file yourself"
     for name, expected in (read_training(folder) or {}).get("sha256", {}).items():
         path = folder / name
-        wrong = "missing" if not path.is_file() else "spoiled" if sha256_file(path) != expected else ""
+        wrong = "missing" if not path.is_file() else "corrupt or changed" if sha256_file(path) != expected else ""
         if wrong:
             raise InputError(f"{flag}: {path} is {wrong}: its SHA-256 in {TRAINING} is {expected}; {advice}")
 
@@ -130,7 +130,7 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
             if not any((folder / weights).exists() for weights in _WEIGHTS):
                 snapshot_download(name, cache_dir=cache_dir or None, allow_patterns=pattern)
     except (OSError, ValueError) as error:
-        what = f"is not a local folder, and the hub did not give it ({one_line(error)})"
+        what = f"is not a local folder, and the hub did not provide it ({one_line(error)})"
         raise InputError(f"{flag}: {name} {what}: check the name or the network") from error
     return folder
 
@@ -138,7 +138,7 @@ def _download(name: str, flag: str, cache_dir: str) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The files that a BERT folder's weights are loaded from, with the index of shards if there is one.
 
-    Raises InputError for an index that is spoiled, or names shards that are not there.
+    Raises InputError for an index that is corrupt, or names shards that are not there.
     """
     first = next(folder / name for name in _WEIGHTS if (folder / name).is_file())
     if first.suffix != ".json":
@@ -153,14 +153,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def bert_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of a BERT's files, by name, that decide what a training begins with; its tokenizer apart."""
+    """SHA-256, by name, of a BERT's weights and config.json, which a training starts from; not of its tokenizer."""
     return {path.name: sha256_file(path) for path in (*weight_files(folder), folder / "config.json")}
 
 
 def bert_config(folder: Path, flag: str) -> dict[str, Any]:
     """The config.json of a folder.
 
-    Raises InputError where there is none, it is not a plain BERT's, or it has a value that no BERT can have.
+    Raises InputError if there is none, it is not a plain BERT's, or it has a value that no BERT can have.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag}: {folder} is not a model folder: no config.json in it")
@@ -177,7 +177,7 @@ def bert_config(folder: Path, flag: str) -> dict[str, Any]:
     for key, value in config.items():
         number = type(value) in (int, float)  # and not bool, which is a kind of int
         if key in _PLAIN:
-            plain = f"{_PLAIN[key]!r}, as in a plain BERT: nothing else is computed here"
+            plain = f"{_PLAIN[key]!r}, as in a plain BERT: other values are not supported"
             check(key, value in (None, _PLAIN[key]), plain)
         elif key in _SIZES:
             check(key, type(value) is int and value > 0, "a whole number above 0")
@@ -204,9 +204,9 @@ def last_part(name: str) -> str:
 
 
 def load_bert(bert_class: Any, folder: Path, **options: Any) -> tuple[Any, set[str]]:
-    """A BERT in float32 and the names of weights that its folder lacks. Raises InputError where the encoder's are.
+    """A BERT in float32, and the names of weights that its folder lacks. Raises InputError if the encoder lacks any.
 
-    Warns where the tanh pooler is among them, and of weights that have no place in the BERT, but for the heads that
+    Warns if the tanh pooler is among them, and of weights that have no place in the BERT, except for the heads that
     other trainings leave on one.
     """
     from transformers.utils import logging as transformers_logging
@@ -217,13 +217,13 @@ def load_bert(bert_class: Any, folder: Path, **options: Any) -> tuple[Any, set[s
         model, info = bert_class.from_pretrained(
             folder, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except Exception as error:  # a spoiled file raises whatever its reader trips over
+    except Exception as error:  # a corrupt file raises whatever its reader trips over
         raise InputError(f"{folder}: its weights cannot be loaded ({one_line(error)})") from error
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     encoder = sorted(name for name in new if "pooler." not in name and not name.startswith("classifier."))
     if encoder:
-        what = f"{len(encoder)} weights missing or of another shape, e.g. {encoder[0]}"
-        raise InputError(f"{folder}: not a whole BERT: {what}")
+        what = f"{len(encoder)} weights are missing or of another shape, e.g. {encoder[0]}"
+        raise InputError(f"{folder}: not a complete BERT: {what}")
     if any("pooler." in name for name in new):
         logger.warning("%s has no tanh pooler, which is used here: training starts from a random one", folder)
     unused = sorted(name for name in info["unexpected_keys"] if not _HEADS.match(name))

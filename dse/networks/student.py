@@ -28,7 +28,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 class SiameseNetwork(nn.Module):
     """Embeds both sentences of each pair with one encoder and scores the pair with the head.
 
-    The encoder is float32, with its tanh pooler only for pooler_type `cls`; all other layers start as torch's do.
+    The encoder is float32, with its tanh pooler only for pooler_type `cls`; torch initialises all other layers.
     """
 
     def __init__(self, bert: BertModel, config: DSEConfig) -> None:
@@ -68,7 +68,7 @@ class SiameseNetwork(nn.Module):
         return self.siamese_head(u, v)
 
     def set_dropout(self, rate: float) -> None:
-        """Another rate for all dropout: of the embeddings, and in the encoder, where packed batches read its config."""
+        """Set the rate of all dropout: on the embeddings, and in the encoder, whose config packed batches read."""
         config = self.encoder.config
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = rate
         for module in self.modules():

@@ -33,12 +33,12 @@ class Teacher(PooledBert):
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
     """A cross-encoder, float32, from the folder of a BERT; the task's labels name its logits.
 
-    With `fine_tuned` its classifier is used as it is; raises InputError where finetune_bert.py did not make it for this
+    With `fine_tuned` its classifier is used as it is; raises InputError if finetune_bert.py did not make it for this
     task. Otherwise a new classifier, N(0, initializer_range) and bias 0, takes the place of any in the folder.
     """
     config, labels = bert_config(folder, "the teacher"), list(task.labels) or ["score"]
     if config.get("type_vocab_size", 2) < 2 and task.text_b is not None:
-        raise InputError(f"{folder}: type_vocab_size is 1, and a teacher of pairs needs 2: take another BERT")
+        raise InputError(f"{folder}: type_vocab_size is 1, but a teacher of pairs needs 2: use another BERT")
     if fine_tuned:
         _check_teacher_task(folder, config, task, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -58,11 +58,11 @@ def _check_teacher_task(folder: Path, config: dict[str, Any], task: Task, labels
     names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     if names and len(names) != len(labels):
         needs = f"{len(labels)}: {', '.join(labels)}"
-        raise InputError(f"{folder}: gives {len(names)} logits, and {task.name} needs {needs}")
+        raise InputError(f"{folder}: gives {len(names)} logits, but {task.name} needs {needs}")
     if all(name.startswith("LABEL_") for name in names):  # or none: transformers leaves out LABEL_0 and LABEL_1
         if task.labels:
-            logger.warning("%s does not name its labels: whether they are in the order %s is not known", folder, labels)
+            logger.warning("%s does not name its labels: check that their order is %s", folder, labels)
     elif names != labels:
-        raise InputError(f"{folder}: its labels in order are {names}, those of {task.name} are {labels}")
+        raise InputError(f"{folder}: its labels in order are {names}, but those of {task.name} are {labels}")
     if config.get("finetuning_task") not in (None, task.name):
-        logger.warning("%s was fine-tuned on %s and is used for %s", folder, config["finetuning_task"], task.name)
+        logger.warning("%s was fine-tuned on %s, but is used for %s", folder, config["finetuning_task"], task.name)

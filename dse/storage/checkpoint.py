@@ -1,7 +1,7 @@
-"""A student's checkpoint: everything to go on training, and everything to use it without flags.
+"""A student's checkpoint: everything needed to continue the training, and to use the student without flags.
 
-One file per epoch, or within one (states.py), a dict of tensors, numbers, strings, lists and dicts that
-`weights_only=True` reads: the fields of `Checkpoint` under their names.
+Written after an epoch or within one (states.py), it is a dict of tensors, numbers, strings, lists and dicts, the fields
+of `Checkpoint` under their names, which `weights_only=True` reads.
 """
 
 import math
@@ -42,7 +42,7 @@ class Checkpoint:
         check_file(path, flag, "dse_train_runner.py --store_checkpoints writes it")
         entries = load_tensors(path, f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py")
         if not isinstance(entries, dict) or entries.get("format") != cls.format:
-            raise InputError(f"{flag}: {path} was not written by dse_train_runner.py, which is expected here")
+            raise InputError(f"{flag}: {path} was not written by dse_train_runner.py; give one that was")
         missing = [field.name for field in fields(cls) if field.name not in entries]
         if entries.get("version") != cls.version or missing:
             found = f"version {entries.get('version')}{' and lacks ' if missing else ''}{', '.join(missing)}"
@@ -56,17 +56,17 @@ class Checkpoint:
             raise InputError(f"--task_name: {given} was given, but the checkpoint is of {own}")
 
     def student(self, network: SiameseNetwork | None = None, tokenizer: Any = None) -> Student:
-        """The student, with what is known of its training, of which the last epoch counts.
+        """The student, with what is known of its training; the metrics are those of the last epoch.
 
-        A network and tokenizer at hand are used as they are; else they are made of what the checkpoint holds, in
-        evaluation mode on the CPU. Raises InputError where its weights and its architecture differ.
+        A network and tokenizer that are given are used as they are; else they are made from the checkpoint, in
+        evaluation mode on the CPU. Raises InputError if its weights do not fit its architecture.
         """
         if network is None:
             try:
                 network = empty_network(DSEConfig.from_dict(self.architecture)).eval()
                 network.load_state_dict(self.model)
             except (RuntimeError, TypeError, KeyError) as error:
-                why = f"its weights and its architecture differ ({one_line(error)})"
+                why = f"its weights do not fit its architecture ({one_line(error)})"
                 raise InputError(f"--trainer_checkpoint: {why}") from error
         history = self.trainer["history"] if self.trainer["partial"] is None else []  # its metrics are of other weights
         record: dict[str, Any] = history[-1] if history else {"epoch": None}
@@ -85,8 +85,8 @@ class Checkpoint:
 
 
 def stamp_in(path: Path) -> str | None:
-    """The start of the run that wrote a checkpoint, whose tensors are not read; None where it does not tell."""
+    """The start of the run that wrote a checkpoint, read without its tensors; None if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["stamp"]
-    except Exception:  # it raises many kinds for a spoiled or foreign file
+    except Exception:  # it raises many kinds for a corrupt or foreign file
         return None

@@ -1,8 +1,8 @@
-"""The files of an index of candidates, which know no model.
+"""The files of an index of candidates, independent of any model.
 
 A folder holds vectors.bin (rows of float32 or float16, little-endian), ends.bin (int64: where each text ends),
 texts.bin (UTF-8, end to end) and index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows
-in each file. A block is compared with its sum when it is first read. Appending writes behind what is there and then
+in each file. A block is compared with its CRC when it is first read. Appending writes after what is there and then
 replaces index.json, so a stop in between leaves the index as it was.
 """
 
@@ -29,7 +29,7 @@ _DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype(
 _INT64 = np.dtype("<i8")
 _ATTEMPTS = 5  # to open one that is replaced meanwhile
 _FORMAT = FolderFormat(
-    "index of candidates", "dse index", 1, _INDEX, (*_FILES, _LOCK), "build the index anew with `python -m dse index`"
+    "index of candidates", "dse index", 1, _INDEX, (*_FILES, _LOCK), "build the index again with `python -m dse index`"
 )
 check_index_place, _read_content = _FORMAT.check_place, _FORMAT.read
 
@@ -37,9 +37,9 @@ Part = tuple[np.ndarray, list[str]]  # embeddings (n, width), and their n texts
 
 
 class IndexFiles:
-    """An index's files, mapped: they stay what they were opened as when another index takes their place.
+    """An index's files, memory-mapped: they keep their contents even if another index takes their place on the disk.
 
-    `content` has the entries of index.json. Raises InputError where files are missing or too short.
+    `content` has the entries of index.json. Raises InputError if files are missing or too short.
     """
 
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class IndexFiles:
 
     @classmethod
     def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
-        """Write an index, whole or not at all. Raises InputError for a folder with other things, or NaN embeddings."""
+        """Write an index, whole or not at all. Raises InputError for a folder with other files, or NaN embeddings."""
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
         check_index_place(folder, str(folder))
@@ -76,7 +76,7 @@ class IndexFiles:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The files of one index, also while others take its place. Raises InputError where they are spoiled."""
+        """The files of one index, even while others take its place. Raises InputError if they are corrupt."""
         for _ in range(_ATTEMPTS):
             before = _number(folder)
             try:
@@ -87,7 +87,7 @@ class IndexFiles:
             else:
                 if _number(folder) == before:  # all of it was read from one folder
                     return files
-        raise InputError(f"{folder}: is replaced all the time; open it when that has ended")
+        raise InputError(f"{folder}: keeps being replaced; open it when that has ended")
 
     def append(self, model: str, parts: Iterable[Part]) -> Self:
         """The index with more rows; a stop in between leaves it as it was. Raises InputError for another model's."""
@@ -100,7 +100,7 @@ class IndexFiles:
             return type(self)(self.folder, content)
 
     def save(self, folder: Path) -> None:
-        """Copy what was opened, whatever has come to that place since, as `create` writes it."""
+        """Write a copy of the opened index, as `create` does, even if another one has taken its place since."""
         check_index_place(folder, str(folder))
         with replace_folder(folder) as beside:
             for name, array in self.arrays.items():
@@ -108,15 +108,15 @@ class IndexFiles:
             write_text(beside / _INDEX, _FORMAT.text(self.content))
 
     def block(self, start: int, file: str = VECTORS, places: slice | None = None) -> np.ndarray:
-        """Up to BLOCK rows of a file from row `start` on, a multiple of BLOCK, compared with their sum once.
+        """Up to BLOCK rows of a file from row `start` on, a multiple of BLOCK, compared with their CRC once.
 
-        `places` is where they are in texts.bin. Raises InputError where they are spoiled.
+        `places` is where they are in texts.bin. Raises InputError if they are corrupt.
         """
         content = self.arrays[file][places or slice(start, start + BLOCK)]
         if (start, file) not in self._checked:
             if zlib.crc32(content.data) != self.content["sums"][start // BLOCK][_FILES.index(file)]:
                 rows = f"{start} to {min(start + BLOCK, len(self)) - 1}"
-                raise InputError(f"{self.folder / file}: spoiled, in rows {rows} (CRC-32 differs); {_FORMAT.mend}")
+                raise InputError(f"{self.folder / file}: corrupt in rows {rows} (CRC-32 differs); {_FORMAT.mend}")
             self._checked.add((start, file))
         return content
 
@@ -148,8 +148,8 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
                 stored = np.ascontiguousarray(vectors, dtype=_DTYPES[content["dtype"]])
             if not np.isfinite(stored).all():
                 raise InputError(
-                    f"{folder}: embeddings with NaN, infinite numbers or, for float16, numbers above 65504; "
-                    "store float32, or train a sound student"
+                    f"{folder}: some embeddings are NaN, infinite or, for float16, above 65504; "
+                    "store float32, or train the student again"
                 )
             encoded = [text.encode() for text in texts]
             ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)

@@ -21,13 +21,13 @@ def save_logits(path: str | Path, logits: Tensor, about: dict[str, Any]) -> None
     """
     path = Path(path)
     if not bool(logits.isfinite().all()):
-        raise InputError(f"{path}: not written, the teacher gives NaN or infinite logits; train it again, slower")
+        raise InputError(f"{path}: not written: the teacher gives NaN or infinite logits; train it at a lower rate")
     save_tensors(path, logits.to(torch.float32).cpu().contiguous())
     write_json(path.with_suffix(".json"), {**about, "sha256": sha256_file(path)})
 
 
 def logits_identity(task: Task, files: list[dict[str, str]], rows: int) -> dict[str, Any]:
-    """What logits must agree on with the training that uses them."""
+    """What logits and the training that uses them must agree on."""
     return {
         "task": task.name,
         "labels": list(task.labels),

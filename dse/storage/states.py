@@ -1,10 +1,10 @@
-"""Which states of a run there are, in its folder, and which one to go on from.
+"""The states of a run in its folder, and which one to continue from.
 
     <stem>_…_epoch_3.pt                  after epoch 3: a student's checkpoint
     <stem>_state_epoch_3_update_200.pt   within epoch 3, or at the end of one that leaves no checkpoint
 
-The two newest are kept while the run is under way, so that a spoiled one costs the work since the one before, and the
-best checkpoint. At the end of the run no state is left but its best and its newest checkpoint.
+While the run is under way, its best checkpoint and the two newest states are kept, so that a corrupt one costs only the
+work since the one before. At the end of the run only its best and its newest checkpoint are left.
 """
 
 import glob
@@ -38,10 +38,10 @@ def position_of(name: str) -> Position | None:
 
 
 class States:
-    """A run's states by position. Only its own are ever removed or replaced, after a newer one is whole.
+    """A run's states by position. Only its own are ever removed or replaced, and only after a newer one is complete.
 
-    Their names begin with `stem`, and `mine`, if given, tells them from other runs'. A folder of the run's `own` goes
-    when it ends up empty.
+    Their names begin with `stem`, and `mine`, if given, tells them from other runs'. A folder of the run's `own` is
+    removed if it ends up empty.
     """
 
     def __init__(self, folder: Path, stem: str, own: bool = False, mine: Callable[[Path], bool] | None = None) -> None:
@@ -51,7 +51,7 @@ class States:
         self._spoiled: list[Path] = []
 
     def newest(self, load: Callable[[Path], Any]) -> tuple[Path, Any]:
-        """The newest state that `load` can read, and what it gives. Raises InputError where it can read none."""
+        """The newest state that `load` can read, and what it gives. Raises InputError if it can read none."""
         for position in sorted(self.files, reverse=True):
             path = self.files[position]
             try:
@@ -59,12 +59,12 @@ class States:
             except InputError as error:
                 logger.warning("%s; looking for the state before it", error)
                 self._spoiled.append(self.files.pop(position))
-        raise InputError(f"--resume: none of the states in {self.folder} can be read; leave it out to start anew")
+        raise InputError(f"--resume: none of the states in {self.folder} can be read; leave it out to start a new run")
 
     def save(self, position: Position, entries: dict[str, Any], name: str = "", best_epoch: int | None = None) -> Path:
-        """Write a state whole, unless the one of this position is there, then remove what is not needed any more.
+        """Write a state whole, unless this position has one, and then remove the states that are no longer needed.
 
-        A checkpoint's file has a `name`. That of the best epoch is kept.
+        A checkpoint's file has a `name`. The checkpoint of the best epoch is kept.
         """
         if not name and position in self.files:
             return self.files[position]
@@ -83,7 +83,7 @@ class States:
         return path
 
     def finish(self, best_epoch: int | None = None) -> None:
-        """The run is at its end: keep its newest and its best checkpoint, or, without a best epoch, nothing."""
+        """End the run: keep its newest and its best checkpoint or, without a best epoch, nothing."""
         checkpoints = [position for position, path in self.files.items() if not _STATE.search(path.name)]
         self._remove_but(sorted(checkpoints)[-1:] if best_epoch is not None else [], best_epoch)
         if self.own and parallel.is_first() and self.folder.is_dir():

@@ -5,7 +5,7 @@
     tokenizer.json, …     the tokenizer, as transformers saves it
     README.md             the model card: metrics, commands, how to use it
 
-Hashes of weights and tokenizer are compared at loading, so a spoiled file is found. Nothing is unpickled.
+Hashes of weights and tokenizer are compared at loading, so a corrupt file is found. Nothing is unpickled.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _LOADED = (WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 _FORMAT = FolderFormat(
     "student", FORMAT, 2, CONFIG, (*_LOADED, CARD, "added_tokens.json"),
-    "fetch the folder again, or make one of a checkpoint with `python -m dse export`",
+    "fetch the folder again, or make one from a checkpoint with `python -m dse export`",
 )  # fmt: skip
 check_replaceable, read_config = _FORMAT.check_place, _FORMAT.read
 
@@ -46,14 +46,14 @@ check_replaceable, read_config = _FORMAT.check_place, _FORMAT.read
 def write_student(student: Student, folder: Path) -> None:
     """Write a student to a folder, whole; an earlier student there is replaced.
 
-    Raises InputError for a folder with other things in it, or a network with wrapped or quantized layers.
+    Raises InputError for a folder with other files in it, or a network with wrapped or quantized layers.
     """
     check_replaceable(folder, str(folder))
     network, task, tokenizer = student.network, student.task, student.tokenizer
     with torch.device("meta"):
         names = empty_network(network.config).state_dict().keys()
     if network.state_dict().keys() != names:
-        raise InputError(f"{folder}: it cannot hold the student's wrapped layers: merge them first")
+        raise InputError(f"{folder}: not written, as the student has wrapped layers: merge them first")
     with replace_folder(folder) as beside:
         save_file(_weights_of(network), beside / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(beside)
@@ -78,13 +78,13 @@ def read_student(
     name: str | Path, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | Path | None = None, local_files_only: bool = False,
 ) -> Student:  # fmt: skip
-    """A student in evaluation mode on the CPU, float32, of a folder that `write_student` wrote, or of the hub.
+    """A student in evaluation mode on the CPU, float32, from a folder that `write_student` wrote, or from the hub.
 
-    Raises InputError for a folder that does not hold a student, or one of another version, incomplete or spoiled.
+    Raises InputError for a folder that holds no student, or one that is incomplete, corrupt or of another version.
     """
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{name}: no folder of a student, but a file; {_FORMAT.mend}")
+        raise InputError(f"{name}: is a file, not a student's folder; {_FORMAT.mend}")
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(
@@ -92,7 +92,7 @@ def read_student(
                 allow_patterns=[CONFIG, *_LOADED],
             ))  # fmt: skip
         except (OSError, ValueError) as error:  # ValueError: it cannot be a name on the hub
-            why = f"no folder of a student, and not on the hub ({one_line(error)}); {_FORMAT.mend}"
+            why = f"is not a local folder, and the hub did not provide a student ({one_line(error)}); {_FORMAT.mend}"
             raise InputError(f"{name}: {why}") from error
     config, tokenizer, weights = read_config(folder), tokenizer_in(folder), folder / WEIGHTS
     if tokenizer_key(tokenizer) != config["tokenizer_sha256"]:
@@ -100,28 +100,28 @@ def read_student(
     if not weights.is_file():
         raise InputError(f"{folder}: {WEIGHTS} is missing; {_FORMAT.mend}")
     if sha256_file(weights) != config["weights_sha256"]:
-        raise InputError(f"{weights}: spoiled or of another student (its SHA-256 differs); {_FORMAT.mend}")
+        raise InputError(f"{weights}: corrupt or of another student (its SHA-256 differs); {_FORMAT.mend}")
     try:
         network = empty_network(DSEConfig.from_dict(config["architecture"]))
         network.load_state_dict(load_file(weights))
         task = task_from_dict(config["task"])
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit each other ({one_line(error)})") from error
+        raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together ({one_line(error)})") from error
     threshold = config.get("threshold", DEFAULT_THRESHOLD)
     return Student(network.eval(), tokenizer, task, config["max_seq_length"], threshold, config.get("origin") or {})
 
 
 def _weights_of(network: SiameseNetwork) -> dict[str, torch.Tensor]:
-    """A student's weights by name, on the CPU. Raises InputError where one is not a plain tensor, e.g. quantized."""
+    """A student's weights by name, on the CPU. Raises InputError if one is not a plain tensor, e.g. quantized."""
     state = network.state_dict()
     for name, tensor in state.items():
         if type(tensor) is not torch.Tensor or tensor.is_quantized:
-            raise InputError(f"{name}: not a plain tensor, so the student cannot be stored or indexed once quantized")
+            raise InputError(f"{name}: not a plain tensor; a quantized student cannot be saved or indexed")
     return {name: tensor.cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
 def fingerprint(student: Student) -> str:
-    """SHA-256 of all that decides a student's embeddings and scores: weights, architecture, tokenizer, length."""
+    """SHA-256 of all that determines a student's embeddings and scores: weights, architecture, tokenizer, length."""
     digest = hashlib.sha256()
     for name, tensor in _weights_of(student.network).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -131,28 +131,28 @@ def fingerprint(student: Student) -> str:
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     about = [architecture, bert, tokenizer_key(student.tokenizer), student.max_seq_length]
     if not is_plain(student.network):
-        logger.warning("the student has hooks or wrapped layers: an index cannot tell whether they are the same later")
+        logger.warning("the student has hooks or wrapped layers: an index cannot check whether they stay the same")
         about.append("not plain")
     digest.update(sha256_json(about).encode())
     return digest.hexdigest()
 
 
 def told_by(folder: Path) -> dict[str, Any]:
-    """A student's `origin`, as its folder tells it; {} for another folder, or one that tells nothing."""
+    """A student's `origin`, as its folder records it; {} for another folder, or one that records none."""
     with contextlib.suppress(InputError):
         return read_config(folder).get("origin") or {}
     return {}
 
 
 def best_folders(run: Path) -> list[Path]:
-    """Where the best epoch's student may be in a run's folder; what is there may be something else (`told_by`)."""
+    """Where the best epoch's student may be in a run folder; other things may be there, too (see `told_by`)."""
     return [run / BEST, *(path for path in run.glob(f"{BEST}_epoch_*") if path.name.rpartition("_")[2].isdecimal())]
 
 
 def save_best(student: Student, run: Path) -> None:
-    """Write the best epoch's student into a run's folder, in the place of those of earlier epochs.
+    """Write the best epoch's student into a run folder, in place of those of earlier epochs.
 
-    It is `best` there, or `best_epoch_<n>` where `best` holds others' files or another run's student.
+    Its folder is `best`, or `best_epoch_<n>` if `best` holds other files or another run's student.
     """
     origin = student.origin
     for place in (run / BEST, run / f"{BEST}_epoch_{origin['epoch']}"):
@@ -161,20 +161,20 @@ def save_best(student: Student, run: Path) -> None:
         key = "stamp" if "stamp" in told else "commands"
         try:
             if (place / CONFIG).exists() and told.get(key) != origin[key]:
-                raise InputError(f"{place} holds another run's student and stays")
+                raise InputError(f"{place} holds another run's student, which is kept")
             write_student(student, place)
         except (InputError, RunError) as error:
-            logger.warning("the best epoch so far, %d, goes elsewhere: %s", origin["epoch"], error)
+            logger.warning("the student of the best epoch so far, %d, is saved elsewhere: %s", origin["epoch"], error)
         else:
             _remove_older_best(run, place, origin["stamp"])
-            logger.info("best epoch so far, %d: %s", origin["epoch"], place)
+            logger.info("student of the best epoch so far, %d: %s", origin["epoch"], place)
             return
 
 
 def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
     """Write the best epoch's student of a run, unless it is there or that epoch's checkpoint is gone.
 
-    It is not there after a stop, or where others' checkpoints changed which epoch is the best.
+    It may be missing after a stop, or because another epoch has become the best.
     """
     wanted = {"epoch": epoch, "stamp": stamp}.items()
     found = [place for place in best_folders(run) if wanted <= told_by(place).items()]
@@ -230,23 +230,23 @@ def _facts(student: Student) -> list[str]:
         ranked = "the label that `rank_label` names"
     facts = [
         f"task: {task.name} ({task.kind}{labels})",
-        f"encoder: BERT, {config.bert['num_hidden_layers']} layers of {config.bert['hidden_size']}, {casing}; at most "
-        f"{student.max_seq_length} tokens per sentence",
-        f"pooler {config.pooler_type} over {config.pooler_num_top_hidden_layers} layers; head "
-        f"{config.siamese_head_type}, layers {list(config.fc_dims)}",
-        f"candidates rank by {'the probability of ' + ranked if labels else 'the score'}",
+        f"encoder: BERT, {config.bert['num_hidden_layers']} layers of size {config.bert['hidden_size']}, {casing}; at "
+        f"most {student.max_seq_length} tokens per sentence",
+        f"pooler: `{config.pooler_type}`, over the top {config.pooler_num_top_hidden_layers} layers; head: "
+        f"`{config.siamese_head_type}`, with layers of sizes {', '.join(map(str, config.fc_dims))}",
+        f"candidates are ranked by {'the probability of ' + ranked if labels else 'the score'}",
     ]
     if task.kind == BINARY:
         facts += [
             f"`score` gives the logit of `{task.labels[1]}`; `predict(probabilities=True)` gives the probability of "
-            f'{ranked}, and `probabilities="all"` both columns',
-            f"`predict` says `{task.labels[1]}` where its probability is above {student.threshold}",
+            f'{ranked}, and `predict(probabilities="all")` those of both labels',
+            f"`predict` gives `{task.labels[1]}` if its probability is above {student.threshold}",
         ]
     return facts
 
 
 def command_line(script: str, flags: dict[str, Any], full_paths: bool = True) -> str:
-    """The command line that gives a script these flags; without full paths, of absolute ones the last part alone."""
+    """The command line that gives a script these flags; without `full_paths`, absolute paths lose their folders."""
     words = ["python", script]
     for flag, value in flags.items():
         if not full_paths and isinstance(value, str) and Path(value).is_absolute():

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
-    """CUDA where there is a GPU, unless told otherwise; else the CPU. Raises InputError for a GPU that is not there."""
+    """CUDA if there is a GPU and `no_gpu` is false, else the CPU. Raises InputError for a GPU that does not exist."""
     import torch
 
     if no_gpu or not torch.cuda.is_available():
@@ -32,12 +32,12 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
     if parallel.launched():
         gpu_id = int(os.environ["LOCAL_RANK"])  # the process's number on its machine
         if gpu_id >= count:
-            raise InputError(f"torchrun: process {gpu_id} of this machine has no GPU: there are {count}")
+            raise InputError(f"torchrun: process {gpu_id} of this machine has no GPU, since there are {count}")
     elif not 0 <= gpu_id < count:
-        raise InputError(f"--gpu_id: no GPU {gpu_id}; there are {count}, counted from 0")
+        raise InputError(f"--gpu_id: there is no GPU {gpu_id}; give a number from 0 to {count - 1}")
     elif count > 1:
-        all_of_them = f"`torchrun --nproc_per_node {count}` before a script that trains or makes logits uses all"
-        logger.info("%d GPUs are there, this run uses number %d; %s", count, gpu_id, all_of_them)
+        all_of_them = f"to use all, start a script that trains or makes logits with `torchrun --nproc_per_node {count}`"
+        logger.info("of %d GPUs, this run uses number %d; %s", count, gpu_id, all_of_them)
     return torch.device("cuda", gpu_id)
 
 

@@ -1,4 +1,4 @@
-"""The two errors that a user meets, and an exception in one line."""
+"""The two kinds of errors that users see, and any exception in one line."""
 
 
 class InputError(Exception):
@@ -8,7 +8,7 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """Work that began well cannot go on. The message is one line: what happened, what is safe, what to do."""
+    """Work that began well cannot continue. The message is one line: what happened, what is safe, what to do."""
 
     exit_code = 1
 

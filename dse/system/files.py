@@ -1,6 +1,6 @@
-"""Refusals of paths, hashes, JSON, and files that are written whole or not at all.
+"""Checks of paths, hashes, JSON, and files that are written whole or not at all.
 
-What outlives a process goes to a hidden neighbour, is flushed, and only then takes its name.
+A file that outlives the process is written under a hidden name beside its own, flushed, and only then renamed.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def sha256_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a path whose file takes the place of `path` after the block. Raises RunError where the disk refuses."""
+    """Yield a path; a file written there replaces `path` after the block. Raises RunError if the disk refuses it."""
     path = Path(path)
     with disk_errors(path), _neighbour(path) as beside:
         yield beside
@@ -50,10 +50,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
-    """Yield an empty folder within `folder`; its files move up once the block ends without an error, `last` at last.
+    """Yield an empty folder in `folder`. If the block ends without an error, its files move up, the file `last` last.
 
-    Other files in `folder` stay. Raises RunError where the disk refuses. A signal waits until all files have moved; a
-    death in that moment leaves new files beside old ones.
+    Other files in `folder` stay. Raises RunError if the disk refuses a write. A signal waits until all files have
+    moved; a kill in that moment leaves new files beside old ones.
     """
     folder = Path(folder)
     # 0 seconds: nothing else writes a model's folder meanwhile
@@ -71,13 +71,13 @@ def write_folder_whole(folder: str | Path, last: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place as a whole once the block ends without an error.
+    """Yield an empty folder, which replaces `folder` as a whole if the block ends without an error.
 
-    Raises InputError for a mount point, RunError where the disk refuses.
+    Raises InputError for a mount point, RunError if the disk refuses a write.
     """
     folder = Path(folder).resolve()
     if os.path.ismount(folder):
-        raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole: name a folder in it")
+        raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole: give a folder in it")
     with disk_errors(folder), _neighbour(folder) as beside:
         beside.mkdir()
         yield beside
@@ -120,10 +120,10 @@ def _remove(path: Path) -> None:
 
 
 def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS) -> None:
-    """Remove the parts that killed processes left in a folder of files of that name, a glob pattern.
+    """Remove the hidden parts that killed processes left in a folder; `name`, a glob pattern, is that of the files.
 
-    They must be `seconds` old, since another machine's process may be writing them; 0 where only this process writes
-    there. Parts of another process that runs on this machine stay in any case.
+    A part must be `seconds` old, since a process of another machine may be writing it; 0 if only this process writes
+    there. Parts of another process that still runs on this machine always stay.
     """
     for part in folder.glob(f".{name}.*.part"):
         with contextlib.suppress(OSError):
@@ -159,8 +159,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         why, room = getattr(error, "strerror", None) or " ".join(str(error).split())[:200], "its folder is gone"
         with contextlib.suppress(OSError):
             room = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
-        mend = "Make room or give another place, and run the same command again"
-        what = f"cannot be written ({why}; {room}); what stood there before is untouched"
+        mend = "Make room or give another path, and run the same command again"
+        what = f"cannot be written ({why}; {room}); what was there before is untouched"
         raise RunError(f"{path}: {what}. {mend}") from error
 
 
@@ -186,7 +186,7 @@ def without_nan(value: Any) -> Any:
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """A file's JSON object; `what` names the file's role in the InputError for anything else."""
+    """A file's JSON object. Raises InputError, in which `what` names the file's role, for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -205,9 +205,9 @@ def check_file(path: str | Path, flag: str, hint: str) -> None:
 
 
 def check_name(path: str | Path, flag: str) -> None:
-    """Raise InputError unless a file can have that path, which is UTF-8, and so can its hidden neighbour.
+    """Raise InputError unless the path is UTF-8, and short enough for a file and for the hidden one beside it.
 
-    The system is asked about each name: limits differ between the file systems on the way.
+    The system is asked about each name, since limits differ between file systems.
     """
     path = Path(path).absolute()
     try:
@@ -220,8 +220,8 @@ def check_name(path: str | Path, flag: str) -> None:
             place.lstat()
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                size = f"{len(os.fsencode(place.name))} bytes with what this program adds"
-                what = f"{place.name[:50]}... is too long for a file's name, or its path is: it has {size}"
+                size = f"{len(os.fsencode(place.name))} bytes, including what this program adds"
+                what = f"{place.name[:50]}... is too long for a file's name, or its path is: the name has {size}"
                 raise InputError(f"{flag}: {what}; give shorter names") from error
 
 
@@ -231,7 +231,7 @@ def _nearest(path: Path) -> Path:
 
 
 def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
-    """Raise InputError unless files, of names up to `name`, can be made in `folder` or its nearest parent that exists.
+    """Raise InputError unless a file called `name` can be made in `folder`, or in its nearest parent that exists.
 
     A file is made to find out: permission bits say nothing about read-only mounts or root.
     """
@@ -240,33 +240,33 @@ def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
         tempfile.TemporaryFile(dir=_nearest(Path(folder).absolute())).close()
     except OSError as error:
         what = f"cannot write in {folder} ({error.strerror})"
-        raise InputError(f"{flag}: {what}: name a folder that can be written") from error
+        raise InputError(f"{flag}: {what}: give a folder that can be written") from error
 
 
 def check_output_file(path: str | Path, flag: str) -> None:
     """Raise InputError unless a file can be written at `path`, which must not be a folder."""
     check_writable(Path(path).parent, flag, Path(path).name)
     if Path(path).is_dir():
-        raise InputError(f"{flag}: {path} is a folder; name a file")
+        raise InputError(f"{flag}: {path} is a folder; give a file")
 
 
 def check_ours(folder: Path, what: str, main: str, form: str, known: set[str]) -> None:
-    """Raise InputError when a folder to be replaced is a file, or holds other things than an earlier one of its kind.
+    """Raise InputError unless a folder to be replaced is missing, empty, or an earlier one of the same kind.
 
-    The `format` of its JSON file `main` must be `form`, and its files' names must be `known`. `what` names its role.
+    Its JSON file `main` must have the `format` `form`, and all its files' names must be `known`. `what` names its role.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{what}: {folder} is a file; name a folder")
+        raise InputError(f"{what}: {folder} is a file; give a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names -= {name for name in names if (part := _PART.fullmatch(name)) and part[1] in known}  # left by a kill
     others = names - known
     if others or (names and read_json(folder / main, "what the folder holds").get("format") != form):
-        found, mend = ", ".join(sorted(others or names)[:3]), f"name a new folder, or one that holds a {form} alone"
+        found, mend = ", ".join(sorted(others or names)[:3]), f"give a new folder, or one that holds only a {form}"
         raise InputError(f"{what}: {folder} holds other files ({found}); {mend}")
 
 
 def save_tensors(path: str | Path, value: Any) -> None:
-    """Write what torch.save makes of a value, a zip archive, to a file, whole."""
+    """Write a value with torch.save, as a zip archive, whole or not at all."""
     import torch
 
     with atomic_write(path) as beside, open(beside, "wb") as file:
@@ -274,9 +274,9 @@ def save_tensors(path: str | Path, value: Any) -> None:
 
 
 def load_tensors(path: str | Path, refusal: str) -> Any:
-    """What torch.save wrote, on the CPU, without unpickling objects, after comparing its CRCs, which torch does not.
+    """Load what torch.save wrote, on the CPU, without unpickling objects. CRCs are compared, which torch does not do.
 
-    Raises InputError(refusal) for anything else, spoiled bytes included. torch's format before 1.6 has no CRCs.
+    Raises InputError(refusal) for anything else, corrupt bytes included. torch's format before 1.6 has no CRCs.
     """
     import torch
 
@@ -285,14 +285,14 @@ def load_tensors(path: str | Path, refusal: str) -> Any:
             with zipfile.ZipFile(path) as archive:
                 # 0x10 calls an entry a folder; for a tensor of that kind torch loads whatever the memory holds
                 if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
-                    raise ValueError("spoiled")
+                    raise ValueError("corrupt")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # it raises many kinds for a spoiled or foreign file
+    except Exception as error:  # it raises many kinds for a corrupt or foreign file
         raise InputError(refusal) from error
 
 
 def utc_stamp() -> str:
-    """The current time as it stands in file names."""
+    """The current UTC time, in the form used in file names."""
     return datetime.now(UTC).strftime("%Y_%m_%d-%H_%M_%S")
 
 

@@ -27,20 +27,20 @@ def _function(name: str) -> Callable[..., int]:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next tensor, and take no tensor's memory directly from the system.
 
-    By default each big tensor's is mapped anew, which takes longer than most of what is computed on it.
+    By default the system maps new memory for each big tensor, which takes longer than most computations on it.
     """
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
         _function("mallopt")(option, value)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step, so that a kill never leaves either name empty; False if it cannot."""
+    """Swap two folders in one step, so that a kill never leaves either name empty. False if that is not possible."""
     names = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
     return _function("renameat2")(*names, _RENAME_EXCHANGE) == 0
 
 
 def forget_peak_memory() -> None:
-    """Give freed memory back and restart the count of `peak_memory`, where that can be done."""
+    """Give freed memory back and restart the count of `peak_memory`, if possible."""
     gc.collect()
     _function("malloc_trim")(0)
     if PRIVATE:
@@ -49,7 +49,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> float:
-    """Peak resident memory in MiB, since `forget_peak_memory` or, where that could not be done, since the start."""
+    """Peak resident memory in MiB, since `forget_peak_memory` or, if that was not possible, since the start."""
     import resource  # Unix only
 
     peak = _from_status("VmHWM")

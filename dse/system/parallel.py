@@ -1,7 +1,7 @@
-"""Several processes that torchrun starts, and that train one model, or infer with it, together.
+"""Several processes, started by torchrun, that train one model, or compute its outputs, together.
 
-Every process has all of the data and the model. It takes every N-th row of each training batch, and every N-th batch of
-an inference, whose other outputs are zeros. Only the first process writes files. One process alone: nothing changes.
+Each of N processes has all the data and the model. It takes every N-th row of each training batch, and every N-th batch
+of an inference, whose other outputs are zeros there. Only the first process writes files. One process runs as usual.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def join(device: "torch.device") -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Leave the other processes, if this one joined them in the block. Raises RunError where one is lost."""
+    """Leave the other processes, if this one joined them in the block. Raises RunError if one is lost."""
     global _device
     try:
         yield
@@ -69,8 +69,8 @@ def process_group() -> Iterator[None]:
     except RuntimeError as error:
         if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
             raise
-        mend = "look for that one's error; --resume goes on where there is a state"
-        raise RunError(f"process {rank()} lost another one ({one_line(error)[:200]}): {mend}") from error
+        mend = "look for that process's error; --resume continues if there is a state"
+        raise RunError(f"process {rank()} lost the connection to another ({one_line(error)[:200]}): {mend}") from error
     finally:
         _device = None
 
@@ -99,10 +99,10 @@ def rows_of_rank(rows: np.ndarray) -> np.ndarray:
 
 
 def agree(numbers: list[int], what: str) -> None:
-    """Raise RunError where the processes' numbers differ."""
+    """Raise RunError if the processes' numbers differ."""
     everyone = _by_rank(numbers, np.int64)
     if (everyone != everyone[0]).any():
-        differ = f"the processes differ in {what}, here {numbers}"
+        differ = f"the processes differ in {what}; this one has {numbers}"
         raise RunError(f"{differ}: all of them need the same folders with the same files")
 
 
@@ -140,7 +140,7 @@ def of_all(tensor: "torch.Tensor") -> "list[torch.Tensor]":
 
 
 def synchronized(model: "torch.nn.Module") -> Any:
-    """The model or, of several processes, its DistributedDataParallel. Raises InputError where nothing is trained."""
+    """The model or, with several processes, its DistributedDataParallel. Raises InputError if nothing is trained."""
     if _device is None:
         return model
     from torch.nn.parallel import DistributedDataParallel

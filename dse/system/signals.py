@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a run in order, and a console that is gone, which does not end it (`safe_console`).
+"""Ctrl-C and SIGTERM, which end a run cleanly, and a lost console, which does not end it (`safe_console`).
 
 Within `caught`, either signal raises Stopped at once, wherever the program is. Within `deferred`, which surrounds an
 update of the weights or the writing of a state, it waits until the program calls `check`; a second Ctrl-C does not.
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 _LOST = (OSError, ValueError, AttributeError)  # a stream that cannot be written, is closed, or is None
-_DEFAULT_ADVICE = "nothing is half-written; the same command starts again"
+_DEFAULT_ADVICE = "no file is half-written; run the same command to start again"
 _received: int | None = None  # the signal that came
 _holds = 0  # how many `deferred` blocks surround the program
 
@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def advice(text: str) -> Iterator[None]:
-    """Give this advice to the user when the block is stopped, unless a block within it has given its own."""
+    """Give the user this advice if the block is stopped, unless a block within it has given its own."""
     try:
         yield
     except Stopped as stop:
@@ -50,7 +50,7 @@ def advice(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def caught() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise Stopped within the block; only the main thread can."""
+    """Let Ctrl-C and SIGTERM raise Stopped within the block; outside the main thread, do nothing."""
     global _received, _holds
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -89,7 +89,7 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> int | None:
-    """The signal that waits, if one does."""
+    """The signal that is waiting, or None."""
     return _received
 
 
@@ -120,7 +120,7 @@ class _Console:
 
 @contextlib.contextmanager
 def safe_console() -> Iterator[None]:
-    """Let no write to standard error raise: not within the block, and not when Python ends and flushes the rest."""
+    """Keep writes to standard error from raising, in the block and when Python flushes the rest at its end."""
     stream = sys.stderr
     try:
         with contextlib.redirect_stderr(_Console(stream)):
@@ -130,7 +130,7 @@ def safe_console() -> Iterator[None]:
 
 
 def flush_or_silence(stream: Any) -> None:
-    """Flush a standard stream; one that cannot be flushed becomes /dev/null, or Python would fail of it at its end."""
+    """Flush a standard stream; point it to /dev/null if that fails, or Python would fail when it exits."""
     try:
         stream.flush()
     except _LOST:

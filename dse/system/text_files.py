@@ -36,7 +36,7 @@ def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str =
 
 
 def check_texts(path: str, flag: str) -> None:
-    """Raise InputError unless `path` is a readable UTF-8 file, which is read once for that, or a pipe, or `-`."""
+    """Raise InputError unless `path` is a pipe, `-` or a readable UTF-8 file, which is read once to find out."""
     if path != "-" and not (Path(path).is_fifo() or Path(path).is_char_device()):  # these can be read only once
         for _ in read_lines(path, _TEXTS, flag=flag):
             pass
@@ -53,9 +53,9 @@ def texts_of(path: str, flag: str) -> Iterator[str]:
 
 
 def elements(value: Any, what: str, of: str) -> Iterator[Any]:
-    """The elements of a value in order. Raises TypeError, which names it (`what`) and what is expected (`of`).
+    """The elements of a value in order. Raises TypeError, which names the value (`what`) and what is expected (`of`).
 
-    Refused are what cannot be iterated, strings, bytes, mappings, sets and tables, which give their columns' names.
+    Refused are strings, bytes, mappings, sets, tables (they give their columns' names), and whatever is not iterable.
     """
     refused = isinstance(value, str | bytes | bytearray | Mapping | set | frozenset) or hasattr(value, "columns")
     with contextlib.suppress(TypeError):  # of what cannot be iterated
@@ -67,7 +67,7 @@ def elements(value: Any, what: str, of: str) -> Iterator[Any]:
 def checked_texts(texts: Iterable[Any], what: str) -> Iterator[str]:
     """The texts, one by one.
 
-    Raises TypeError as `elements` does and for what is not a string, ValueError for one that UTF-8 cannot hold.
+    Raises TypeError as `elements` does and for a text that is not a string; ValueError for one that UTF-8 cannot hold.
     """
     for i, text in enumerate(elements(texts, what, "a list of strings")):
         if not isinstance(text, str):

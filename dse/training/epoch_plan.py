@@ -51,7 +51,7 @@ class BatchPart(NamedTuple):
 
 @dataclass
 class EpochPlan:
-    """How the rows of `batches` are trained on."""
+    """The order and the grouping in which the rows of `batches` are trained on."""
 
     batches: Batches
     batch_size: int  # rows per batch

@@ -1,4 +1,4 @@
-"""The kinds of tasks: what is learned, what outputs mean and how good they are.
+"""The kinds of tasks: what is learned, what outputs mean, and how they are measured.
 
     binary        a student has one output z, the logit of the second label; a teacher has two logits
     multiclass    a logit per label
@@ -8,7 +8,7 @@ The student's loss is (1 - a) * hard(z, y) + a * mean over pairs of sum over out
 the labels y, the teacher's logits t and a = --distillation_coeff. In binary tasks the teacher's two logits become one,
 t = logit[1] - logit[0].
 
-Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), places of the labels (int64), or scores.
+Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), int64 positions in task.labels, or scores.
 """
 
 import logging
@@ -31,7 +31,7 @@ _HALF = (DEFAULT_THRESHOLD,)
 
 
 class Kind:
-    """What kinds share; classification with a logit per label, where a subclass says nothing else."""
+    """What the kinds share. What a subclass does not override is classification with a logit per label."""
 
     name = MULTICLASS
 
@@ -55,26 +55,26 @@ class Kind:
     def metrics(self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = _HALF) -> Metrics:
         """A student's metrics.
 
-        binary: accuracy_T, precision_T, recall_T, f1_T for each threshold T above which, strictly, the second label's
-        probability counts, 0 where nothing is positive; multiclass: accuracy; regression: pearson, spearman (NaN where
-        the outputs are constant).
+        binary: accuracy_T, precision_T, recall_T, f1_T for each threshold T. A pair is positive if the second label's
+        probability is strictly above T; undefined metrics are 0. multiclass: accuracy. regression: pearson, spearman
+        (NaN if the outputs are constant).
         """
         return {"accuracy": self.agreement(outputs, labels)}
 
     def score(self, metrics: Metrics) -> tuple[str, float]:
         """Name and value of the score that ranks checkpoints: the best f1 over thresholds, accuracy, or Pearson.
 
-        Where the correlation is undefined, "loss" and the loss, of which less is better.
+        If the correlation is undefined: "loss" and the loss, of which less is better.
         """
         name = SCORES[self.name]
         return ("loss", metrics["loss"]) if math.isnan(metrics[name]) else (name, metrics[name])
 
     def decisions(self, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
-        """What outputs say: (n,) places of labels, or scores."""
+        """What the outputs say: (n,) positions in the task's labels, or scores."""
         return outputs.argmax(axis=1)
 
     def agreement(self, outputs: np.ndarray, labels: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> float:
-        """The share of pairs whose label the outputs give; of a regression the Pearson correlation with the scores."""
+        """The share of pairs whose outputs give their label; for regression, Pearson's correlation with the scores."""
         return float((self.decisions(outputs, threshold) == labels).mean())
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
@@ -84,8 +84,8 @@ class Kind:
     def rank_scores(self, outputs: Tensor, place: int | None) -> Tensor:
         """What ranks candidates: (..., outputs) to (...).
 
-        A regression's score; else the log-odds log(p / (1 - p)) of the probability p of the label in that place, which
-        rank as p does and still differ where p rounds to 1.
+        A regression's score; else the log-odds log(p / (1 - p)) of the probability p of the label at that place, which
+        rank as p does and still differ if p rounds to 1.
         """
         others = [i for i in range(outputs.shape[-1]) if i != place]
         return outputs[..., place] - outputs[..., others].logsumexp(dim=-1)
@@ -165,7 +165,7 @@ def sigmoid(outputs: np.ndarray) -> np.ndarray:
 
 
 def correlations(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Pearson and Spearman; NaN for both where either side is constant, which has no correlation."""
+    """Pearson and Spearman; NaN for both if either side is constant, since there is no correlation then."""
     if len(labels) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
         return math.nan, math.nan
     predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
@@ -200,7 +200,7 @@ def measure_student(
 def tell_agreement(
     task: Task, outputs: np.ndarray, labels: np.ndarray, who: str, whose: str, threshold: float = DEFAULT_THRESHOLD
 ) -> None:
-    """Log how far outputs agree with labels; warn where they agree less than a guess would.
+    """Log how far outputs agree with labels; warn if they agree less than a guess would.
 
     Outputs and labels are as in kinds.py, in a student's form; `who` and `whose` name the model and the labels.
     """
@@ -222,7 +222,7 @@ def tell_agreement(
 def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of fine-tuning that a task names: of acc, f1, acc_and_f1, mcc, pearson, spearmanr, corr.
 
-    Logits are (n, labels), or (n, 1) for regression; labels are (n,), places of the labels, or scores.
+    Logits are (n, labels), or (n, 1) for regression; labels are (n,), positions in the task's labels, or scores.
     """
     if set(names) & {"pearson", "spearmanr", "corr"}:
         pearson, spearman = correlations(logits[:, 0], labels)
@@ -239,9 +239,9 @@ def teacher_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray
 
 
 def best_threshold(name: str, scores: np.ndarray, labels: np.ndarray) -> float:
-    """The threshold above which, strictly, scores are taken as positive, with the best "f1" or "accuracy" of all.
+    """The threshold with the best "f1" or "accuracy", if scores strictly above it are taken as positive.
 
-    It is half-way between two scores that follow each other, or 1 below the lowest; of equals the highest. Scores are
+    It is half-way between two neighbouring scores, or 1 below the lowest; among equals the highest. Scores are
     (n,), higher for positive pairs; labels are (n,), 0 or 1.
 
     >>> best_threshold("accuracy", np.array([0.1, 0.4, 0.5, 0.9]), np.array([0, 1, 0, 1]))

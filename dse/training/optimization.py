@@ -1,11 +1,11 @@
-"""BertAdam: Adam as BERT was trained with it, which is not torch's AdamW.
+"""BertAdam: the Adam that BERT was trained with, which differs from torch's AdamW.
 
 Per tensor: its own gradient is clipped to norm 1, there is no bias correction, and the decay is added to
 the update rather than to the gradient:
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        p = p - rate (m / (sqrt(v) + e) + wd p)
 
-torch's fused AdamW computes the same in one pass over memory once its bias correction, 1 - b^step, is 1: it is told
+torch's fused AdamW computes the same in one pass over memory once its bias correction, 1 - b^step, is 1, so it is told
 that a billion steps went before. (It decays first, p (1 - rate wd), and then adds the rest, which is the same sum.)
 """
 
@@ -61,7 +61,7 @@ class BertAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's takes a closure
-        """Make one update from the gradients; a parameter without gradient is left alone, decay included."""
+        """Make one update from the gradients; a parameter without a gradient is not changed, not even by decay."""
         for group in self.param_groups:
             rate = scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
             group["updates"] += 1
@@ -93,7 +93,7 @@ def make_optimizer(
     """BertAdam over the model's trainable parameters, without decay for biases and layer norms.
 
     Args:
-        head_lr: another peak rate for the parameters whose names begin with `head`; None: the same.
+        head_lr: peak rate of the parameters whose names begin with `head`; None: `lr`.
     """
     rates = [lr] if head_lr is None else [lr, head_lr]
     groups: list[Any] = [{"params": [], "weight_decay": decay, "lr": rate} for rate in rates for decay in (0.01, 0.0)]

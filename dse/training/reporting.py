@@ -1,4 +1,4 @@
-"""What is told of a training: log lines, one JSON line per epoch, curves."""
+"""What a training reports: log lines, one JSON line per epoch, curves."""
 
 import importlib.util
 import logging
@@ -18,7 +18,7 @@ Record = dict[str, Any]  # of an epoch: epoch, train metrics, validation metrics
 
 
 def format_metrics(metrics: dict[str, Any], threshold: float | None = None) -> str:
-    """Metrics on one line, four decimals; of several thresholds those of one (`at_threshold`)."""
+    """Metrics on one line, four decimals; of several thresholds, only one (`at_threshold`)."""
     return ", ".join(f"{name} {show_number(value)}" for name, value in at_threshold(metrics, threshold).items())
 
 
@@ -36,7 +36,7 @@ def format_record(record: Record) -> str:
 
 
 def append_json_line(path: Path, record: Record) -> None:
-    """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null. Where it cannot be, it warns."""
+    """Add an epoch's record to a .jsonl file; NaN, which JSON lacks, becomes null. Warns if that fails."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json_text(record) + "\n")
@@ -45,7 +45,7 @@ def append_json_line(path: Path, record: Record) -> None:
 
 
 def results_dirs(folder: Path, also_validate: Sequence[Sequence[str]]) -> dict[str, Path]:
-    """Where the results on each set that is evaluated go: dev and, of MNLI, mm, its mismatched dev set."""
+    """The folder of the results on each evaluated set: dev and, for MNLI, mm, its mismatched dev set."""
     if "mm" not in [split for split, _ in also_validate]:
         return {"dev": folder}
     named = folder.resolve() if folder.name in ("", "..") else folder
@@ -64,13 +64,13 @@ def write_results(folder: Path, metrics: dict[str, Any], updates: int, train_los
 
 
 def check_can_plot(flag: str) -> None:
-    """Raise InputError where matplotlib, which only plots need, is not installed."""
+    """Raise InputError if matplotlib, which only plots need, is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{flag}: matplotlib is not installed: pip install matplotlib, or leave the flag out")
 
 
 def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
-    """Write `<experiment>_<metric>.png` per metric: train and validation by epoch. Where it cannot be, it warns."""
+    """Write `<experiment>_<metric>.png` per metric: train and validation by epoch. Warns if that fails."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     parts = ("train", "validation")
@@ -87,7 +87,7 @@ def plot_metrics(history: list[Record], folder: Path, experiment: str) -> None:
             axes.legend()
             figure.savefig(folder / f"{experiment}_{name}.png", dpi=100)
     except OSError as error:
-        logger.warning("%s: no plots (%s)", folder, error.strerror)
+        logger.warning("%s: plots cannot be written (%s)", folder, error.strerror)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

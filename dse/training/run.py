@@ -1,4 +1,4 @@
-"""A training that can be stopped and resumed: what makes it this one and no other, its epochs and its states."""
+"""A training that can be stopped and resumed: what identifies it, its epochs and its states."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ _PLACES = {"task_name", "bert_model", "data_dir", "distillation_logits_path", "t
 
 @dataclass
 class Identity:
-    """What makes a training this one: the same flags, on the same data, from the same encoder."""
+    """What identifies a training: its flags, its data, and the encoder that it starts from."""
 
     task: dict[str, Any]  # its line (tasks.task_to_dict)
     flags: dict[str, Any]  # by name; those that are not given here may differ
@@ -36,13 +36,13 @@ class Identity:
     tokenizer: str | None = None  # hash
 
     def check(self, then: "Identity", free: str = "") -> None:
-        """Raise InputError, naming both values, where an earlier run, `then`, was another one.
+        """Raise InputError, naming both values, if an earlier run, `then`, was a different one.
 
-        `free` is a flag that may have changed. Where the earlier run does not know its encoder's hashes, names count.
+        `free` is a flag that may have changed. If the earlier run did not store its encoder's hashes, names count.
         """
         for key, value in self.task.items():
             _compare("task_name", value, then.task.get(key), "" if key == "name" else key)
-        excepted = f": going on needs the same flags{f', --{free} excepted' if free else ''}"
+        excepted = f": continuing needs the same flags{f', except --{free}' if free else ''}"
         for flag, value in self.flags.items():
             added = flag not in then.flags and (value is None or value is False)  # the run is older than the flag
             if flag not in _PLACES and flag != free and not added:
@@ -58,9 +58,9 @@ class Identity:
             with contextlib.suppress(InputError) if same else contextlib.nullcontext():
                 same = then.bert == (self.bert or bert_hashes(find_bert(now, "--bert_model", hub=not same)))
         if not same:
-            raise InputError(f"--bert_model: {now} now, {before} in the run{how}: going on needs the same encoder")
+            raise InputError(f"--bert_model: {now} now, {before} in the run{how}: continuing needs the same encoder")
         if self.tokenizer != then.tokenizer:
-            raise InputError("--bert_model: its tokenizer is not the one that the run began with")
+            raise InputError("--bert_model: its tokenizer is not the one that the run started with")
 
 
 def _compare(flag: str, now: Any, then: Any, what: str = "", ending: str = "") -> None:
@@ -74,12 +74,12 @@ class Run:
     """A training's epochs and its states in a folder. Subclasses say what is stored."""
 
     states: States = field(init=False)  # of the folder; a new student's is made when it begins to train
-    path: Path | None = None  # of the state to go on from; None: a new run
+    path: Path | None = None  # of the state to continue from; None: a new run
     found: dict[str, Any] | None = None  # that state's entries, of which `model` and `trainer` are used
     log_file: Path | None = None  # beside which a JSON line per epoch goes
 
     def resume(self, trainer: Trainer) -> None:
-        """Put the trainer where the run stands."""
+        """Put the trainer where the run stands: at its start, or at the state that it continues from."""
         self.trainer = trainer
         if self.found is not None:
             try:
@@ -89,7 +89,7 @@ class Run:
             trainer.load_state_dict(self.found["trainer"])
             trainer.saved, self.found = self.path, None  # its tensors are not needed twice
             done = len(trainer.history), trainer.so_far.updates
-            logger.info("going on after %d epochs and %d updates of the next, from %s", *done, self.path)
+            logger.info("continuing after %d epochs and %d updates of the next, from %s", *done, self.path)
 
     def fit(
         self, epochs: int, validate: Validate | None = None, validate_every: int = 1, save_every: int | None = None
@@ -98,13 +98,13 @@ class Run:
 
         Args:
             validate: called every `validate_every` epochs and after the last.
-            save_every: updates between two states; there is one when a signal ends the run, too.
+            save_every: updates between two states; a signal that ends the run also saves one.
 
         Raises RunError for a loss that is NaN or infinite, before it reaches the weights; Stopped after a signal.
         """
         trainer, plan = self.trainer, self.trainer.plan
         done = [len(trainer.history), trainer.so_far.updates, trainer.optimizer.updates, plan.seed, len(plan.batches)]
-        parallel.agree(done, "what they go on from (epochs, updates, updates in all, seed, pairs)")
+        parallel.agree(done, "what they continue from (epochs, updates, updates in all, seed, pairs)")
 
         def after_update() -> None:
             _stop_together()
@@ -137,19 +137,19 @@ class Run:
                     self.save()
                     parallel.wait_for_all()  # torchrun ends all of them soon after the first
             if trainer.saved is not None:
-                stop.advice = f"state in {trainer.saved}; the same command with --resume goes on"
+                stop.advice = f"state saved in {trainer.saved}; run the same command with --resume to continue"
             raise
 
     def entries(self, name: str = "") -> dict[str, Any]:
-        """All that a state holds now, or a checkpoint under that file name."""
+        """What a state would hold now, or a checkpoint with that file name."""
         raise NotImplementedError
 
     def best_epoch(self) -> int | None:
-        """The epoch whose checkpoint is kept; None: there is none."""
+        """The best epoch, whose checkpoint is kept; None if there is none."""
         return None
 
     def save(self, name: str = "") -> dict[str, Any]:
-        """Write the state as it is, a checkpoint under that file name; its entries."""
+        """Write the state as it is, or a checkpoint with that file name. Returns its entries."""
         trainer = self.trainer
         trainer.check_weights()
         position, entries = (len(trainer.history), trainer.so_far.updates), self.entries(name)
@@ -157,7 +157,7 @@ class Run:
         return entries
 
     def after_epoch(self, record: Record) -> bool:
-        """Keep what an epoch leaves; True ends the training."""
+        """Write what an epoch leaves behind; True ends the training."""
         if self.log_file is not None and parallel.is_first():
             append_json_line(self.log_file.with_suffix(".jsonl"), record)
         return False

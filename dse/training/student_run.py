@@ -25,7 +25,7 @@ from dse.training.reporting import Record, format_metrics, plot_metrics
 from dse.training.run import Identity, Run, Validate
 
 logger = logging.getLogger(__name__)
-Found = tuple[Path, Checkpoint, States]  # a state to go on from, and the states of its run
+Found = tuple[Path, Checkpoint, States]  # a state to continue from, and the states of its run
 
 
 def _check_same(checkpoint: Checkpoint, now: Identity) -> None:
@@ -36,7 +36,7 @@ def _check_same(checkpoint: Checkpoint, now: Identity) -> None:
 
 
 def take_over(path: Path, experiment: str, now: Identity) -> Found:
-    """Go on from a checkpoint. Raises InputError for one of another run, or where a later one lies beside it."""
+    """Continue from a checkpoint. Raises InputError if it is of another run, or a newer one lies beside it."""
     checkpoint = Checkpoint.read(path)
     _check_same(checkpoint, now)
     states = States(path.parent, experiment, mine=lambda other: stamp_in(other) == checkpoint.stamp)
@@ -44,18 +44,18 @@ def take_over(path: Path, experiment: str, now: Identity) -> Found:
     position = len(trainer["history"]), (trainer["partial"] or {"updates": 0})["updates"]
     if newest > position:
         raise InputError(
-            f"--trainer_checkpoint: {path} is not the newest, {states.files[newest]} is: go on from that one, "
-            "or move it away"
+            f"--trainer_checkpoint: {path} is not the newest, {states.files[newest]} is: continue from that "
+            "one, or move it away"
         )
     states.files[position] = path
     return path, checkpoint, states
 
 
 def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
-    """Go on from the newest whole state of the newest run of an experiment below `parent` that is this one.
+    """Continue from the newest intact state of the newest run of an experiment below `parent` that agrees with `now`.
 
-    None where there is none at all. Raises InputError for runs that are spoiled or other ones, with what is wrong with
-    the newest. What is left of runs that were killed before their first state was whole goes.
+    None if there is no run. If all are corrupt or different, raises InputError with what is wrong with the newest.
+    Removes what is left of runs that were killed before their first state was complete.
     """
     found, refusal = None, None
     pattern = re.escape(experiment) + r"_\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
@@ -74,10 +74,10 @@ def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
                     what = "%s: none of its states can be read; looking for another run of %s"
                     logger.warning(what, folder, experiment)
                 else:
-                    error = InputError(f"--resume: {path}: {error}; leave --resume out for a new run")
+                    error = InputError(f"--resume: {path}: {error}; leave --resume out to start a new run")
                 refusal = refusal or error
                 continue
-            of_it = (checkpoint.stamp, None)  # None: spoiled
+            of_it = (checkpoint.stamp, None)  # None: corrupt
             states.files = {at: other for at, other in states.files.items() if stamp_in(other) in of_it}
             found = path, checkpoint, states
     if found is None and refusal is not None:
@@ -86,7 +86,7 @@ def find_run(parent: Path, experiment: str, now: Identity) -> Found | None:
 
 
 def new_run_folder(parent: Path, experiment: str, stamp: str) -> tuple[Path, str]:
-    """Make `<experiment>_<stamp>` below `parent`, a second later where it is taken; the folder and its stamp."""
+    """Make the folder `<experiment>_<stamp>` below `parent`, with a later stamp if it exists. Returns both."""
     while True:
         folder = parent / f"{experiment}_{stamp}"
         with disk_errors(folder):
@@ -113,7 +113,7 @@ class StudentRun(Run):
 
     @classmethod
     def going_on(cls, state: Found, task: Task, flags: dict[str, Any], log_file: Path | None) -> "StudentRun":
-        """The run that goes on from a state; warns where the best checkpoint so far is not beside it."""
+        """The run that continues from a state. Warns if the best checkpoint so far is not beside it."""
         path, checkpoint, states = state
         best = checkpoint.best
         if best and not states.files.setdefault((best["epoch"] + 1, 0), path.parent / best["file"]).is_file():
@@ -127,7 +127,7 @@ class StudentRun(Run):
         return run
 
     def train(self, validate: Validate, save_every: int | None) -> None:
-        """Train to the end of --epochs, or of --patience, keeping states."""
+        """Train until --epochs or --patience is reached, and keep states."""
         flags = self.flags
         if self.path is None:
             folder, name = Path(flags["checkpoint_dir"]), flags["experiment_name"]
@@ -137,7 +137,7 @@ class StudentRun(Run):
         self.tokenizer_files = tokenizer_to_files(self.tokenizer)
         count, ended, wanted = len(self.trainer.history), self.out_of_patience(), flags["epochs"]
         if ended:
-            logger.warning("nothing to train: the run had stopped early, out of --patience %d", flags["patience"])
+            logger.warning("nothing to train: the run stopped early because of --patience %d", flags["patience"])
         elif count >= wanted:
             logger.warning("nothing to train: %d epochs are done, --epochs is %d", count, wanted)
         else:
@@ -150,7 +150,7 @@ class StudentRun(Run):
             mend_best(self.states.folder, best, self.stamp, checkpoint)
 
     def best(self) -> Record | None:
-        """The validated epoch with the best score, the first of equals; None where none was validated.
+        """The validated epoch with the best score, the first of equals; None if none was validated.
 
         Epochs without a score rank last, by their loss.
         """
@@ -162,19 +162,19 @@ class StudentRun(Run):
         return max((record for record in self.trainer.history if "validation" in record), key=rank, default=None)
 
     def best_epoch(self) -> int | None:
-        """The best epoch so far, where checkpoints are kept."""
+        """The best epoch so far; None if no checkpoints are kept."""
         best = self.best() if self.flags["store_checkpoints"] else None
         return best["epoch"] if best else None
 
     def out_of_patience(self) -> bool:
-        """Did --patience validations since the best epoch bring nothing better?"""
+        """Have --patience validations since the best epoch brought no better score?"""
         patience, best = self.flags["patience"], self.best()
         if patience is None or best is None:
             return False
         return sum("validation" in record for record in self.trainer.history[best["epoch"] + 1 :]) >= patience
 
     def entries(self, name: str = "") -> dict[str, Any]:
-        """All that a state holds now, or a checkpoint under that file name."""
+        """What a state would hold now, or a checkpoint with that file name."""
         trainer, epoch, best = self.trainer, self.best_epoch(), None
         if epoch is not None:
             newest = epoch + 1 == len(trainer.history) and name
@@ -187,12 +187,12 @@ class StudentRun(Run):
         ))  # fmt: skip
 
     def after_epoch(self, record: Record) -> bool:
-        """Checkpoint or state, the best epoch's student, JSON line, plots; True ends the training early."""
+        """Write a checkpoint or state, the best epoch's student, JSON line and plots; True ends the training early."""
         trainer, history, flags, file = self.trainer, self.trainer.history, self.flags, ""
         names = [kind_of(self.task).score(each["validation"])[0] for each in history if "validation" in each]
         if names.count("loss") == 1 and names[-1] == "loss":  # once in a run
-            logger.warning("the correlation on dev is undefined, as all scores or all outputs are the same: the loss "
-                           "ranks such epochs")  # fmt: skip
+            logger.warning("the correlation on dev is undefined, as all scores or all outputs are the same: such "
+                           "epochs are ranked by their loss")  # fmt: skip
         if flags["store_checkpoints"] and "validation" in record:
             name, value = kind_of(self.task).score(record["validation"])
             file = f"{flags['experiment_name']}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"

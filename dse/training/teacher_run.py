@@ -1,6 +1,6 @@
 """A teacher's training in its output folder: states while it is under way, then the teacher and training.json.
 
-<output_dir>/training_state/    states of a training that is not at its end
+<output_dir>/training_state/    states of a training that is not finished
 <output_dir>/                   the teacher, as transformers loads it; training.json: how it was made, and hashes
 """
 
@@ -23,7 +23,7 @@ HEADER = {"format": "dse teacher state", "version": 1}
 
 
 def _load_state(path: Path) -> dict[str, Any]:
-    state = load_tensors(path, f"{path} is truncated, spoiled or not a state of finetune_bert.py")
+    state = load_tensors(path, f"{path} is truncated, corrupt or not a state of finetune_bert.py")
     if not isinstance(state, dict) or any(state.get(key) != value for key, value in HEADER.items()):
         raise InputError(f"{path} is not a state of this version of finetune_bert.py")
     return state
@@ -31,9 +31,9 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 @dataclass
 class TeacherRun(Run):
-    """A teacher's training. With `resumes` it goes on from the newest whole state of its folder, where there is one.
+    """A teacher's training. With `resumes` it continues from the newest intact state in its folder, if there is one.
 
-    Raises InputError for states that are spoiled, or of another training.
+    Raises InputError if no state is intact, or if they are of another training.
     """
 
     folder: Path  # where the teacher goes
@@ -51,15 +51,15 @@ class TeacherRun(Run):
             self._check_same(self.found)
 
     def _check_same(self, entries: dict[str, Any]) -> None:
-        """Raise InputError where the entries of a state, or of training.json, are of another training."""
+        """Raise InputError if the entries of a state, or of training.json, are of another training."""
         tokenizer = entries["tokenizer"]
         then = Identity(entries["task"], entries["run"], entries["data"], entries.get("bert"), tokenizer=tokenizer)
         self.identity.check(then)
 
     def finished(self, overwrite: bool) -> list[Record] | None:
-        """With `resumes`, the history of a teacher that this very training has finished; None where there is none.
+        """With `resumes`, the history of a teacher that this same training has finished; None if there is none.
 
-        Raises InputError for a folder with other things, or another training, in it, unless it may be overwritten.
+        Raises InputError if the folder holds other files, or another training, unless it may be overwritten.
         """
         if not self.resumes or self.path is not None:
             return None
@@ -76,33 +76,33 @@ class TeacherRun(Run):
                     return there["history"]
         elif not overwrite and folder.is_dir() and {path.name for path in folder.iterdir()} - {STATE}:
             raise InputError(
-                f"--output_dir: {folder} holds other files and no training to go on with; give "
+                f"--output_dir: {folder} holds other files and no training to continue; give "
                 "--overwrite_output_dir to train into it, or another folder"
             )
-        logger.info("--resume: no state in %s: starting anew", folder)
+        logger.info("--resume: no state in %s: starting a new training", folder)
         return None
 
     def train(self, validate: Validate | None, save_every: int | None) -> list[Record]:
-        """Train to the end and write the teacher; the records of all epochs."""
+        """Train to the end and write the teacher. Returns the records of all epochs."""
         if self.path is None:
-            self.states.finish()  # of a training that is not gone on with
+            self.states.finish()  # of a training that is not continued
         self.fit(self.epochs, validate, save_every=save_every)
         self.write_teacher()
         return self.trainer.history
 
     def about(self) -> dict[str, Any]:
-        """What states and training.json tell of the training."""
+        """What states and training.json record about the training."""
         now = self.identity
         return {"task_name": self.task_name, "task": now.task, "run": now.flags, "data": now.files, "bert": now.bert,
                 "tokenizer": now.tokenizer}  # fmt: skip
 
     def entries(self, name: str = "") -> dict[str, Any]:
-        """All that a state holds now."""
+        """What a state would hold now."""
         trainer = self.trainer
         return {**HEADER, **self.about(), "model": trainer.model.state_dict(), "trainer": trainer.state_dict()}
 
     def after_epoch(self, record: Record) -> bool:
-        """Keep a state and, if that was asked for, the teacher as it is."""
+        """Write a state and, if requested, the teacher as it is."""
         self.save()
         if self.every_epoch and len(self.trainer.history) < self.epochs:
             self.write_teacher()
@@ -123,7 +123,7 @@ class TeacherRun(Run):
         if tokenizer_key(tokenizer_in(self.folder)) != self.identity.tokenizer:
             raise RunError(
                 f"{self.folder}: its tokenizer is not the one of the training, because of other files there: move "
-                "these away, and go on from the last state"
+                "these away, and run the same command with --resume to continue"
             )
         for folder in results_dirs(self.folder, self.identity.task["also_validate"]).values():
             (folder / RESULTS).unlink(missing_ok=True)  # of the teacher that was replaced

@@ -1,7 +1,7 @@
 """The training loop of both stages: epochs of shuffled batches, accumulation, updates, validation.
 
-It knows neither tasks nor models. The order of the rows is the plan's (epoch_plan.py). A run that goes on needs only
-`state_dict` to make the same updates as one that never stopped, from the middle of an epoch too.
+It knows neither tasks nor models. The order of the rows is the plan's (epoch_plan.py). A resumed run needs only the
+weights and `state_dict` to make the same updates as one that never stopped, from the middle of an epoch too.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # outputs (n, wi
 
 @dataclass
 class EpochSoFar:
-    """What is done of the epoch that is under way."""
+    """What has been done of the current epoch."""
 
     updates: int = 0
     seconds: float = 0.0
@@ -52,7 +52,7 @@ class EpochSoFar:
 
     @classmethod
     def from_state(cls, state: dict[str, Any] | None, plan: EpochPlan, epoch: int) -> "EpochSoFar":
-        """Where `state_dict` was taken."""
+        """The epoch so far, as it was when `state_dict` was taken."""
         if state is None:
             return cls()
         done = slice(None if parallel.is_first() else 0)  # the outputs are summed: one process has those of before
@@ -64,7 +64,7 @@ class Trainer:
     """Trains a model, and remembers how each epoch went.
 
     Args:
-        model: a module, in place, on one device; takes the inputs of the plan's batches to outputs (batch, width).
+        model: a module on one device, trained in place; from the plan's inputs to outputs (batch, width).
         plan: the batches, and how they make updates; their features have labels.
         optimizer: BertAdam over the model's parameters.
         precision: "fp32", or mixed: "fp16" (CUDA only) or "bf16".
@@ -87,7 +87,7 @@ class Trainer:
         self.saved: Path | None = None  # the last state that was written, as far as this run knows
 
     def train_epoch(self, what: str, after_update: Callable[[], None]) -> dict[str, float]:
-        """One pass over all rows in random order, or its rest; the metrics of the batches as they passed."""
+        """Train on all rows in random order, or on those left. Returns the metrics of the outputs on the way."""
         self.model.train()
         so_far, groups = self.so_far, self.plan.groups(len(self.history))
         batches, started = [len(group) for group in groups], time.monotonic() - so_far.seconds
@@ -146,7 +146,7 @@ class Trainer:
     def _diverged(self, what: str) -> NoReturn:
         raise RunError(
             f"{what}: the training has diverged; last good state: {self.saved or 'none was written'}. "
-            "Start again with a lower rate, and look for odd rows in the data"
+            "Start again with a lower learning rate, and look for odd rows in the data"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,14 +162,14 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken: optimizer, position, random numbers, history."""
+        """Continue from where `state_dict` was taken: optimizer, position, random numbers, history."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.plan.seed = list(state["history"]), state["seed"]
         self.so_far = EpochSoFar.from_state(state["partial"], self.plan, len(self.history))
         before, processes = len(state["rng"]["cpu"]), parallel.size()
         if before != processes:
-            what = "%d processes now, %d before: dropout draws other random numbers from here"
+            what = "%d processes now, %d before: dropout draws other random numbers from here on"
             logger.warning(what, processes, before)
             torch.manual_seed(hash((self.plan.seed, self.optimizer.updates, parallel.rank())) % 2**63)
             return

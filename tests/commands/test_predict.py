@@ -349,17 +349,17 @@ def test_a_short_row_is_refused_for_skipping_it_would_shift_the_others(refusal, 
 
 
 def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
-    assert "--task_name: cola has one sentence per row, and DSE scores pairs" in refusal("cola")
+    assert "--task_name: cola has one sentence per row, but DSE scores pairs" in refusal("cola")
     line = refusal("mnli")
     assert "a student of mrpc (binary, ['0', '1'])" in line
     assert "mnli (multiclass, ['contradiction', 'entailment', 'neutral'])" in line
     line = refusal("rte")
     assert "['0', '1']" in line
     assert "['entailment', 'not_entailment']" in line
-    assert "its labels in order are ['0', '1'], those of rte are ['entailment', 'not_entailment']" in refusal(
+    assert "its labels in order are ['0', '1'], but those of rte are ['entailment', 'not_entailment']" in refusal(
         "rte", model=teacher("mrpc")
     )
-    assert "gives 2 logits, and mnli needs 3" in refusal("mnli", model=teacher("mrpc"))
+    assert "gives 2 logits, but mnli needs 3" in refusal("mnli", model=teacher("mrpc"))
     assert "not a fine-tuned teacher: classifier.bias, classifier.weight missing" in refusal("rte", model=bert)
 
 
@@ -379,12 +379,12 @@ def test_other_refusals(refusal, tmp_path):
     (tmp_path / "mine.json").write_text('{"kind": "regression", "text_a": 0, "text_b": 1, "label": 2}')
     assert "--model: " in (line := refusal("mrpc", model=empty))
     assert "not a model folder: no config.json in it" in line
-    assert "no folder of a student" in refusal("mrpc", model="./nowhere")
+    assert "is not a local folder, and the hub did not provide a student" in refusal("mrpc", model="./nowhere")
     assert "test.tsv: cannot read the data of mrpc (No such file or directory)" in refusal("mrpc", data_dir=empty)
     assert "nowhere is not a folder" in refusal("mrpc", data_dir="nowhere")
     assert "1.5 is outside (0, 1)" in refusal("mrpc", threshold=1.5)
-    assert "--threshold: sts-b (regression) has none" in refusal("sts-b", threshold=0.3)
-    assert "--threshold: mnli (multiclass) has none" in refusal("mnli", threshold=0.3)
+    assert "--threshold: is for binary tasks, and sts-b is regression" in refusal("sts-b", threshold=0.3)
+    assert "--threshold: is for binary tasks, and mnli is multiclass" in refusal("mnli", threshold=0.3)
     folder = tmp_path / "predictions"
     (folder / "MRPC.tsv").mkdir(parents=True)
     assert "MRPC.tsv is a folder" in refusal("mrpc", output_dir=folder)

@@ -145,7 +145,7 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     assert "(Is a directory)" in line(score, queries=tmp_path)
     assert "no index of candidates" in line(score, candidates=tmp_path)
     assert "another model" in line(score, candidates=tmp_path / "foreign")
-    assert "can be read once" in line(score, queries="-", candidates="-")
+    assert "can be read only once" in line(score, queries="-", candidates="-")
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", None)
         assert "--output: standard output is closed" in line(score)

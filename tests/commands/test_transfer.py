@@ -170,14 +170,14 @@ def test_refusals(glue, saved, student, bert, tmp_path, refused):
     assert "empty has no task's train and dev files" in line(data_dir=tmp_path / "empty")
     assert "holds no student of this project" in line(model=bert)
     assert "no student: config.json is missing" in line(model=tmp_path / "empty")
-    assert "no folder of a student" in line(model="./nowhere")
-    assert "--bert_model: the student does not say which encoder it began with; give it" in line(
+    assert "is not a local folder, and the hub did not provide a student" in line(model="./nowhere")
+    assert "--bert_model: the student does not say which encoder it started from; give that encoder" in line(
         model=tmp_path / "silent"
     )
     assert "--bert_model: there is no folder ./nowhere" in line(bert_model="./nowhere")
     assert "not a model folder: no config.json in it" in line(bert_model=tmp_path / "empty")
     assert "9 is below 10" in line(max_rows=9)
-    assert "is a folder; name a file" in line(output=tmp_path)
+    assert "is a folder; give a file" in line(output=tmp_path)
 
 
 def test_bad_data_of_any_task_is_refused_before_a_model_is_loaded(glue, tmp_path, refused):
@@ -196,6 +196,6 @@ def test_bad_data_of_any_task_is_refused_before_a_model_is_loaded(glue, tmp_path
         "--max_rows: the first 10 rows of SST-2's train.tsv have too few labels (10 of 0): a regression needs two"
         in line("--max_rows", "10")
     )
-    assert "no folder of a student" in line("--max_rows", str(negative + 1))
+    assert "is not a local folder, and the hub did not provide a student" in line("--max_rows", str(negative + 1))
     sst.write_text("\n".join([header, *rows, "the ship\tgood"]))
     assert "train.tsv, line 26: label 'good' is not one of sst-2's: 0, 1" in line()

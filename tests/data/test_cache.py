@@ -53,7 +53,7 @@ def test_a_cache_is_remade_when_its_source_changed(changed, what, tokenizer, tmp
     make(tokenizer, tmp_path / "cache")
     with caplog.at_level(logging.INFO):
         features = make(tokenizer, tmp_path / "cache", **changed)
-    assert f"was made with another {what}; remade" in caplog.text
+    assert f"was made with another {what}; making it again" in caplog.text
     fresh = make(tokenizer, tmp_path / "fresh", **changed)
     np.testing.assert_array_equal(next(iter(features.arrays().values())), next(iter(fresh.arrays().values())))
 
@@ -62,7 +62,7 @@ def test_a_cache_is_remade_for_another_casing(bert, tokenizer, tmp_path, caplog)
     make(tokenizer, tmp_path / "cache")
     with caplog.at_level(logging.INFO):
         make(load_tokenizer(bert, False, "--bert_model"), tmp_path / "cache")
-    assert "another tokenizer, do_lower_case; remade" in caplog.text
+    assert "another tokenizer, do_lower_case; making it again" in caplog.text
 
 
 @pytest.mark.parametrize("place", [0.5, -8])
@@ -75,7 +75,7 @@ def test_a_spoiled_cache_is_remade(place, tokenizer, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         again = make(tokenizer, path).arrays()
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
-    assert "; remade" in caplog.text
+    assert "; making it again" in caplog.text
 
 
 def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
@@ -85,7 +85,7 @@ def test_a_chosen_path_never_overwrites_another_file(tokenizer, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     make(tokenizer, tmp_path / "joint", "joint", chosen=True)
     before = (tmp_path / "joint").read_bytes()
-    with pytest.raises(InputError, match="holds joint features, and this stage needs separate ones"):
+    with pytest.raises(InputError, match="holds joint features, but this stage needs separate ones"):
         make(tokenizer, tmp_path / "joint", "separate", chosen=True)
     assert (tmp_path / "joint").read_bytes() == before
 

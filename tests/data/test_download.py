@@ -611,7 +611,7 @@ def test_other_archives_that_are_refused(server, get, glue):
         "neither stored nor deflated": zip_of(wnli(), zipfile.ZIP_BZIP2),
         "expected files below WNLI/, found 'train.tsv'": zip_of({"train.tsv": b"x"}),
         "Bad CRC-32 for file 'WNLI/train.tsv'": stored[:500] + bytes([stored[500] ^ 1]) + stored[501:],
-        "two of its files have one name": zip_of({**wnli(), "WNLI/train.tsv/x": b""}),
+        "two of its files have the same name": zip_of({**wnli(), "WNLI/train.tsv/x": b""}),
         "found no files": zip_of({}),
         "WNLI.zip: no train.tsv, dev.tsv, test.tsv in it": zip_of({"WNLI/README": b"x"}),
     }
@@ -699,7 +699,7 @@ def test_too_little_space_is_seen_before_the_download(server, recorded, get, glu
     code, table = get()
     assert code == 1
     assert table["WNLI"][1].startswith(
-        f"[Errno 28] 0.1 MB are needed, and 0.0 MB are free: '{glue}/.download'; make room"
+        f"[Errno 28] 0.1 MB are needed, but 0.0 MB are free: '{glue}/.download'; make room"
     )
 
 
@@ -872,7 +872,7 @@ def test_a_folder_of_the_user(server, recorded, get, glue):
     (glue / "WNLI" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n")
     code, table = get()
     assert (code, table["WNLI"][0]) == (1, "failed")
-    assert "but it has no dev.tsv, test.tsv: move" in table["WNLI"][1]
+    assert "exists, but has no dev.tsv, test.tsv: move" in table["WNLI"][1]
     for name in ("dev", "test"):
         (glue / "WNLI" / f"{name}.tsv").write_bytes(wnli()[f"WNLI/{name}.tsv"])
     before = files_below(glue)
@@ -1078,7 +1078,10 @@ def test_snli_by_hand(server, get, glue, caplog):
         f"snli_1.0.zip: {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}, recorded: none"
         in caplog.text
     )
-    assert "snli_1.0_dev.txt has no sentence2_binary_parse, sentence1_parse, sentence2_parse: left empty" in caplog.text
+    assert (
+        "snli_1.0_dev.txt has no sentence2_binary_parse, sentence1_parse, sentence2_parse: these columns are left empty"
+        in caplog.text
+    )
     parses = "sentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
     expected = (
         f"index\tcaptionID\tpairID\t{parses}\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n"

@@ -126,7 +126,7 @@ def test_an_unlike_casing_is_a_warning(bert, caplog):
         load_tokenizer(bert, True, "--bert_model")
         assert caplog.text == ""
         load_tokenizer(bert, False, "--bert_model")
-    assert "was saved with --do_lower_case (uncased), and this run uses no --do_lower_case (cased)" in caplog.text
+    assert "was saved as uncased (--do_lower_case), but this run uses it as cased (no --do_lower_case)" in caplog.text
 
 
 def test_special_tokens_count_only_where_they_stand_alone(tokenizer):

@@ -119,5 +119,5 @@ def test_a_row_that_no_process_computed_is_not_written(monkeypatch, tmp_path):
     np.testing.assert_array_equal(rows[:, 0], [5, 7, 6, np.nan])
     monkeypatch.undo()
     monkeypatch.setattr(inference, "by_length", lambda *_: [np.array([1]), np.array([0, 3])])  # row 2 forgotten
-    with pytest.raises(RunError, match="x: 1 rows were not computed, such as 2"):
+    with pytest.raises(RunError, match="x: 1 rows were not computed, such as row 2"):
         run_steps(None, [], [1, 1, 1, 1])

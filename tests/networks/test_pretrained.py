@@ -81,16 +81,16 @@ REFUSED = [
     ("words never split", {"rules.never_split": ["doctor"]}, "never_split is ['doctor']"),
     ("own code for texts", {"rules.auto_map": {"AutoTokenizer": "x.Y"}}, "auto_map is {"),
     ("any rules, no file", [vocab_txt, {"config.tokenizer_class": "TokenizersBackend"}], "tokenizer TokenizersBackend"),
-    ("accents kept", {"words.normalizer.strip_accents": False}, "strip_accents is False there, and True"),
+    ("accents kept", {"words.normalizer.strip_accents": False}, "strip_accents is False there, but True"),
     ("Chinese unsplit", {"words.normalizer.handle_chinese_chars": False}, "handle_chinese_chars is False there"),
-    ("control characters", {"words.normalizer.clean_text": False}, "clean_text is False there, and True"),
+    ("control characters", {"words.normalizer.clean_text": False}, "clean_text is False there, but True"),
     ("other splitting", {"words.pre_tokenizer.type": "WhitespaceSplit"}, "pre_tokenizer is {'type': 'Whitespace"),
     ("no splitting", {"words.pre_tokenizer": NULL}, "pre_tokenizer is None there"),
-    ("short words", {"words.model.max_input_chars_per_word": 9}, "max_input_chars_per_word is 9 there, and 100"),
-    ("another prefix", {"words.model.continuing_subword_prefix": "@@"}, "continuing_subword_prefix is '@@' there, and"),
-    ("another unknown token", renamed, "unk_token is '<unk>' there, and '[UNK]' as loaded"),
-    ("ids with a gap", ids_with_a_gap, "id of '<b>' is 104 there, and 103"),
-    ("ids with a gap, 2019", [old_added_tokens, {"config.vocab_size": 105}], "id of '<b>' is 104 there, and 103"),
+    ("short words", {"words.model.max_input_chars_per_word": 9}, "max_input_chars_per_word is 9 there, but 100"),
+    ("another prefix", {"words.model.continuing_subword_prefix": "@@"}, "continuing_subword_prefix is '@@' there, but"),
+    ("another unknown token", renamed, "unk_token is '<unk>' there, but '[UNK]' as loaded"),
+    ("ids with a gap", ids_with_a_gap, "id of '<b>' is 104 there, but 103"),
+    ("ids with a gap, 2019", [old_added_tokens, {"config.vocab_size": 105}], "id of '<b>' is 104 there, but 103"),
     ("relative positions", {"config.position_embedding_type": "relative_key"}, "type is 'relative_key'"),
     ("ALiBi", {"config.position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'; expected 'absolute'"),
     ("a decoder", {"config.is_decoder": True}, "is_decoder is True; expected False"),
@@ -100,7 +100,7 @@ REFUSED = [
     ("quantized", {"config.quantization_config": {"quant_method": "gptq"}}, "quantization_config is {"),
     ("own code", {"config.auto_map": {"AutoModel": "modeling.JinaBert"}}, "auto_map is {"),
     ("tuples", {"config.return_dict": False}, "return_dict is False; expected True"),
-    ("adapters", adapters, "has adapters, adapter_config.json"),
+    ("adapters", adapters, "has adapters (adapter_config.json)"),
     ("unknown activation", {"config.hidden_act": "gleu"}, "hidden_act is 'gleu'; expected an activation"),
     ("no activation", {"config.hidden_act": NULL}, "hidden_act is None"),
     ("size as text", {"config.hidden_size": "32"}, "hidden_size is '32'; expected a whole number"),
@@ -125,7 +125,7 @@ REFUSED = [
 # name, changes, words of the one warning that comes where the folder is opened; None: no warning
 SAME_NUMBERS = [
     ("more layers in the weights", {"config.num_hidden_layers": 1}, "16 weights have no place in the BERT that its"),
-    ("a half of the casing", {"rules.do_lower_case": False}, "was saved with no --do_lower_case (cased)"),
+    ("a half of the casing", {"rules.do_lower_case": False}, "was saved as cased (no --do_lower_case)"),
     ("accents kept, in both", {"words.normalizer.strip_accents": False, "rules.strip_accents": False}, None),
     ("accents stripped as the casing does", {"words.normalizer.strip_accents": True}, None),
     ("Chinese unsplit, in both", {"words.normalizer.handle_chinese_chars": False,
@@ -194,7 +194,7 @@ def test_the_same_numbers(changes, words, bert, copied, caplog):
 def test_one_token_type_is_enough_for_a_student_and_for_single_sentences(bert, copied, refused, teacher_flags):
     folder = change_folder(copied(bert), [one_type, {"config.type_vocab_size": 1}])
     line = refused(finetune_bert.main, teacher_flags(bert_model=folder))
-    assert "type_vocab_size is 1, and a teacher of pairs needs 2" in line
+    assert "type_vocab_size is 1, but a teacher of pairs needs 2" in line
     assert_same_numbers(folder, teacher=False)
     assert load_teacher(folder, get_task("cola"), fine_tuned=False).bert.config.type_vocab_size == 1
 
@@ -268,7 +268,7 @@ def test_a_bert_without_some_weights_is_refused(bert, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((bert / name).read_bytes())
     find_bert(str(tmp_path), "--bert_model")  # the folder looks whole
-    words = r"not a whole BERT: 1 weights missing.*encoder\.layer\.1\.output\.dense\.weight"
+    words = r"not a complete BERT: 1 weights are missing.*encoder\.layer\.1\.output\.dense\.weight"
     with pytest.raises(InputError, match=words):
         new_network(tmp_path, config_of(bert))
 

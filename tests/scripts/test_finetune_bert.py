@@ -178,4 +178,4 @@ def test_a_teacher_in_the_working_folder(teacher_flags, refused, tmp_path, monke
     assert (tmp_path / "place-MM" / "eval_results.txt").exists()
     assert "holds other files" in refused(command_main("export"), ["--trainer_checkpoint", __file__, "--output", "."])
     benchmark = ["training", "--task_name", "mrpc", "--data_dir", "x", "--output", "."]
-    assert "--output: . is a folder; name a file" in refused(command_main("benchmark"), benchmark)
+    assert "--output: . is a folder; give a file" in refused(command_main("benchmark"), benchmark)

@@ -177,8 +177,8 @@ CHECKPOINT = {"trainer_checkpoint": "checkpoint.pt"}
 CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     # rows
     ("finetune train", without("data/train.tsv"), {}, "cannot read the data of mrpc (No such file or directory)"),
-    ("finetune train", text("data/train.tsv", ""), {}, "train.tsv: no rows of data in it"),
-    ("finetune train", rows(), {}, "train.tsv: no rows of data in it"),
+    ("finetune train", text("data/train.tsv", ""), {}, "train.tsv: is empty"),
+    ("finetune train", rows(), {}, "train.tsv: has no rows of data"),
     ("finetune train", rows("1\t2\n"), {}, "train.tsv, line 2: at least 5 columns expected, found 2"),
     ("finetune", rows("1\t1\t2\ta\n"), {}, "train.tsv, line 2: at least 5 columns expected, found 4"),
     ("finetune", rows(GOOD, "\n", GOOD), {}, "train.tsv, line 3: at least 5 columns expected"),
@@ -248,9 +248,9 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     # flags of the logits
     ("logits", None, {"task_name": "cola"}, "cola has one sentence per row"),
     ("logits", None, {"task_name": "rte", "data_dir": "rte"},
-     "its labels in order are ['0', '1'], those of rte are"),
+     "its labels in order are ['0', '1'], but those of rte are"),
     ("logits", None, {"task_name": "mnli", "data_dir": "mnli"},
-     "gives 2 logits, and mnli needs 3: contradiction, ent"),
+     "gives 2 logits, but mnli needs 3: contradiction, ent"),
     ("logits", None, {"bert_checkpoint_dir": ""}, "--bert_checkpoint_dir"),
     ("logits", None, {"bert_checkpoint_dir": "bert-base-uncased"},
      "--bert_checkpoint_dir: there is no folder bert-base-uncased"),
@@ -265,13 +265,13 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("logits", None, {"batch_size": 0}, "--batch_size: 0 is below 1"),
     ("logits", None, {"batch_size": 1.5}, "--batch_size: '1.5' is not a whole number"),
     # flags of the student
-    ("train", None, {"task_name": "cola"}, "cola has one sentence per row, and DSE scores pairs"),
+    ("train", None, {"task_name": "cola"}, "cola has one sentence per row, but DSE scores pairs"),
     ("train", None, {"task_name": "sst-2"}, "sst-2 has one sentence per row"),
     ("train", None, {"task_name": "diagnostic", "fc_dims": 3}, "diagnostic has no train file"),
     ("train", None, other_task("rte", distillation_logits_path="logits.pt"), "(task: mrpc there, rte here)"),
     ("train", None, {"fc_dims": []}, "--fc_dims: expected at least one argument"),
-    ("train", None, {"fc_dims": [8, 2]}, "the last size is 2, mrpc (binary) needs 1: try --fc_dims 8 1"),
-    ("train", None, {"fc_dims": [8, 3]}, "the last size is 3, mrpc (binary) needs 1"),
+    ("train", None, {"fc_dims": [8, 2]}, "the last size is 2, but mrpc (binary) needs 1: try --fc_dims 8 1"),
+    ("train", None, {"fc_dims": [8, 3]}, "the last size is 3, but mrpc (binary) needs 1"),
     ("train", None, {"fc_dims": [0, 1]}, "--fc_dims: 0 is below 1"),
     ("train", None, {"pooler_type": "mean"}, "--pooler_type: invalid choice: 'mean' (choose from"),
     ("train", None, {"siamese_head_type": "cosine"}, "invalid choice: 'cosine' (choose from 'concat', 'dot')"),
@@ -281,7 +281,7 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("train", None, {"pooler_num_top_hidden_layers": 0}, "0 is below 1"),
     ("train", None, {"additional_embedding_layer_size": -2}, "-2 is not a size: give 1 or more, or -1"),
     ("train", None, {"random_seed": 2**63}, "is above 9223372036854775807"),
-    ("train", None, {"train_features_path": "x", "dev_features_path": "x"}, "x serves two sets"),
+    ("train", None, {"train_features_path": "x", "dev_features_path": "x"}, "x is used for two sets"),
     ("train", None, {"max_seq_length": 1000}, "1000 is above the model's 64 positions"),
     ("train", None, {"gradient_accumulation_steps": 0}, "0 is below 1"),
     ("train", None, {"lr": "1e-5x"}, "--lr: '1e-5x' is not a number"),
@@ -321,13 +321,13 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
      "--bert_model: other was given, but the checkpoint was trained with"),
     ("example", None, {"freeze_bert": True},
      "--freeze_bert: True was given, but the checkpoint was trained with False"),
-    ("export", None, {"output": __file__}, "is a file; name a folder"),
+    ("export", None, {"output": __file__}, "is a file; give a folder"),
     ("index", None, {"half": True, "append": True}, "--half: is decided when an index is made"),
     ("index", None, {"candidates": "/no/such"}, "/no/such: cannot read the texts, a UTF-8 file"),
     ("index", None, {"model": "a\0b"}, r"'a\x00b' has a NUL character"),
     ("score", None, {"top_k": 0}, "--top_k: 0 is below 1"),
     ("score", None, {"rank_label": "entailment"}, "--rank_label: 'entailment' is not a label of mrpc"),
-    ("score", None, {"queries": "-", "candidates": "-"}, "standard input can be read once"),
+    ("score", None, {"queries": "-", "candidates": "-"}, "standard input can be read only once"),
     ("benchmark training", None, {"steps": 0}, "--steps: 0 is below 2"),
     # names
     ("finetune", lambda folder: (folder / LONG_NAME).symlink_to("bert"), {"bert_model": LONG_NAME},
@@ -365,7 +365,7 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
      "has a BPE tokenizer"),
     ("finetune train", edited("bert/config.json", vocab_size=20), {},
      "does not fit its model: 102 entries for 20 embeddings"),
-    ("logits", on("teacher/model.safetensors", flip), {}, "is spoiled: its SHA-256 in training.json is"),
+    ("logits", on("teacher/model.safetensors", flip), {}, "is corrupt or changed: its SHA-256 in training.json is"),
     ("logits", without("teacher/model.safetensors"), {}, "has no weights"),
     ("logits", text("features", "mine"), {}, "is not a feature cache of this project, so it is not overwritten"),
     # logits
@@ -396,10 +396,10 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("export", on("checkpoint.pt", flip), {}, "is truncated or not"),
     ("index", text("texts.txt", b"fine\ncaf\xe9\n"), {}, "texts.txt, line 2: byte 0xe9 is not valid UTF-8"),
     ("index", text("new_index/mine.txt", "mine"), {}, "holds other files (mine.txt)"),
-    ("index", on("student/model.safetensors", flip), {}, "model.safetensors: spoiled or of another student"),
-    ("score", on("student/config.json", flip), {}, "config.json: spoiled or changed (its hash differs)"),
+    ("index", on("student/model.safetensors", flip), {}, "model.safetensors: corrupt or of another student"),
+    ("score", on("student/config.json", flip), {}, "config.json: corrupt or changed (its hash differs)"),
     ("score", edited("student/config.json", max_seq_length=31), {}, "this index was made by another model"),
-    ("score", on("index/vectors.bin", flip), {}, "vectors.bin: spoiled, in rows 0 to 1"),
+    ("score", on("index/vectors.bin", flip), {}, "vectors.bin: corrupt in rows 0 to 1"),
     ("score", on("index/vectors.bin", cut), {}, "vectors.bin: missing or truncated"),
     ("score", on("index/index.json", flip), {}, "index"),
     ("score", without("index/index.json"), {}, "no index of candidates: index.json is missing"),
@@ -407,7 +407,7 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
 ]  # fmt: skip
 NO_GPU = [
     ("finetune train", None, {"fp16": True}, "--fp16: needs a CUDA device"),
-    ("finetune train", None, {"fp16": True, "bf16": True}, "--bf16: give it or --fp16, not both"),
+    ("finetune train", None, {"fp16": True, "bf16": True}, "--bf16: give either this flag or --fp16, not both"),
 ]
 
 
@@ -460,7 +460,7 @@ def test_a_casing_that_does_not_reach_the_normalizer(refused, student_flags, mon
     """transformers' own failing, as AutoTokenizer shows it for some tokenizer classes: the flag is ignored."""
     load = BertTokenizer.from_pretrained
     monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda folder, do_lower_case: load(folder))
-    assert "does not honour no --do_lower_case (cased): its normalizer is" in refused(
+    assert "cannot be loaded as cased (no --do_lower_case): its normalizer is" in refused(
         dse_train_runner.main, student_flags(do_lower_case=False)
     )
 

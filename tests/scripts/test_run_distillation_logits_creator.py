@@ -60,7 +60,7 @@ def test_logits_go_on_where_they_stopped(creator, tmp_path, monkeypatch, capsys)
         before = stop_forward(patched, 5)
         code, line = stopped(run_distillation_logits_creator.main, creator, capsys)
     assert (code, len(before)) == (143, 5)
-    assert "outputs so far in" in line
+    assert "outputs so far are in" in line
     assert not (tmp_path / "teacher_logits.pt").exists()
     with monkeypatch.context() as patched:
         after = stop_forward(patched, 0)
@@ -96,17 +96,17 @@ def test_logits_of_other_work_or_spoiled_ones_are_begun_anew(creator, tmp_path, 
         stopped(run_distillation_logits_creator.main, creator, capsys)
     partial = (tmp_path / "teacher_logits.partial").read_bytes()
     run_distillation_logits_creator.main([*creator, "--batch_size", "2"])
-    assert "is of other work: begun anew" in caplog.text
+    assert "is of other work (data, model or flags): starting over" in caplog.text
     (tmp_path / "teacher_logits.partial").write_bytes(partial)
     flip(tmp_path / "teacher_logits.partial")
     run_distillation_logits_creator.main(creator)
-    assert "teacher_logits.partial is spoiled: begun anew" in caplog.text
+    assert "teacher_logits.partial is corrupt: starting over" in caplog.text
 
 
 def test_a_spoiled_teacher_is_refused(creator, tmp_path, refused):
     flip(tmp_path / "teacher" / "model.safetensors", 0.9)
     line = refused(run_distillation_logits_creator.main, creator)
-    assert "model.safetensors is spoiled: its SHA-256 in training.json is" in line
+    assert "model.safetensors is corrupt or changed: its SHA-256 in training.json is" in line
 
 
 def test_the_teachers_folder_logits_and_their_identity(teacher_flags, data, tmp_path):
@@ -191,7 +191,7 @@ def test_a_teacher_that_contradicts_the_labels_is_told_of(kind, teacher_flags, d
     )
     assert f"the teacher {how}" in caplog.text
     if kind == "rte":
-        assert "does not name its labels: whether they are in the order ['entailment', 'not_entailment']" in caplog.text
+        assert "does not name its labels: check that their order is ['entailment', 'not_entailment']" in caplog.text
     logits = torch.load(tmp_path / "teacher_logits.pt", weights_only=True)
     labels = np.array(read_examples(get_task(kind), data(kind), "train").labels)
     if kind == "rte":

@@ -23,7 +23,7 @@ def test_a_state_within_an_epoch_is_exported_without_metrics(student_flags, tmp_
     for state in (tmp_path / "checkpoints").glob("*/*_state_*.pt"):
         caplog.set_level("INFO")
         dse.__main__.main(["export", "--trainer_checkpoint", str(state), "--output", str(tmp_path / "out")])
-        assert "student of mrpc, within an epoch, without metrics: " in caplog.text
+        assert "student of mrpc, from within an epoch, so without metrics: " in caplog.text
         origin = DSESiameseClassifier.from_pretrained(tmp_path / "out").origin
         assert (origin["epoch"], origin["metrics"]) == (None, {})
     assert "Metrics" not in (tmp_path / "out" / "README.md").read_text()

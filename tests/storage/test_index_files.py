@@ -53,7 +53,7 @@ def test_a_changed_byte_is_found(student, tmp_path, file):
     whole = path.read_bytes()
     for place in range(0, len(whole), max(1, len(whole) // 40)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(InputError, match=r"index|build it anew"):
+        with pytest.raises(InputError, match=r"index|build it again"):
             CandidateIndex.open(tmp_path / "index", model).search(QUERIES, 23)
     path.write_bytes(whole[:-2])
     with pytest.raises(InputError, match=f"{file}"):

@@ -99,13 +99,13 @@ def test_spoiled_folders_are_refused(student, tmp_path, copied, edit_json):
 
         return spoil
 
-    assert "spoiled" in refusal(flip("model.safetensors"), "a")
+    assert "corrupt" in refusal(flip("model.safetensors"), "a")
     assert "is missing" in refusal(lambda folder: (folder / "model.safetensors").unlink(), "b")
     assert "config.json is missing" in refusal(lambda folder: (folder / "config.json").unlink(), "c")
     assert "holds no student" in refusal(lambda folder: edit_json(folder / "config.json", format=None), "d")
     assert "version 3" in refusal(lambda folder: edit_json(folder / "config.json", version=3), "e")
-    assert "spoiled or changed" in refusal(lambda folder: edit_json(folder / "config.json", task=None), "f")
-    assert "spoiled or changed" in refusal(lambda folder: edit_json(folder / "config.json", max_seq_length=31), "g")
+    assert "corrupt or changed" in refusal(lambda folder: edit_json(folder / "config.json", task=None), "f")
+    assert "corrupt or changed" in refusal(lambda folder: edit_json(folder / "config.json", max_seq_length=31), "g")
     assert "do not fit" in refusal(lambda folder: rewrite_config(folder, architecture={}), "k")
     assert "do not fit" in refusal(lambda folder: rewrite_config(folder, task="x"), "l")
     assert "tokenizer" in refusal(lambda folder: (folder / "tokenizer.json").write_text("{}"), "h")
@@ -116,7 +116,7 @@ def test_spoiled_folders_are_refused(student, tmp_path, copied, edit_json):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_folder_that_is_not_there(name):
-    with pytest.raises(InputError, match="no folder of a student"):
+    with pytest.raises(InputError, match="is not a local folder, and the hub did not provide a student"):
         DSESiameseClassifier.from_pretrained(name)
 
 
@@ -164,4 +164,4 @@ def test_a_card_where_nothing_says_what_ranks(student, tmp_path):
     model.task = Task("mine", "multiclass", ("good", "bad", "neither"))
     model.save_pretrained(tmp_path / "student")
     card = (tmp_path / "student" / "README.md").read_text()
-    assert "- candidates rank by the probability of the label that `rank_label` names\n" in card
+    assert "- candidates are ranked by the probability of the label that `rank_label` names\n" in card

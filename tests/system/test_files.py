@@ -158,7 +158,7 @@ def test_a_users_own_part_is_not_ours(tmp_path):
 
 def test_a_names_limit_is_told_in_bytes(tmp_path):
     """130 letters of two bytes, and 14 of the hidden neighbour: a dot before, `.4194304.part` after."""
-    with pytest.raises(InputError, match="it has 274 bytes with what this program adds"):
+    with pytest.raises(InputError, match="the name has 274 bytes, including what this program adds"):
         files.check_name(tmp_path / ("é" * 130), "--output_dir")
     files.check_name(tmp_path / ("e" * 130), "--output_dir")
 

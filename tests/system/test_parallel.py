@@ -134,10 +134,10 @@ def test_one_that_is_killed_ends_all_and_the_run_goes_on(stages, tmp_path):
     finally:
         process.terminate()
     errors = (tmp_path / "log").read_text()
-    assert "lost another one" in errors or "Signal 9" in errors
+    assert "lost the connection to another" in errors or "Signal 9" in errors
     reached = len(newest(tmp_path / "killed")["trainer"]["history"])
     argv[argv.index("--epochs") + 1] = str(reached + 2)
-    assert f"going on after {reached} epochs" in run_in_two("dse_train_runner", argv, tmp_path / "resumed")
+    assert f"continuing after {reached} epochs" in run_in_two("dse_train_runner", argv, tmp_path / "resumed")
     assert len(newest(tmp_path / "killed")["trainer"]["history"]) == reached + 2
 
 
@@ -163,10 +163,10 @@ def test_a_clusters_variables_are_not_torchruns(given, monkeypatch):
 
 
 def test_processes_that_go_on_from_different_states_are_told(monkeypatch):
-    parallel.agree([3, 2, 1], "what they go on from")
+    parallel.agree([3, 2, 1], "what they continue from")
     monkeypatch.setattr(parallel, "_by_rank", lambda numbers, _: np.array([numbers, [4, 2, 1]]))
-    with pytest.raises(RunError, match=r"differ in what they go on from, here \[3, 2, 1\]"):
-        parallel.agree([3, 2, 1], "what they go on from")
+    with pytest.raises(RunError, match=r"differ in what they continue from; this one has \[3, 2, 1\]"):
+        parallel.agree([3, 2, 1], "what they continue from")
 
 
 def test_several_gpus_are_pointed_out(monkeypatch, caplog):
@@ -182,5 +182,5 @@ def test_several_gpus_are_pointed_out(monkeypatch, caplog):
         if rank == "2":
             assert select_device(False, 0) == torch.device("cuda", 2)
         else:
-            with pytest.raises(InputError, match="process 3 of this machine has no GPU: there are 3"):
+            with pytest.raises(InputError, match="process 3 of this machine has no GPU, since there are 3"):
                 select_device(False, 0)

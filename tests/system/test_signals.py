@@ -33,7 +33,7 @@ def test_signals_outside_of_training(name, teacher_flags, student_flags, monkeyp
     code, line = stopped(script.main, argv, capsys)
     assert (code, line) == (
         130,
-        f"{name}.py: stopped by Ctrl-C: nothing is half-written; the same command starts again",
+        f"{name}.py: stopped by Ctrl-C: no file is half-written; run the same command to start again",
     )
 
 

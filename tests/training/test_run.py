@@ -16,15 +16,15 @@ from dse.training.run import Identity
 def test_going_on_with_other_flags_is_refused(teacher_flags, student_flags, refused, data):
     finetune_bert.main(teacher_flags())
     line = refused(finetune_bert.main, [*teacher_flags(learning_rate=0.5), "--resume"])
-    assert "--learning_rate: 0.5 now, 0.001 in the run: going on needs the same flags" in line
+    assert "--learning_rate: 0.5 now, 0.001 in the run: continuing needs the same flags" in line
     line = refused(finetune_bert.main, [*teacher_flags("rte"), "--resume"])
     assert "--task_name: rte now, mrpc in the run" in line
     dse_train_runner.main(student_flags())
     line = refused(dse_train_runner.main, [*student_flags(lr=0.5), "--resume"])
     assert "--lr: 0.5 now, 0.001 in the run" in line
-    assert "leave --resume out for a new run" in line
+    assert "leave --resume out to start a new run" in line
     line = refused(dse_train_runner.main, [*student_flags(trainer_checkpoint=__file__), "--resume"])
-    assert "--resume: finds the state to go on from by itself" in line
+    assert "--resume: finds the newest state itself" in line
 
 
 def test_a_flag_that_a_run_did_not_know_counts_as_not_given():
@@ -45,7 +45,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(student_flags, tmp_path, m
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     dse_train_runner.main(student_flags(file_log=True, plot_metrics=True, plots_dir=tmp_path / "plots"))
     assert caplog.text.count(".jsonl: cannot be written (No space left on device)") == 2
-    assert caplog.text.count("no plots (No space left on device)") == 2
+    assert caplog.text.count("plots cannot be written (No space left on device)") == 2
 
 
 @pytest.fixture

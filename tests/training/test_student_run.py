@@ -46,7 +46,7 @@ def test_a_signal_ends_a_student_in_order(update, sent, unbroken, student_flags,
     assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
     where = f"_state_epoch_{(update - 1) // 3}_update_{(update - 1) % 3 + 1}.pt"
     assert where in line
-    assert "the same command with --resume goes on" in line
+    assert "run the same command with --resume to continue" in line
     torch.manual_seed(999)
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
@@ -59,7 +59,7 @@ def test_a_signal_while_a_state_is_written_waits(unbroken, student_flags, checkp
         code, line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN), capsys)
     assert (code, "_epoch_0.pt;" in line) == (143, True)
     assert not list(tmp_path.glob("checkpoints/*/*_state_epoch_1_*.pt"))
-    assert Checkpoint.read(line.split("state in ")[1].split(";")[0])  # whole
+    assert Checkpoint.read(line.split("state saved in ")[1].split(";")[0])  # whole
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
 
@@ -95,7 +95,7 @@ def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkp
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "update", impatient)
         code, line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN), capsys)
-    assert (code, "_state_epoch_0_update_2.pt; the same command" in line) == (130, update == 3)
+    assert (code, "_state_epoch_0_update_2.pt; run the same command" in line) == (130, update == 3)
     assert len(list(tmp_path.glob("checkpoints/*/*.pt"))) == (update == 3)
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert_same_run(checkpoints()[-1], unbroken)
@@ -135,7 +135,7 @@ def test_a_users_own_copy_of_a_checkpoint_stays(student_flags, checkpoints, tmp_
         line = stopped(dse_train_runner.main, student_flags(**flags), capsys)[1]
     (tmp_path / "keep").mkdir()
     mine = tmp_path / "keep" / "mine.pt"
-    shutil.copyfile(line.split("state in ")[1].split(";")[0], mine)
+    shutil.copyfile(line.split("state saved in ")[1].split(";")[0], mine)
     dse_train_runner.main(student_flags(**flags, trainer_checkpoint=mine))
     assert [path.name for path in mine.parent.iterdir()] == ["mine.pt"]
 
@@ -178,7 +178,7 @@ def test_a_spoiled_newest_state_costs_the_work_since_the_one_before(
     caplog.clear()
     dse_train_runner.main([*student_flags(**SHORT_RUN), "--resume"])
     assert f"{newest} is truncated or not a checkpoint" in caplog.text
-    assert "going on after 1 epochs and 1 updates of the next" in caplog.text
+    assert "continuing after 1 epochs and 1 updates of the next" in caplog.text
     assert_same_run(checkpoints()[-1], unbroken)
     assert not newest.exists()
 
@@ -303,7 +303,7 @@ def test_a_foreign_file_in_best_costs_no_work(
     assert epochs_of(run) == {"best": 0}
     (run / "best" / ".DS_Store").write_text("mine")
     dse_train_runner.main([*student_flags(**flags), "--resume"])
-    assert "the best epoch so far, 1, goes elsewhere: " in caplog.text
+    assert "the student of the best epoch so far, 1, is saved elsewhere: " in caplog.text
     assert_same_run(checkpoints()[-1], unbroken)
     assert epochs_of(run) == {"best_epoch_1": 1}
     assert [path.name for path in (run / "best").iterdir()] == [".DS_Store"]
@@ -341,7 +341,7 @@ def test_a_student_that_the_run_did_not_write_stays_in_best(student_flags, tmp_p
         mine.save_pretrained(run / "best")
         before = contents(run / "best")
         dse_train_runner.main([*student_flags(epochs=1), "--resume"])
-        assert "holds another run's student and stays" in caplog.text
+        assert "holds another run's student, which is kept" in caplog.text
         assert contents(run / "best") == before
         assert json.loads((run / "best_epoch_0" / "config.json").read_text())["origin"]["epoch"] == 0
         shutil.rmtree(run / "best_epoch_0")
@@ -371,7 +371,7 @@ def test_another_runs_files_in_the_same_folder_stay(unbroken, student_flags, tmp
         stop_at(patched, 3)
         line = stopped(dse_train_runner.main, student_flags(**SHORT_RUN, trainer_checkpoint=mine), capsys)[1]
     assert {name: contents(other).get(name) for name in before} == before
-    state = line.split("state in ")[1].split(";")[0]  # of the position that the other run has a state of, too
+    state = line.split("state saved in ")[1].split(";")[0]  # of the position that the other run has a state of, too
     assert state.endswith("_state_epoch_1_update_2.pt")
     dse_train_runner.main(student_flags(**SHORT_RUN, trainer_checkpoint=state))
     after = contents(other)
@@ -450,7 +450,7 @@ def test_an_older_state_knows_its_encoder_by_name(student_flags, bert, copied, c
     del entries["data"]["bert"]
     files.save_tensors(path, entries)
     line = refused(dse_train_runner.main, [*student_flags(bert_model=copied(bert)), "--resume"])
-    assert "in the run: going on needs the same encoder" in line
+    assert "in the run: continuing needs the same encoder" in line
     dse_train_runner.main([*student_flags(), "--resume"])
     assert checkpoints()[-1].name.endswith("epoch_1.pt")
 
@@ -574,7 +574,7 @@ def test_the_winning_threshold_goes_with_the_student(student_flags, checkpoints,
     assert model.predict([], threshold=0.4) == ["0", "0", "1"]
     assert model.predict([], threshold=0.5) == ["0", "0", "0"]
     card = (best / "README.md").read_text()
-    assert "`predict` says `1` where its probability is above 0.3" in card
+    assert "`predict` gives `1` if its probability is above 0.3" in card
     assert "| f1_0.3 | 1.0000 |" in card
     assert "f1_0.2" not in card.split("## Commands")[0]
 

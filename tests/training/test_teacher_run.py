@@ -21,7 +21,7 @@ def test_a_teacher_goes_on_to_the_same_bits(teacher_flags, tmp_path, monkeypatch
         stop_at(patched, 2)
         code, line = stopped(finetune_bert.main, teacher_flags(**flags), capsys)
     assert (code, "training_state/teacher_state_epoch_0_update_2.pt" in line) == (143, True)
-    assert "--resume to go on with the training in it" in stopped(finetune_bert.main, teacher_flags(**flags), capsys)[1]
+    assert "--resume to continue the training in it" in stopped(finetune_bert.main, teacher_flags(**flags), capsys)[1]
     with monkeypatch.context() as patched:
         stop_at(patched, 6, sent=signal.SIGINT)
         assert stopped(finetune_bert.main, [*teacher_flags(**flags), "--resume"], capsys)[0] == 130
@@ -53,16 +53,16 @@ def test_what_resume_finds_in_a_teachers_folder(teacher_flags, tmp_path, refused
     line = refused(finetune_bert.main, [*teacher_flags(num_train_epochs=2, learning_rate=0.5), "--resume"])
     assert "--learning_rate: 0.5 now, 0.001 in the run" in line
     flip(weights, 0.9)
-    assert "model.safetensors is spoiled" in refused(finetune_bert.main, [*teacher_flags(), "--resume"])
+    assert "model.safetensors is corrupt or changed" in refused(finetune_bert.main, [*teacher_flags(), "--resume"])
     weights.write_bytes(before)
     edit_json(tmp_path / "teacher" / "training.json", history=3)
-    assert "training.json is spoiled" in refused(finetune_bert.main, [*teacher_flags(), "--resume"])
+    assert "training.json is corrupt" in refused(finetune_bert.main, [*teacher_flags(), "--resume"])
     (tmp_path / "teacher" / "training.json").write_text('{"sha256": ["mine"]}')
     line = refused(finetune_bert.main, [*teacher_flags(), "--resume"])
-    assert "holds other files and no training to go on with" in line
+    assert "holds other files and no training to continue" in line
     assert weights.read_bytes() == before
     finetune_bert.main([*teacher_flags(seed=7), "--resume", "--overwrite_output_dir"])
-    assert "starting anew" in caplog.text
+    assert "starting a new training" in caplog.text
     assert weights.read_bytes() != before
     finetune_bert.main([*teacher_flags(), "--resume", "--overwrite_output_dir"])
     assert weights.read_bytes() == before
@@ -88,14 +88,14 @@ def test_a_teachers_tokenizer_may_not_change(teacher_flags, bert, copied, monkey
         stopped(finetune_bert.main, flags, capsys)
     text = (model / "tokenizer.json").read_text().replace('"doctor"', '"x"').replace('"car"', '"doctor"')
     (model / "tokenizer.json").write_text(text.replace('"x"', '"car"'))
-    assert "its tokenizer is not the one that the run began with" in refused(finetune_bert.main, [*flags, "--resume"])
+    assert "its tokenizer is not the one that the run started with" in refused(finetune_bert.main, [*flags, "--resume"])
 
 
 def test_a_stop_after_the_training_says_how_to_end_it(teacher_flags, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(finetune_bert, "write_results", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         code, line = stopped(finetune_bert.main, teacher_flags(), capsys)
-    assert (code, line) == (143, "finetune_bert.py: stopped by SIGTERM: the same command with --resume goes on")
+    assert (code, line) == (143, "finetune_bert.py: stopped by SIGTERM: run the same command with --resume to continue")
     finetune_bert.main([*teacher_flags(), "--resume"])
     assert (tmp_path / "teacher" / "eval_results.txt").exists()
     assert not (tmp_path / "teacher" / "training_state").exists()
