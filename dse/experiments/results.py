@@ -273,9 +273,13 @@ def in_one_line(results: dict[str, Any]) -> str:
     for name, task in results["tasks"].items():
         metric = task["metric_with_threshold_of_dev"]
         teacher, student = (show(task["table"]["dev"][metric][model]) for model in ("teacher", "dse"))
-        parts.append(f"{student} against {teacher} on {name} ({_WORDS.get(metric, metric).partition(',')[0]})")
+        word = _WORDS.get(metric, metric).partition(",")[0]
+        parts.append(f"{word} {student} on {name} (teacher: {teacher})")
     lost = 100 * results["average_relative_degradation"]
-    return f"DSE against its teacher, dev sets: {', '.join(parts)}; {lost:+.1f} % of the teacher's score is lost."
+    return (
+        f"On dev sets, DSE reaches {', '.join(parts)}. The average relative degradation is {lost:+.1f} % (the paper's, "
+        f"with BERT-large on five tasks: {100 * PAPER:+.1f} %)."
+    )
 
 
 def introduction(results: dict[str, Any]) -> str:
