@@ -20,6 +20,7 @@ from processes import ROOT
 sys.path.insert(0, str(ROOT))
 
 from dse.experiments import benchmarks, benchmarks_scoring, results, transfer
+from dse.system.device import count_of
 from dse.system.files import write_json
 
 PUBLISHED = ROOT / "dse" / "experiments" / "published"
@@ -40,7 +41,7 @@ def trained(*names: str) -> str:
 def machine_line() -> str:
     found = read("scoring")["settings"]["machine"]
     versions = ", ".join(f"{name.replace('_', '-')} {number}" for name, number in found["versions"].items())
-    return f"Measured on {found['processor']}, {found['threads']} threads, with {versions}."
+    return f"Measured on {found['processor']}, {count_of(found['threads'])}, with {versions}."
 
 
 def minutes_line() -> str:

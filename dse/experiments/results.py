@@ -16,7 +16,7 @@ from typing import Any
 from dse.data.tasks import BINARY, REGRESSION, TASKS, Task, get_task
 from dse.experiments.presets import OPTIONAL, STAGES, STUDENTS, TEACHER, VARIANTS, as_words
 from dse.experiments.reproduction import Experiment, Left, read_record
-from dse.system.device import machine
+from dse.system.device import count_of, machine
 from dse.system.files import without_nan, write_json, write_text
 from dse.training.reporting import duration, markdown_table
 
@@ -291,7 +291,7 @@ def introduction(results: dict[str, Any]) -> str:
     )
     versions = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
     took = duration(sum(run["seconds"] for run in runs))
-    where = results["machine"]["gpu"] or f"{results['machine']['processor']}, {results['machine']['threads']} threads"
+    where = results["machine"]["gpu"] or f"{results['machine']['processor']}, {count_of(results['machine']['threads'])}"
     lacks = [f"{name} lacks {', '.join(stages)}" for name, stages in results["missing"].items()]
     state = f"Not complete: {'; '.join(lacks)}. " if lacks else ""
     left_out = [
@@ -301,8 +301,8 @@ def introduction(results: dict[str, Any]) -> str:
     of_all = f"Rows are means over the seeds that have all their columns: {'; '.join(left_out)} left out. "
     return (
         f"{state}`{results['command']}`: {took} in all, {where}, {', '.join(versions)}. Mean ± standard deviation over "
-        f"seeds ({seeds}). {of_all if left_out else ''}Epochs of students and of Sentence-BERT are chosen on dev, a "
-        "teacher's is its last."
+        f"seeds ({seeds}). {of_all if left_out else ''}Students and Sentence-BERT count with their best epoch on dev, "
+        "a teacher with its last."
     )
 
 

@@ -47,7 +47,16 @@ def describe_device(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"CPU with {torch.get_num_threads()} threads"
+    return f"CPU with {count_of(torch.get_num_threads())}"
+
+
+def count_of(threads: int) -> str:
+    """The number of threads in words.
+
+    >>> count_of(1), count_of(2)
+    ('1 thread', '2 threads')
+    """
+    return f"{threads} thread{'s' * (threads != 1)}"
 
 
 def processor() -> str:
