@@ -227,7 +227,11 @@ add_padding_flag = _flags(  # the results are the same up to rounding
 )
 add_resume_flags = _flags(
     resume=_SWITCH | {"help": "continue the same run from its newest intact state, if there is one"},
-    save_every={"type": whole_number(1), "help": "updates between two states (default: one after each epoch)"},
+    save_every={
+        "type": whole_number(1),
+        "help": "also write a state every N updates (default: only after epochs)",
+        "metavar": "N",
+    },
 )
 add_precision_flags = _flags(  # `precision_of` reads them
     fp16=_SWITCH | {"help": "mixed precision with float16, CUDA only"},

@@ -90,7 +90,10 @@ class CandidateIndex:
 
     @classmethod
     def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
-        """An index as it was stored, memory-mapped. Raises InputError if corrupt, another model's or not an index."""
+        """An index as it was stored, memory-mapped.
+
+        Raises InputError if it is another model's, not an index, or lacks bytes; damaged bytes are refused when read.
+        """
         files = IndexFiles.open(Path(folder))
         if files.content["model"] != fingerprint(model):
             raise InputError(f"{folder}: this index was made by another model; build it again, or give its own model")

@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--candidates", required=True, help="file with one candidate per line; - for standard input")
     add("--output", required=True, help="folder of the index; an earlier index there is replaced")
     add("--append", action="store_true", help="add to the index at --output instead")
-    add("--half", action="store_true", help="store 16 bits: half the space, scores off by about 0.01 %% of the largest")
+    add("--half", action="store_true", help="store 16 bits: half the space, scores off by less than 0.1 %%")
     cli.add_inference_flags(parser)
 
 

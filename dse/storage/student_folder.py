@@ -253,6 +253,6 @@ def command_line(script: str, flags: dict[str, Any], full_paths: bool = True) ->
             value = Path(value).name  # where a user keeps files is nobody else's business
         if value is True:
             words.append(f"--{flag}")
-        elif value not in (False, None, ""):
+        elif value is not False and value is not None and value != "":  # 0 is a value
             words += [f"--{flag}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
     return shlex.join(words)
