@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import os
 import random
@@ -92,7 +92,7 @@ def parser_of(*command: str) -> argparse.ArgumentParser:
 def test_flags_in_the_prose(page):
     known = {flag for name in (*SCRIPTS, *COMMANDS) for flag in parser_of(name)._option_string_actions}
     found = set(re.findall(r"`[^`]*?(--[a-z_0-9]+)", pages.prose(page)))
-    theirs = {"--kills", "--shutdown_timeout"}  # of the soak and of torchrun
+    theirs = {"--kills", "--nproc_per_node", "--shutdown_timeout"}  # of the soak and of torchrun
     gone = {"--local_rank", "--loss_scale", "--server_ip", "--server_port"}
     assert found - theirs - gone <= known
     assert not gone & known
