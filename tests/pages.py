@@ -55,7 +55,7 @@ MADE: dict[str, Callable[[], str]] = {
     "speed-line": lambda: benchmarks_scoring.in_one_line(read("scoring")),
     "minutes-line": minutes_line,
     "summary": lambda: results.quality_table(read("results"), headlines_only=True),
-    "introduction": lambda: results.introduction(read("results")),
+    "introduction": lambda: results.introduction(read("results")).partition("`: ")[2],  # what was run stands below
     "quality": lambda: results.quality_table(read("results")),
     "compared": lambda: results.compared_table(read("results")),
     "minutes": lambda: results.minutes_table(read("results")),
