@@ -15,7 +15,7 @@ from dse import cli
 from dse.commands import logger
 from dse.data.tasks import MULTICLASS, TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
-from dse.experiments import reproduction
+from dse.experiments import reproduction, results
 from dse.experiments.presets import PRESETS, STAGES, VARIANTS
 from dse.experiments.reproduction import Encoder, Experiment, Left
 from dse.networks.config import check_fits_bert
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
     works = make_works(args)
-    from dse.experiments import results, stages
+    from dse.experiments import stages
 
     if not results.can_plot():
         logger.warning("no plots; for them, pip install matplotlib and run this again")
