@@ -47,7 +47,7 @@ def machine_line() -> str:
 def minutes_line() -> str:
     minutes = read("results")["tasks"]["MRPC"]["minutes"]
     teacher, logits, student = (f"{minutes[stage]['mean']:.0f}" for stage in ("teacher", "logits", "dse"))
-    return f"With a 6-layer BERT on one CPU core, stages 2 to 4 took {teacher}, {logits} and {student} minutes."
+    return f"With a 6-layer BERT on one CPU core, steps 2 to 4 took {teacher}, {logits} and {student} minutes."
 
 
 MADE: dict[str, Callable[[], str]] = {
