@@ -26,10 +26,11 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextlib.contextmanager
-def products(precision: str) -> Iterator[None]:
-    """float32 products in the block, of forward or backward, are as `precision` says, on CUDA."""
+def products(precision: str, device: torch.device) -> Iterator[None]:
+    """Products of float32 in the block, of forward or backward, are as `precision` says on the device."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision in ("auto", "tf32") else before)
+    if device.type == "cuda" and precision in ("auto", "tf32"):
+        torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
@@ -61,7 +62,7 @@ class PooledBert(nn.Module):
 
     def _pool_packed(self, batch: PackedBatch) -> Tensor:
         alone = self.pooler.is_berts
-        with products(self.precision):
+        with products(self.precision, batch.ids.device):
             states = layer_states(self.bert, batch, last_alone=alone, dtype=_HALF.get(self.precision))
             layers = deque(states, maxlen=self.top_layers)
         if alone:
@@ -74,7 +75,7 @@ class PooledBert(nn.Module):
     def _pool(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         half = torch.autocast(input_ids.device.type, _HALF.get(self.precision), enabled=self.precision in _HALF)
-        with products(self.precision), half:
+        with products(self.precision, input_ids.device), half:
             outputs = self.bert(**inputs, output_hidden_states=not self.pooler.is_berts)
         # hidden_states[0] is the embedding layer; k <= number of layers keeps it out.
         alone = (outputs.last_hidden_state,)

@@ -119,7 +119,7 @@ class Trainer:
         pieces = self.together(**inputs).split([len(part.rows) for part in parts])
         losses = [self.loss(piece, self.labels[own], own) for piece, own in zip(pieces, rows, strict=True)]
         total: Any = sum(loss * part.weight for loss, part in zip(losses, parts, strict=True))
-        with products(self.model.precision):
+        with products(self.model.precision, self.device):
             self.scaler.scale(total / group_size).backward()
         return torch.stack(losses).detach(), torch.cat(pieces).detach()
 
