@@ -76,6 +76,11 @@ def has_varlen_attention(device: torch.device) -> bool:
     return device.type == "cuda" and not PUBLIC_ONLY and _VARLEN is not None
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Can a pass be captured, and replayed with other numbers? The public way beside it is to run the pass."""
+    return device.type == "cuda" and not PUBLIC_ONLY and hasattr(torch._C, "_CUDAGraph")
+
+
 def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(width)) v within each row.
 

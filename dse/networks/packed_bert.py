@@ -190,7 +190,7 @@ def _attend(own: Any, weights: _Weights, states: Tensor, batch: PackedBatch, kee
     projected, heads = _project(states, weights, own.query, own.key, own.value), own.num_attention_heads
     if has_varlen_attention(states.device):
         rate = own.dropout.p if own.training else 0.0
-        return varlen_attention(projected, batch.bounds, batch.groups[0].length, heads, rate)
+        return varlen_attention(projected, batch.bounds32, batch.groups[0].length, heads, rate)
     contexts = [
         _Attention.apply(part, None if kept is None else kept.to(part.dtype), group, heads)
         for part, group, kept in zip(by_group(projected, batch), batch.groups, keep, strict=True)
