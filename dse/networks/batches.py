@@ -1,29 +1,29 @@
 """A split's features as batches that a network takes.
 
-packed    rows end to end without padding, in groups of similar length (packed_bert.py)
+packed    rows end to end without padding, on the CPU in groups of similar length (packed_bert.py)
 batch     padded to the batch's longest row
 max       padded to max_seq_length
+
+A batch is made on the CPU and reaches a GPU in one copy, which the work under way there does not wait for.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dse.data.features import Ragged
 
 _FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
 _SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
 _MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
+_CPU = torch.device("cpu")
 Inputs = dict[str, Any]  # what a network's forward takes, by name
-
-
-def padding_for(device: torch.device, asked: str | None) -> str:
-    """The padding that was asked for, or the device's default: packed on CPU; on CUDA it was not measured."""
-    return asked or ("packed" if device.type == "cpu" else "batch")
 
 
 class Batches:
@@ -39,23 +39,26 @@ class Batches:
     def __len__(self) -> int:
         return len(self.features)
 
-    def of_pairs(self, rows: np.ndarray) -> Inputs:
+    def of_pairs(self, rows: np.ndarray, device: torch.device = _CPU) -> Inputs:
         """Inputs of the given pairs; for a student, the first texts of all pairs, then the second ones."""
-        return self._inputs(*self.features.rows_of(rows))
+        return self._inputs(device, *self.features.rows_of(rows))
 
-    def of_texts(self, rows: np.ndarray) -> Inputs:
+    def of_texts(self, rows: np.ndarray, device: torch.device = _CPU) -> Inputs:
         """Inputs of the given rows of a student's distinct texts."""
-        return self._inputs(self.features.texts, rows)
+        return self._inputs(device, self.features.texts, rows)
 
-    def _inputs(self, tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> Inputs:
+    def _inputs(
+        self, device: torch.device, tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None
+    ) -> Inputs:
         """`packed`, or input_ids, attention_mask and, of joint features, token_type_ids, each (rows, length), int64."""
         if self.padding == "packed":
-            return {"packed": pack(tokens, rows, first_lengths)}
+            return {"packed": pack(tokens, rows, first_lengths, grouped=device.type == "cpu").to(device)}
         ids, mask = pad(tokens, rows, self.features.pad_id, self.max_seq_length if self.padding == "max" else None)
-        if first_lengths is None:
-            return {"input_ids": ids, "attention_mask": mask}
-        second = torch.arange(ids.shape[1]) >= torch.from_numpy(first_lengths.astype(np.int64))[:, None]
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": second.long() * mask}
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if first_lengths is not None:
+            second = torch.arange(ids.shape[1]) >= torch.from_numpy(first_lengths.astype(np.int64))[:, None]
+            inputs["token_type_ids"] = second.long() * mask
+        return dict(zip(inputs, moved(list(inputs.values()), device), strict=True))
 
 
 def pad(tokens: Ragged, rows: np.ndarray, pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -68,16 +71,32 @@ def pad(tokens: Ragged, rows: np.ndarray, pad_id: int, length: int | None = None
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
+def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU, int64, on a device: by one copy of one buffer, for which nobody waits."""
+    if device.type == "cpu":
+        return tensors
+    sizes = [tensor.numel() for tensor in tensors]
+    flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    torch.cat([tensor.flatten() for tensor in tensors], out=flat)
+    parts = flat.to(device, non_blocking=True).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 @dataclass
 class Group:
     """Rows of similar length, which attention pads to the longest of them."""
 
     rows: int
     length: int  # of the longest row
+    full: bool  # has no row any padding?
     place: Tensor  # int64, (rows * length,): the token of each place; for padding, any of the group's
     back: Tensor  # int64, (tokens,): the place of each token
     mask: Tensor  # int64, (rows, length): 1 for tokens and 0 for padding
-    bias: Tensor | None  # float, (rows, 1, length): 0 for tokens, far below for padding; None where there is none
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """(rows, 1, length), float32: 0 for tokens, far below for padding."""
+        return ((1 - self.mask) * _MASKED)[:, None]
 
 
 @dataclass
@@ -93,18 +112,28 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device."""
-        groups = [replace(group, **_tensors(group, device)) for group in self.groups]
-        return replace(self, groups=groups, **_tensors(self, device))
+        there = replace(self, groups=[replace(group) for group in self.groups])
+        records = there, *there.groups
+        places = [(record, name) for record in records for name, x in vars(record).items() if isinstance(x, Tensor)]
+        for (record, name), tensor in zip(places, moved([getattr(*place) for place in places], device), strict=True):
+            setattr(record, name, tensor)
+        return there
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(rows + 1,), int32: where each row begins, and where the last one ends."""
+        return functional.pad(self.starts, (0, 1), value=sum(len(group.back) for group in self.groups)).int()
 
 
-def _tensors(record: Group | PackedBatch, device: torch.device) -> dict[str, Any]:
-    return {name: x.to(device) for name, x in vars(record).items() if isinstance(x, Tensor)}
-
-
-def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None) -> PackedBatch:
+def pack(
+    tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None, grouped: bool = True
+) -> PackedBatch:
     """Pack the given rows, int, of `tokens`; a row may occur several times.
 
-    first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
+    Args:
+        first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
+        grouped: cut the rows into groups of similar length, and add idle tokens; otherwise there are one group and no
+            idle tokens, as suits a device whose attention takes rows of any length.
     """
     order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
     rows = rows[order]
@@ -112,13 +141,14 @@ def pack(tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = No
     starts = np.cumsum(lengths) - lengths
     count = int(lengths.sum())
     places = np.arange(count) - np.repeat(starts, lengths)
-    ids, positions, types = torch.zeros((3, _few_sizes(count)), dtype=torch.int64)
+    ids, positions, types = torch.zeros((3, _few_sizes(count) if grouped else count), dtype=torch.int64)
     ids[:count] = torch.from_numpy(tokens.ids[np.repeat(tokens.offsets[rows], lengths) + places])
     positions[:count] = torch.from_numpy(places)
     if first_lengths is not None:
         types[:count] = torch.from_numpy(places >= np.repeat(first_lengths[order], lengths))
     begin, back = map(torch.from_numpy, (starts, np.argsort(order)))
-    return PackedBatch(ids, positions, None if first_lengths is None else types, begin, back, list(_groups(lengths)))
+    groups = list(_groups(lengths)) if grouped else [_group(lengths)]
+    return PackedBatch(ids, positions, None if first_lengths is None else types, begin, back, groups)
 
 
 def _few_sizes(count: int) -> int:
@@ -142,14 +172,17 @@ def _groups(lengths: np.ndarray) -> Iterator[Group]:
     while len(lengths):
         similar = int((lengths[:_MOST] >= _SHORTEST * lengths[0]).sum())
         some, lengths = np.split(lengths, [max(similar, _FEWEST)])
-        length = int(some[0])
-        mask = np.arange(length) < some[:, None]
-        back = np.flatnonzero(mask)
-        place = np.zeros(mask.size, dtype=np.int64)
-        place[back] = np.arange(len(back))
-        ones = torch.from_numpy(mask.astype(np.int64))
-        bias = None if len(back) == mask.size else ((1 - ones) * _MASKED)[:, None]
-        yield Group(len(some), length, torch.from_numpy(place), torch.from_numpy(back), ones, bias)
+        yield _group(some)
+
+
+def _group(lengths: np.ndarray) -> Group:
+    """A group of rows of falling length."""
+    mask = np.arange(lengths[0]) < lengths[:, None]
+    back = np.flatnonzero(mask)
+    place = np.zeros(mask.size, dtype=np.int64)
+    place[back] = np.arange(len(back))
+    tensors = map(torch.from_numpy, (place, back, mask.astype(np.int64)))
+    return Group(len(lengths), int(lengths[0]), len(back) == mask.size, *tensors)
 
 
 class _Pad(torch.autograd.Function):
@@ -158,12 +191,12 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return states if group.bias is None else states.index_select(0, group.place)
+        return states if group.full else states.index_select(0, group.place)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Nothing comes back from padding, so the gradient is gathered where index_select's own would be scattered.
-        return gradient if ctx.group.bias is None else gradient.index_select(0, ctx.group.back), None
+        return gradient if ctx.group.full else gradient.index_select(0, ctx.group.back), None
 
 
 def padded_inputs(batch: PackedBatch) -> Iterator[dict[str, Tensor]]:

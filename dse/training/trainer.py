@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dse.networks.batches import moved
+from dse.networks.encoder import products
+from dse.networks.kernels import norms
 from dse.system import parallel
 from dse.system.errors import RunError
 from dse.training.epoch_plan import BatchPart, EpochPlan
@@ -24,7 +27,7 @@ from dse.training.optimization import BertAdam
 from dse.training.reporting import Record
 
 logger = logging.getLogger(__name__)
-Loss = Callable[[Tensor, Tensor, np.ndarray], Tensor]  # outputs, their labels and their rows, (batch,), to a scalar
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # outputs, their labels and their rows, (batch,), to a scalar
 Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # outputs (n, width), labels (n,) of all rows to metrics
 
 
@@ -64,24 +67,20 @@ class Trainer:
     """Trains a model, and remembers how each epoch went.
 
     Args:
-        model: a module on one device, trained in place; from the plan's inputs to outputs (batch, width).
+        model: a module on one device, trained in place; from the plan's inputs to outputs (batch, width). Its
+            `precision` is that of its encoder (networks/encoder.py).
         plan: the batches, and how they make updates; their features have labels.
         optimizer: BertAdam over the model's parameters.
-        precision: "fp32", or mixed: "fp16" (CUDA only) or "bf16".
     """
 
-    def __init__(
-        self, model: Any, plan: EpochPlan, loss: Loss, measure: Measure, optimizer: BertAdam, precision: str = "fp32"
-    ) -> None:
+    def __init__(self, model: Any, plan: EpochPlan, loss: Loss, measure: Measure, optimizer: BertAdam) -> None:
         self.model, self.plan, self.loss, self.measure = model, plan, loss, measure
         self.optimizer, self.device = optimizer, next(model.parameters()).device
         self.labels = torch.from_numpy(plan.batches.features.labels).to(self.device)
         self.together = parallel.synchronized(model)  # the model, and with several processes their gradients' mean
         if parallel.size() > 1:  # weights are the same by now; dropout is not to be
             torch.manual_seed(plan.seed + parallel.rank())
-        half = torch.float16 if precision == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(self.device.type, dtype=half, enabled=precision != "fp32")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.precision == "fp16")
         self.history: list[Record] = []
         self.so_far = EpochSoFar()
         self.saved: Path | None = None  # the last state that was written, as far as this run knows
@@ -106,34 +105,39 @@ class Trainer:
     def train_group(self, group: list[np.ndarray]) -> None:
         """One update, from its batches of rows."""
         passes = self.plan.passes(group, self.so_far.updates)
+        done = []
         for i, parts in enumerate(passes):
             waits = parallel.size() > 1 and i + 1 < len(passes)  # the last pass averages the gradients of all of them
             with self.together.no_sync() if waits else contextlib.nullcontext():
-                self.backward(parts, len(group))
-        self.update()
+                done.append(self.backward(parts, len(group)))
+        self.update(passes, *map(torch.cat, zip(*done, strict=True)))
 
-    def backward(self, parts: list[BatchPart], group_size: int) -> None:
-        """Add the batches' parts of the gradient, and keep their outputs."""
-        rows = np.concatenate([part.rows for part in parts])
-        inputs = self.plan.batches.of_pairs(rows)
-        with self.autocast:
-            outputs = self.together(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
-            pieces = outputs.split([len(part.rows) for part in parts])
-            both = zip(pieces, parts, strict=True)
-            losses = [self.loss(piece, self.labels[part.rows], part.rows) for piece, part in both]
-        total = torch.zeros((), device=self.device)
-        for loss, part in zip(losses, parts, strict=True):
-            if not bool(loss.isfinite()):
-                self._diverged(f"epoch {len(self.history)}, batch {part.number}: the loss is {loss.item()}")
-            total = total + loss * part.weight
-        self.scaler.scale(total / group_size).backward()
-        counted = slice(None if parts[0].weight else 0)
-        self.so_far.outputs.append((rows[counted], outputs.detach().float().cpu().numpy()[counted]))
+    def backward(self, parts: list[BatchPart], group_size: int) -> tuple[Tensor, Tensor]:
+        """Add the batches' parts of the gradient. Returns their losses, (parts,), and outputs, (rows, width)."""
+        inputs = self.plan.batches.of_pairs(np.concatenate([part.rows for part in parts]), self.device)
+        rows = moved([torch.from_numpy(part.rows) for part in parts], self.device)
+        pieces = self.together(**inputs).split([len(part.rows) for part in parts])
+        losses = [self.loss(piece, self.labels[own], own) for piece, own in zip(pieces, rows, strict=True)]
+        total: Any = sum(loss * part.weight for loss, part in zip(losses, parts, strict=True))
+        with products(self.model.precision, self.device):
+            self.scaler.scale(total / group_size).backward()
+        return torch.stack(losses).detach(), torch.cat(pieces).detach()
 
-    def update(self) -> None:
-        """Let the optimizer use the gradient, and clear it."""
+    def update(self, passes: list[list[BatchPart]], losses: Tensor, outputs: Tensor) -> None:
+        """Let the optimizer use the gradient, clear it, keep the outputs. Raises RunError for a loss that is NaN."""
         self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)
+        gradients = self.optimizer.gradients()
+        # All that the host needs to know of the update, in one copy.
+        found = torch.cat([losses, outputs.flatten(), norms(gradients).to(losses)]).cpu().numpy()
+        of_losses, of_outputs, of_norms = np.split(found, [len(losses), len(losses) + outputs.numel()])
+        parts = [part for some in passes for part in some]
+        for part, loss in zip(parts, of_losses, strict=True):
+            if not np.isfinite(loss):
+                self._diverged(f"epoch {len(self.history)}, batch {part.number}: the loss is {loss}")
+        rows = np.concatenate([part.rows for part in parts])
+        counted = slice(None if parts[0].weight else 0)
+        self.so_far.outputs.append((rows[counted], of_outputs.reshape(outputs.shape)[counted]))
+        self.scaler.step(self.optimizer, norms_before=of_norms.tolist())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -77,7 +77,7 @@ CPU = torch.device("cpu")
 def run_steps(progress: inference.PartialOutputs | None, computed: list[int], costs: list[int]) -> np.ndarray:
     """Outputs that are each row's number plus 1, in steps of at most 8 places; which rows were computed."""
 
-    def batch(rows: np.ndarray) -> dict:
+    def batch(rows: np.ndarray, device: torch.device) -> dict:
         computed.extend(rows.tolist())
         return {"rows": torch.from_numpy(rows)}
 
