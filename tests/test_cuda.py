@@ -1,6 +1,7 @@
 """The CUDA path on a machine without a GPU: tests/cuda emulates one. Each scenario has a process of its own."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,9 +89,9 @@ def test_stages_give_what_the_cpu_gives(padding, begin, made, on_cpu):
     assert_same(found, expected, ("teacher", "logits", "student", "weights"))
     assert np.ptp(found["student"]) > 0.1, "nothing was learned that could differ"
     assert found["rng states set"] == 1
-    assert [line.split()[0] for line in found["example"].splitlines()] == [
-        line.split()[0] for line in expected["example"].splitlines()
-    ]
+    printed = [re.findall(r"-?\d\.\d+(?:e[-+]\d+)?", each["example"]) for each in (found, expected)]
+    assert len(printed[0]) > 100
+    np.testing.assert_allclose(*(np.array(numbers, float) for numbers in printed), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [["--bf16"], ["--fp16"], ["--gradient_checkpointing"]], ids=" ".join)
@@ -142,7 +143,7 @@ def test_what_is_done_for_each_parameter_is_seen(fault, kinds, begin, made):
     assert {line.split()[2].rstrip(",") for line in lines} == kinds, lines
 
 
-@pytest.mark.parametrize("fault", ["labels", "head"])
+@pytest.mark.parametrize("fault", ["targets", "head"])
 def test_what_stays_on_the_cpu_is_refused(fault, begin, made):
     lines = begin("planted", fault, made / "long", made / "shallow", ...)()["value"]
     assert len(lines) == 1

@@ -20,8 +20,8 @@ from dse.models import DSESiameseClassifier
 from dse.networks.student import SiameseNetwork
 from dse.storage.checkpoint import Checkpoint
 from dse.system import parallel
+from dse.training import kinds
 from dse.training.optimization import BertAdam
-from dse.training.trainer import Trainer
 
 TEXTS = ["the doctor sold a car .", "a physician traded a vehicle in the town soon .", "soon", "the thief hid a lamp"]
 PAIRS = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3]), (TEXTS[1], TEXTS[1])]
@@ -129,7 +129,7 @@ def over_budget(updates: list[dict[str, Any]]) -> list[str]:
 
 def planted(fault: str, data: Path, bert: Path, folder: Path) -> list[str]:
     """How a fault shows: the error, or the budgets that it breaks in a training of the student."""
-    step, init, to = BertAdam.step, Trainer.__init__, SiameseNetwork.to
+    step, to, distance = BertAdam.step, SiameseNetwork.to, kinds.distillation_loss
 
     def per_parameter(work: Any) -> Any:
         def faulty_step(self: BertAdam, *args: Any, **kwargs: Any) -> None:
@@ -140,10 +140,6 @@ def planted(fault: str, data: Path, bert: Path, folder: Path) -> list[str]:
 
         return faulty_step
 
-    def labels_left(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self.labels = self.labels.cpu()
-
     def head_left(self: SiameseNetwork, device: torch.device) -> SiameseNetwork:
         to(self, device)
         self.siamese_head.cpu()
@@ -153,8 +149,8 @@ def planted(fault: str, data: Path, bert: Path, folder: Path) -> list[str]:
         BertAdam.step = per_parameter(lambda parameter: parameter.grad.norm().item())
     elif fault == "copy":
         BertAdam.step = per_parameter(lambda parameter: torch.tensor(1.0, device=parameter.device))
-    elif fault == "labels":
-        Trainer.__init__ = labels_left
+    elif fault == "targets":
+        kinds.distillation_loss = lambda outputs, targets: distance(outputs, targets.cpu())
     elif fault == "head":
         SiameseNetwork.to = head_left
     try:
