@@ -42,7 +42,7 @@ def made(tmp_path_factory) -> Path:
     write_tiny_bert(folder / "bert", seed=3)
     config = folder / "bert" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **NO_DROPOUT}))
-    count.write_data(folder / "long")
+    count.write_data(folder / "long", 96)
     count.write_bert(folder / "deep")
     count.write_bert(folder / "shallow", layers=4)
     return folder
@@ -131,7 +131,7 @@ def updates(begin, made) -> dict[str, list[dict[str, Any]]]:
 def test_an_update_seldom_waits_for_the_device(case, updates):
     """At BERT-large's depth, whatever the layers: at most 3 reads by the host, and 10 copies to the device."""
     counted = updates[" ".join(case)]
-    assert len(counted) == 2
+    assert len(counted) == 1
     assert all(update["counts"]["launch"] > 24 * 20 for update in counted)
     assert not scenarios.over_budget(counted)
 

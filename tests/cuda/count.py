@@ -46,10 +46,10 @@ CASES = [(role, precision, padding) for role in ("student", "teacher") for preci
          for padding in ("batch", "packed")]  # fmt: skip
 
 
-def write_data(folder: Path) -> None:
-    """PAIRS training pairs and 16 of dev in MRPC's layout: texts of 1 to 3 sentences, 27 tokens in the mean."""
+def write_data(folder: Path, pairs: int = PAIRS) -> None:
+    """Training pairs and 16 of dev in MRPC's layout: texts of 1 to 3 sentences, 27 tokens in the mean."""
     rng = random.Random(0)
-    for name, rows in (("train", PAIRS), ("dev", 16)):
+    for name, rows in (("train", pairs), ("dev", 16)):
         lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"]
         for i in range(rows):
             parts = [make_pair(rng) for _ in range(3)]
