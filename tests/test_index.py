@@ -311,22 +311,29 @@ class InOrder:
     """The stream of all else, which does its work at once."""
 
     def wait_event(self, event: "Event") -> None:
-        event.synchronize()
+        event.finish()
 
     def wait_stream(self, copying: LateCopies) -> None:
         copying.until(len(copying.work))
 
 
 class Event:
+    """A place in a stream of copies; the host must have waited for it before it is recorded again."""
+
     def __init__(self) -> None:
-        self.recorded = None
+        self.recorded, self.awaited = None, False
 
     def record(self, stream: LateCopies) -> None:
-        self.recorded = stream, len(stream.work)
+        assert self.awaited, "the host's buffer is filled while it is copied"
+        self.recorded, self.awaited = (stream, len(stream.work)), False
 
-    def synchronize(self) -> None:
+    def finish(self) -> None:
         if self.recorded:
             self.recorded[0].until(self.recorded[1])
+
+    def synchronize(self) -> None:
+        self.finish()
+        self.awaited = True
 
 
 @pytest.fixture
