@@ -19,7 +19,7 @@ from dse.storage import states
 from dse.storage.checkpoint import Checkpoint
 from dse.system import files
 from dse.system.errors import InputError, RunError
-from dse.training import reporting, trainer
+from dse.training import reporting, run, trainer
 from dse.training.kinds import Kind
 from dse.training.run import Identity
 
@@ -159,13 +159,18 @@ def test_a_state_is_that_of_its_moment_though_the_training_goes_on(student_flags
 def test_there_is_never_more_than_one_copy(student_flags, monkeypatch):
     copies = []
 
-    def look(path: Path, entries: dict) -> None:
-        assert [copy for copy in copies if copy() is not None] == []
-        copies.extend(map(weakref.ref, entries["model"].values()))
+    def copied(*args):
+        deadline = time.monotonic() + 5  # the writing thread lets go of one just after it has said that it is done
+        while any(copy() is not None for copy in copies):
+            assert time.monotonic() < deadline, "the copy before is still there"
+        taken = states.snapshot(*args)
+        copies.extend(map(weakref.ref, taken["model"].values()))
+        return taken
 
-    write_with(monkeypatch, look)
+    monkeypatch.setattr(run, "snapshot", copied)
+    write_with(monkeypatch, lambda *_: time.sleep(0.05))
     dse_train_runner.main(student_flags(gradient_accumulation_steps=1, save_every=1))
-    assert copies
+    assert len(copies) > 4
 
 
 @pytest.mark.parametrize(("flags", "signal_at", "updates"), [({"save_every": 1}, 9, 2), ({}, 9, 3), ({}, 2, 2)])
