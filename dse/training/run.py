@@ -82,7 +82,7 @@ class Run:
     found: dict[str, Any] | None = None  # that state's entries, of which `model` and `trainer` are used
     log_file: Path | None = None  # beside which a JSON line per epoch goes
     _writer: ThreadPoolExecutor = field(init=False, repr=False, default_factory=lambda: ThreadPoolExecutor(1))
-    _write: "Future[Path] | None" = field(init=False, repr=False, default=None)  # the last one, until `wait`
+    _write: "Future[None] | None" = field(init=False, repr=False, default=None)  # the last one, until `wait`
 
     def resume(self, trainer: Trainer) -> None:
         """Put the trainer where the run stands: at its start, or at the state that it continues from."""
@@ -175,16 +175,20 @@ class Run:
         trainer = self.trainer
         trainer.check_weights()
         self.wait()
-        position, entries = (len(trainer.history), trainer.so_far.updates), self.entries(name)
+        position, entries, best = (len(trainer.history), trainer.so_far.updates), self.entries(name), self.best_epoch()
         if parallel.is_first():  # which alone writes
             entries = snapshot(entries, trainer.device)
-        self._write = self._writer.submit(self.states.save, position, entries, name, self.best_epoch())
+
+        def write() -> None:
+            trainer.saved = self.states.save(position, entries, name, best)
+
+        self._write = self._writer.submit(write)
         return entries
 
     def wait(self) -> None:
         """Return once the last state is complete on the disk. Raises RunError if it could not be written."""
         if self._write is not None:
-            self.trainer.saved = self._write.result()
+            self._write.result()
             self._write = None
 
     def after_epoch(self, record: Record) -> bool:

@@ -112,14 +112,14 @@ def test_going_on_with_changed_data(trained, refused, data, student_flags):
         dev.write_bytes(original)
 
 
-def count_updates(monkeypatch, after: Callable[[int], None]) -> None:
-    """Call `after` with the number of each update from here on, once it is made."""
+def count_updates(monkeypatch, after: Callable[[int, trainer.Trainer], None]) -> None:
+    """Call `after` with the number of each update from here on, once it is made, and the trainer."""
     update, made = trainer.Trainer.update, []
 
     def counted(self):
         update(self)
         made.append(1)
-        after(len(made))
+        after(len(made), self)
 
     monkeypatch.setattr(trainer.Trainer, "update", counted)
 
@@ -132,17 +132,24 @@ def write_with(monkeypatch, before: Callable[[Path, dict], None]) -> None:
 
 def test_a_state_is_that_of_its_moment_though_the_training_goes_on(student_flags, checkpoints, tmp_path, monkeypatch):
     """That of update 2 is not written before update 3 is made; a run that continues from it ends with the same bits."""
-    third, kept = threading.Event(), tmp_path / "kept.pt"
+    third, kept, saved = threading.Event(), tmp_path / "kept.pt", []
 
     def hold(path: Path, entries: dict) -> None:
         if path.name.endswith("_state_epoch_0_update_2.pt"):
             assert third.wait(60), "the training waits for the write"
             files.save_tensors(kept, entries)
 
+    def after(number: int, trainer: trainer.Trainer) -> None:
+        saved.append(trainer.saved)
+        if number == 3:
+            third.set()
+
     with monkeypatch.context() as patched:
-        count_updates(patched, lambda number: third.set() if number == 3 else None)
+        count_updates(patched, after)
         write_with(patched, hold)
         dse_train_runner.main(student_flags(**SHORT_RUN))
+    assert saved[:3] == [None] * 3  # it names a state that is complete
+    assert saved[3].name.endswith("_epoch_0.pt")
     found = Checkpoint.read(kept).trainer
     assert (found["history"], found["partial"]["updates"], found["optimizer"]["param_groups"][0]["updates"]) == (
         [],
@@ -190,7 +197,7 @@ def test_a_state_that_cannot_be_written_ends_the_run(
         raise RunError("the state cannot be written")
 
     monkeypatch.setattr(states, "save_tensors", full)
-    count_updates(monkeypatch, made.append)
+    count_updates(monkeypatch, lambda number, _: made.append(number))
     stop_at(monkeypatch, signal_at)
     code, line = stopped(finetune_bert.main, teacher_flags(**flags), capsys)
     assert (code, line) == (1, "finetune_bert.py: error: the state cannot be written")
