@@ -5,25 +5,31 @@ import logging
 import os
 import platform
 import random
+import re
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dse import __version__
 from dse.system import libc, parallel
-from dse.system.errors import InputError
+from dse.system.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+_SIGNS_OF_A_GPU = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))  # of its driver
 
 
 def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
-    """CUDA if there is a GPU and `no_gpu` is false, else the CPU. Raises InputError for a GPU that does not exist."""
+    """CUDA if there is a GPU and `no_gpu` is false, else the CPU. A GPU becomes torch's current one.
+
+    Raises InputError for a GPU that does not exist or cannot be used; warns if torch can use none of those that do.
+    """
     import torch
 
-    if no_gpu or not torch.cuda.is_available():
+    if no_gpu or not _has_cuda():
         if precision == "fp16":
             raise InputError("--fp16: needs a CUDA device, and this run has none: leave the flag out, or give --bf16")
         libc.keep_freed_memory()
@@ -38,7 +44,36 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
     elif count > 1:
         all_of_them = f"to use all, start a script that trains or makes logits with `torchrun --nproc_per_node {count}`"
         logger.info("of %d GPUs, this run uses number %d; %s", count, gpu_id, all_of_them)
-    return torch.device("cuda", gpu_id)
+    device = torch.device("cuda", gpu_id)
+    try:
+        torch.cuda.set_device(device)  # for whatever says just "cuda"; it is the first call that needs the GPU
+    except RuntimeError as error:
+        raise InputError(
+            f"GPU {gpu_id} cannot be used ({one_line(error)[:200]}): give another --gpu_id, or use the CPU"
+        ) from error
+    return device
+
+
+def _has_cuda() -> bool:
+    """Can torch use a GPU? Warns if it cannot and there is one."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return True
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    if hidden == "" or hidden.startswith("-"):  # by the user
+        return False
+    if told:  # once in a process
+        why = re.sub(r" \(Triggered internally .*", "", " ".join(str(told[0].message).split()))
+    elif any(path.exists() for path in _SIGNS_OF_A_GPU):
+        built = f"torch {torch.__version__} finds no GPU that it can use: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        why = built if torch.version.cuda else f"torch {torch.__version__} is a build without CUDA: install another"
+    else:
+        return False
+    logger.warning("this machine has a GPU, but the CPU is used: %s", why)
+    return False
 
 
 def describe_device(device: "torch.device") -> str:

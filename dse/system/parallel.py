@@ -1,7 +1,8 @@
 """Several processes, started by torchrun, that train one model, or compute its outputs, together.
 
-Each of N processes has all the data and the model. It takes every N-th row of each training batch, and every N-th batch
-of an inference, whose other outputs are zeros there. Only the first process writes files. One process runs as usual.
+Each of N processes has all the data and the model. It takes every N-th row of each training batch. Of an inference it
+takes every N-th batch, or of a student's pairs one of N blocks; its other outputs are zeros. Only the first process
+writes files. One process runs as usual.
 """
 
 import contextlib
@@ -49,9 +50,8 @@ def join(device: "torch.device") -> None:
     if launched():
         import torch
 
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, device_id=gpu)  # barriers take it, too
         _device = device
 
 
@@ -75,6 +75,17 @@ def process_group() -> Iterator[None]:
         _device = None
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let this process run the block by itself, as if there were no others (`size` is 1)."""
+    global _device
+    device, _device = _device, None
+    try:
+        yield
+    finally:
+        _device = device
+
+
 def wait_for_all() -> None:
     """Return when all processes have called this."""
     if size() > 1:
@@ -96,6 +107,15 @@ def first_goes_first() -> Iterator[None]:
 def rows_of_rank(rows: np.ndarray) -> np.ndarray:
     """This process's part of a batch's rows."""
     return rows[rank() :: size()] if size() > 1 else rows
+
+
+def block_of_rank(rows: int) -> slice:
+    """This process's block of so many rows; the blocks are of one size, to 1, and may be empty.
+
+    Rows that are neighbours in a file often share texts, which are then in one block.
+    """
+    first, last = (rows * (rank() % size() + i) // size() for i in (0, 1))
+    return slice(first, last)
 
 
 def agree(numbers: list[int], what: str) -> None:
