@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dse.system.errors import InputError, RunError, one_line
+from dse.system.errors import InputError, RunError, lack_of_memory, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,8 @@ def process_group() -> Iterator[None]:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except RuntimeError as error:
-        if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
+        of_it = any(word in str(error) for word in _OF_THE_CONNECTION) and not lack_of_memory(error)  # as of NCCL
+        if _device is None or not of_it:
             raise
         mend = "look for that process's error; --resume continues if there is a state"
         raise RunError(f"process {rank()} lost the connection to another ({one_line(error)[:200]}): {mend}") from error

@@ -206,6 +206,20 @@ def test_the_process_group_knows_its_gpu(device, given, monkeypatch):
     assert parallel._device == torch.device(device)
 
 
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("NCCL error: unhandled cuda error. Cuda failure 'out of memory'", RuntimeError),
+        ("NCCL error: remote process exited or there was a network error", RunError),
+    ],
+)
+def test_memory_that_runs_out_is_not_a_lost_connection(said, kind, monkeypatch):
+    with pytest.raises(Exception, match="NCCL error") as raised, parallel.process_group():
+        monkeypatch.setattr(parallel, "_device", CPU)
+        raise RuntimeError(said)
+    assert type(raised.value) is kind
+
+
 def score_pairs(places: list[Path]) -> None:
     """One pair, of which a process has none, and 11, scored by the processes together."""
     with parallel.process_group():
