@@ -122,6 +122,34 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bert_parameters(bert: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of a BERT's layers, and of all of it, from the sizes in its configuration."""
+    hidden, inner = bert["hidden_size"], bert["intermediate_size"]
+    layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden  # the last: two layer norms
+    rows = bert["vocab_size"] + bert["max_position_embeddings"] + bert["type_vocab_size"] + 2
+    layers = bert["num_hidden_layers"] * layer
+    return layers, layers + rows * hidden + hidden * (hidden + 1)  # with the pooler
+
+
+def training_bytes(bert: dict[str, Any], tokens: int, precision: str) -> float:
+    """Memory of a training with so many tokens in a pass, computed: 16 bytes per parameter, and activations.
+
+    A parameter has a weight, a gradient and two moments in float32. For each token and layer, about 34 bytes x hidden
+    are kept for the backward pass in bf16 or fp16, and twice that otherwise (Korthikanti et al., 2022, without what
+    attention keeps if it is not computed in one call).
+    """
+    each = 34 if precision in ("bf16", "fp16") else 68
+    return 16 * bert_parameters(bert)[1] + each * bert["hidden_size"] * bert["num_hidden_layers"] * tokens
+
+
+def training_seconds(bert: dict[str, Any], tokens: float, peak: float, share: float) -> float:
+    """Time of a training on so many tokens, epochs included, computed: 6 x parameters of the layers x tokens FLOP.
+
+    peak, share: the GPU's FLOP a second, and how much of that the training reaches.
+    """
+    return 6 * bert_parameters(bert)[0] * tokens / (peak * share)
+
+
 def seed_everything(seed: int) -> int:
     """Seed torch and Python; -1 draws a seed, the same in all processes. Returns the seed."""
     import torch
