@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import as_flags
+from helpers import as_flags, one_turn
 from transformers import BertConfig, BertModel
 
 from dse import __main__ as entry
@@ -178,7 +178,8 @@ def test_what_the_gpu_does_in_a_step():
     assert benchmarks.use_of_gpu(events, 20e-6, 2)["idle_share"] == 0
 
 
-def test_tables_tell_of_the_gpu_where_there_is_one(run):
+def test_tables_tell_of_the_gpu_where_there_is_one(run, monkeypatch):
+    monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
     used = {"launches": 1234.4, "copies_to_gpu": 1.0, "copies_to_host": 0.25, "idle_share": 0.126}
     columns = " | launches a step | copies to the GPU | copies from it | GPU idle |"
     cpu, output = run("inference")
@@ -266,6 +267,9 @@ def test_the_precision_reaches_the_encoders(run, monkeypatch):
         return original(self, *args, **inputs)
 
     monkeypatch.setattr(PooledBert, "forward", forward)
+    for module in (benchmarks, benchmarks_scoring):
+        monkeypatch.setattr(module, "take_turns", one_turn)
+    monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
     for what in ("training", "inference", "scoring"):
         seen.clear()
         run(what, precision="bf16", candidates=[7])
