@@ -54,7 +54,7 @@ _BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size"
 _TOKENS = {"MRPC": 3668 * 54, "QQP": 363_846 * 30}  # pairs x tokens of a pair, about
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
 PADDINGS = {"max": "padded to max_seq_length", "batch": "padded to the batch", "packed": "packed (ours)"}  # headings
-USE_OF_GPU = ("launches a step", "copies to the GPU", "copies from it", "GPU idle")  # headings
+USE_OF_GPU = ("launches a step", "kernels", "copies to the GPU", "copies from it", "GPU idle")  # headings
 
 
 def take_turns(variants: Variants, rounds: int, peak: Callable[[], float] = lambda: 0.0, device: str = "cpu") -> Turns:
@@ -94,18 +94,20 @@ def on_gpu(device: str, variants: Variants, seconds: dict[str, float], counts: d
     return {"gpu": found} if found else {}
 
 
-def use_of_gpu(events: Iterable[Any], seconds: float, steps: int) -> dict[str, float]:
-    """Launches and copies in a step, and the share of a run's time, without a profile, in which the GPU is idle.
+def use_of_gpu(events: list[Any], seconds: float, steps: int) -> dict[str, float]:
+    """Launches, kernels and copies in a step, and the share of a run's time, without a profile, in which the GPU is idle.
 
     events: of the profile of a run of so many steps, which takes `seconds` without it.
     """
-    ours = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    events = [event for event in events if not event.is_user_annotation]
+    ours = [event for event in events if event.device_type.name == "CUDA"]
     busy = until = 0.0  # microseconds
     for start, end in sorted((event.time_range.start, event.time_range.end) for event in ours):
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return {
-        "launches": sum(not event.name.startswith(("Memcpy", "Memset")) for event in ours) / steps,
+        "launches": sum("Launch" in event.name for event in events) / steps,  # by the host, of a kernel or a graph
+        "kernels": sum(not event.name.startswith(("Memcpy", "Memset")) for event in ours) / steps,
         "copies_to_gpu": sum("HtoD" in event.name for event in ours) / steps,
         "copies_to_host": sum("DtoH" in event.name for event in ours) / steps,
         "idle_share": max(0.0, 1 - busy / 1e6 / seconds),
@@ -204,7 +206,7 @@ def use_cells(gpu: dict[str, Any] | None, names: Iterable[str]) -> tuple[str, ..
     """The cells under USE_OF_GPU, the variants side by side; `gpu` is the entry of that name, None of a CPU."""
     if gpu is None:
         return ("-",) * len(USE_OF_GPU)
-    shown = ("{launches:,.0f}", "{copies_to_gpu:.1f}", "{copies_to_host:.1f}", "{idle_share:.0%}")
+    shown = ("{launches:,.0f}", "{kernels:,.0f}", "{copies_to_gpu:.1f}", "{copies_to_host:.1f}", "{idle_share:.0%}")
     return tuple(" / ".join(cell.format(**gpu[name]) for name in names).replace("%", " %") for cell in shown)
 
 

@@ -167,34 +167,35 @@ def test_what_the_gpu_does_in_a_step():
     events = [
         event("gemm", 50, 60), event("layer_norm", 10, 20), event("softmax", 30, 45), event("gelu", 35, 40),
         event("add", 40, 50), event("Memcpy HtoD (Pinned -> Device)", 0, 4), event("Memset (Device)", 4, 6),
-        event("Memcpy DtoH (Device -> Pageable)", 90, 94), event("cudaLaunchKernel", 0, 100, device="CPU"),
+        event("Memcpy DtoH (Device -> Pageable)", 90, 94), *[event(f"cuda{name}", 0, 100, device="CPU") for name in ("LaunchKernel", "GraphLaunch", "MemcpyAsync")],
+        event("cuLaunchKernelEx", 0, 100, device="CPU"),
         event("Optimizer.step#BertAdam.step", 0, 100, annotation=True),
     ]  # fmt: skip
     used = benchmarks.use_of_gpu(events, 100e-6, 2)
     busy = 10 + 30 + 4 + 2 + 4
     assert used == pytest.approx(
-        {"launches": 2.5, "copies_to_gpu": 0.5, "copies_to_host": 0.5, "idle_share": 1 - busy / 100}
+        {"launches": 1.5, "kernels": 2.5, "copies_to_gpu": 0.5, "copies_to_host": 0.5, "idle_share": 1 - busy / 100}
     )
     assert benchmarks.use_of_gpu(events, 20e-6, 2)["idle_share"] == 0
 
 
 def test_tables_tell_of_the_gpu_where_there_is_one(run, monkeypatch):
     monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
-    used = {"launches": 1234.4, "copies_to_gpu": 1.0, "copies_to_host": 0.25, "idle_share": 0.126}
-    columns = " | launches a step | copies to the GPU | copies from it | GPU idle |"
+    used = {"launches": 1234.4, "kernels": 56.0, "copies_to_gpu": 1.0, "copies_to_host": 0.25, "idle_share": 0.126}
+    columns = " | launches a step | kernels | copies to the GPU | copies from it | GPU idle |"
     cpu, output = run("inference")
     assert columns not in output
     gpu = json.loads(json.dumps(cpu))
     gpu["encoding"]["gpu"] = dict.fromkeys(benchmarks.PADDINGS, used)
     header, _, *rows = benchmarks.rates_table(gpu, cpu).splitlines()
     assert header.endswith(columns)
-    three = [" / ".join([cell] * 3) for cell in ("1,234", "1.0", "0.2", "13 %")]
+    three = [" / ".join([cell] * 3) for cell in ("1,234", "56", "1.0", "0.2", "13 %")]
     assert rows[0].endswith(" | " + " | ".join(three) + " |")
-    assert rows[1].endswith(" | - | - | - | - |")
+    assert rows[1].endswith(" | - | - | - | - | - |")
     cpu, output = run("scoring", candidates=[7])
     assert columns not in output
     cpu["candidates"]["7"]["gpu"] = dict.fromkeys((benchmarks_scoring.NAIVE, benchmarks_scoring.OURS), used)
-    assert "| 1,234 / 1,234 | 1.0 / 1.0 | 0.2 / 0.2 | 13 % / 13 % |" in benchmarks_scoring.scoring_table(cpu)
+    assert "| 1,234 / 1,234 | 56 / 56 | 1.0 / 1.0 | 0.2 / 0.2 | 13 % / 13 % |" in benchmarks_scoring.scoring_table(cpu)
 
 
 def test_on_a_gpu_the_clock_waits_for_it(monkeypatch):
