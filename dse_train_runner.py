@@ -154,6 +154,7 @@ def make_network(args: argparse.Namespace, start: "StudentRun") -> "SiameseNetwo
     network = new_network(start.bert_folder, start.config) if start.bert_folder else empty_network(start.config)
     if args.dropout is not None:
         network.set_dropout(args.dropout)
+    network.precision = cli.precision_of(args)
     if args.gradient_checkpointing:
         network.encoder.activation_checkpointing_enable()
     return network
@@ -178,7 +179,6 @@ def make_trainer(
         loss=lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], alpha),
         measure=partial(measure_student, task, args.tune_positive_thresholds, targets=targets.cpu(), coefficient=alpha),
         optimizer=make_optimizer(network, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
-        precision=cli.precision_of(args),
     )
 
 
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
     logits = load_logits(args.distillation_logits_path, of_data)
     device = select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
-    batches = cached_batches("separate", task, examples, training.tokenizer, caches, args, device)
+    batches = cached_batches("separate", task, examples, training.tokenizer, caches, args)
     seed = seed_everything(args.random_seed)
 
     # 3. Student and trainer, where the run stands.
@@ -224,8 +224,9 @@ def run(args: argparse.Namespace) -> None:
     trainer = make_trainer(args, task, network, batches["train"], logits, seed)
     training.resume(trainer)
     logger.info(
-        "device %s, seed %d, task %s, %s, embeddings of size %d", describe_device(device), trainer.plan.seed, task.name,
-        ", ".join(f"{split} {len(rows)}" for split, rows in batches.items()), training.config.embedding_size,
+        "device %s, seed %d, task %s, %s, embeddings of size %d", describe_device(device, network.precision),
+        trainer.plan.seed, task.name, ", ".join(f"{split} {len(rows)}" for split, rows in batches.items()),
+        training.config.embedding_size,
     )  # fmt: skip
 
     # 4. Train.

@@ -137,7 +137,6 @@ def make_trainer(args: argparse.Namespace, task: Task, teacher: "Teacher", batch
         loss=lambda logits, labels, rows: kind_of(task).teacher_loss(logits, labels),
         measure=partial(measure_teacher, task),
         optimizer=make_optimizer(teacher, args.learning_rate, updates, args.warmup_proportion),
-        precision=cli.precision_of(args),
     )
 
 
@@ -188,10 +187,11 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(args.no_cuda, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
     seed = seed_everything(args.seed)
-    logger.info("device %s, seed %d, task %s", describe_device(device), seed, task.name)
     folder = bert.folder if trains or not args.do_train else output_dir
     teacher = load_teacher(folder, task, fine_tuned=not trains).to(device)
-    batches = cached_batches("joint", task, data, bert.tokenizer, feature_caches(args, task, data), args, device)
+    teacher.precision = cli.precision_of(args)
+    logger.info("device %s, seed %d, task %s", describe_device(device, teacher.precision), seed, task.name)
+    batches = cached_batches("joint", task, data, bert.tokenizer, feature_caches(args, task, data), args)
     if args.gradient_checkpointing:
         teacher.bert.activation_checkpointing_enable()
 

@@ -40,6 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
     add("--batch_size", type=cli.whole_number(1), default=256, help="full-length pairs per step; more if shorter")
     add("--save_every", type=cli.whole_number(1), help="steps between two writes of .partial (default: once a minute)")
+    cli.add_precision_flags(parser)
     cli.add_padding_flag(parser)
     return parser.parse_args(argv)
 
@@ -65,19 +66,20 @@ def run(args: argparse.Namespace) -> None:
     from dse.training.epoch_plan import cached_batches
     from dse.training.kinds import kind_of, tell_agreement
 
-    device = select_device(args.disable_gpu, args.gpu_id)
+    device = select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
     teacher = load_teacher(bert.folder, task, fine_tuned=True).to(device)
+    teacher.precision = cli.precision_of(args)
     caches = {"train": (Path(args.train_features_path), True)}
-    batches = cached_batches("joint", task, {"train": examples}, bert.tokenizer, caches, args, device)["train"]
-    logger.info("device %s, %d pairs of %s", describe_device(device), len(batches), task.name)
+    batches = cached_batches("joint", task, {"train": examples}, bert.tokenizer, caches, args)["train"]
+    logger.info("device %s, %d pairs of %s", describe_device(device, teacher.precision), len(batches), task.name)
 
     # 3. Logits, in file order.
     hashes = {file.name: sha256_file(file) for file in weight_files(bert.folder)}
     belongs = logits_identity(task, examples.files, len(examples))
     belongs |= {"teacher": {"name": last_part(str(bert.folder)), **hashes}, "max_seq_length": args.max_seq_length}
     work = {**belongs, "tokens": hashlib.sha256(batches.features.tokens.ids).hexdigest(), "device": device.type}
-    work |= {"torch": torch.__version__, "batch_size": args.batch_size, "padding": batches.padding}
+    work |= {"torch": torch.__version__, "batch_size": args.batch_size, "how": [batches.padding, teacher.precision]}
     progress = PartialOutputs(path.with_suffix(".partial"), work, args.save_every)
     logits = torch.from_numpy(infer(teacher, batches, args.batch_size, device, "teacher logits", progress))
     outputs = kind_of(task).targets(logits).numpy()

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS
+from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, PRECISIONS
 from dse.networks.poolers import POOLERS
 from dse.system import parallel, signals
 from dse.system.errors import InputError, RunError, lack_of_memory
@@ -193,9 +193,16 @@ _DEVICE: dict[str, Any] = {
     "disable_gpu": _SWITCH | {"help": "use the CPU even if there is a GPU"},
     "gpu_id": {"type": whole_number(0), "default": 0, "help": "number of the GPU, from 0"},
 }
+_PRECISION = {
+    "choices": PRECISIONS,
+    "help": "of the encoder's products; tf32 and fp16 need CUDA (default: tf32 on CUDA, fp32 elsewhere)",
+}
 add_device_flags = _flags(**_DEVICE)
+add_precision_flag = _flags(precision=_PRECISION)
 _SENTENCES = {"type": whole_number(1), "default": 32, "help": "full-length sentences per step; more if shorter"}
-add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE)  # of the commands that use a student
+add_inference_flags = _flags(
+    batch_size=_SENTENCES, **_DEVICE, precision=_PRECISION
+)  # of the commands that use a student
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},
@@ -222,7 +229,7 @@ add_architecture_flags = _flags(
 )  # fmt: skip
 _PADDING = "pad rows only within attention (packed), to the batch's longest row (batch), or to --max_seq_length (max)"
 add_padding_flag = _flags(  # the results are the same up to rounding
-    padding={"choices": PADDINGS, "help": f"{_PADDING} (default: packed on CPU, batch on CUDA)"}
+    padding={"choices": PADDINGS, "help": f"{_PADDING} (default: packed)"}
 )
 add_resume_flags = _flags(
     resume=_SWITCH | {"help": "continue the same run from its newest intact state, if there is one"},
@@ -232,9 +239,10 @@ add_resume_flags = _flags(
         "metavar": "N",
     },
 )
-add_precision_flags = _flags(  # `precision_of` reads them
-    fp16=_SWITCH | {"help": "mixed precision with float16, CUDA only"},
-    bf16=_SWITCH | {"help": "mixed precision with bfloat16"},
+add_precision_flags = _flags(  # of training; `precision_of` reads them
+    precision=_PRECISION,
+    fp16=_SWITCH | {"help": "--precision fp16"},
+    bf16=_SWITCH | {"help": "--precision bf16"},
 )
 _CALLED = "a task's name in the results, such as snli=SICK if the folder of snli holds SICK"
 add_call_flag = _flags(  # `dict(args.call)` has the names by task
@@ -243,10 +251,11 @@ add_call_flag = _flags(  # `dict(args.call)` has the names by task
 
 
 def precision_of(args: argparse.Namespace) -> str:
-    """The precision that the flags choose: fp32, fp16 or bf16. Raises InputError if both flags are given."""
-    if args.fp16 and args.bf16:
-        raise InputError("--bf16: give either this flag or --fp16, not both")
-    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    """The precision that the flags choose, of networks/encoder.py. Raises InputError if two flags choose."""
+    chosen = [name for name in ("fp16", "bf16") if getattr(args, name, False)]
+    if len(chosen) + (args.precision is not None) > 1:
+        raise InputError(f"--{chosen[-1]}: give only one of --precision, --fp16 and --bf16")
+    return args.precision or (chosen or ["auto"])[0]
 
 
 class _ConsoleHandler(logging.Handler):

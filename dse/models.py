@@ -10,7 +10,8 @@ embedded once per call, in steps of similar length; the other texts of a call ch
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from dse.data.features import SeparateFeatures, tokenize_texts
 from dse.data.tasks import MULTICLASS, REGRESSION, ranked_label
-from dse.networks.batches import Batches, padding_for
+from dse.networks.batches import Batches
 from dse.networks.inference import embed_texts, infer_pairs
 from dse.networks.student import Student
 from dse.storage.checkpoint import Checkpoint
@@ -168,13 +169,18 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         distinct, places = tokenize_texts(firsts + seconds, self.tokenizer, self.max_seq_length)
         first, second = places[: len(firsts)], places[len(firsts) :]
         features = SeparateFeatures(distinct, first, second, None, self.tokenizer.pad_token_id)
-        return Batches(features, padding_for(self.device, None), self.max_seq_length)
+        return Batches(features, "packed", self.max_seq_length)
 
-    def _precision(self, half: bool) -> torch.autocast:
-        kind, own = self.device.type, next(self.network.parameters()).dtype  # another dtype keeps to its own
+    @contextlib.contextmanager
+    def _precision(self, half: bool) -> Iterator[None]:
+        before, own = self.network.precision, next(self.network.parameters()).dtype  # another dtype keeps to its own
         quantized = any("quantized" in type(module).__module__ for module in self.network.modules())  # float32 alone
-        enabled = half and own == torch.float32 and not quantized
-        return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
+        if half and own == torch.float32 and not quantized:
+            self.network.precision = "fp16" if self.device.type == "cuda" else "bf16"
+        try:
+            yield
+        finally:
+            self.network.precision = before
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -4,6 +4,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
+from dse import cli
 from dse.system.device import describe_device, select_device
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ def load_student(args: argparse.Namespace) -> "DSESiameseClassifier":
     """The student of --model, on the device that the flags choose."""
     from dse.models import DSESiameseClassifier
 
-    device = select_device(args.disable_gpu, args.gpu_id)
+    precision = cli.precision_of(args)
+    device = select_device(args.disable_gpu, args.gpu_id, precision)
     model = DSESiameseClassifier.from_pretrained(args.model)
-    logger.info("student of %s from %s on %s", model.task.name, args.model, describe_device(device))
+    model.network.precision = precision
+    logger.info("student of %s from %s on %s", model.task.name, args.model, describe_device(device, precision))
     return model.to(device)

@@ -53,11 +53,12 @@ def run(args: argparse.Namespace) -> None:
     from dse.training.kinds import tell_agreement
 
     # 2. Predict.
-    device = select_device(args.disable_gpu, args.gpu_id)
-    score, threshold = load_scorer(args.model, task, device, args.batch_size)
+    precision = cli.precision_of(args)
+    device = select_device(args.disable_gpu, args.gpu_id, precision)
+    score, threshold = load_scorer(args.model, task, device, args.batch_size, precision)
     threshold = threshold if args.threshold is None else args.threshold
     above = f", {task.labels[1]!r} above a probability of {threshold}" if task.kind == BINARY else ""
-    logger.info("%d rows of %s on %s%s", len(rows), task.name, describe_device(device), above)
+    logger.info("%d rows of %s on %s%s", len(rows), task.name, describe_device(device, precision), above)
     outputs = score(rows)
     predictions = answers(task, outputs, threshold)
     if rows.labels is not None:

@@ -30,6 +30,7 @@ from dse.experiments.baselines import sentence_transformer
 from dse.experiments.reproduction import has_sentence_transformers
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
+from dse.networks.encoder import products
 from dse.networks.inference import TOKENS_PER_STEP, by_length, embed_texts
 from dse.networks.pretrained import OpenedBert
 from dse.networks.student import new_network
@@ -95,7 +96,7 @@ def on_gpu(device: str, variants: Variants, seconds: dict[str, float], counts: d
 
 
 def use_of_gpu(events: list[Any], seconds: float, steps: int) -> dict[str, float]:
-    """Launches, kernels and copies in a step, and the share of a run's time, without a profile, in which the GPU is idle.
+    """Launches, kernels and copies in a step, and the share of a run's time in which the GPU is idle.
 
     events: of the profile of a run of so many steps, which takes `seconds` without it.
     """
@@ -117,13 +118,9 @@ def use_of_gpu(events: list[Any], seconds: float, steps: int) -> dict[str, float
 @contextlib.contextmanager
 def computing_in(precision: str, device: str) -> Iterator[None]:
     """Let torch's products in the block have the precision that an encoder of ours has (networks/encoder.py)."""
-    before, half = torch.get_float32_matmul_precision(), _HALF.get(precision)
-    torch.set_float32_matmul_precision("high" if device == "cuda" and precision in ("auto", "tf32") else before)
-    try:
-        with torch.autocast(device, half, enabled=half is not None):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    half = torch.autocast(device, _HALF.get(precision), enabled=precision in _HALF)
+    with products(precision, torch.device(device)), half:
+        yield
 
 
 def useful_gflop(encoder: nn.Module, tokens: int, training: bool) -> float:
@@ -140,25 +137,25 @@ def matmul_peak(
     seconds = flops = 0.0
     for count, width, out in ((4, hidden, hidden), (1, hidden, inner), (1, inner, hidden)):
         inputs, weight, gradient = random(tokens, width), random(out, width), random(tokens, out)
-        products = [(inputs, weight.t())]
+        factors = [(inputs, weight.t())]
         if training:
-            products += [(gradient, weight), (gradient.t(), inputs)]
+            factors += [(gradient, weight), (gradient.t(), inputs)]
         with computing_in(precision, device):
-            seconds += count * sum(_product_seconds(a, b) for a, b in products)
-        flops += count * len(products) * 2 * tokens * width * out
+            seconds += count * sum(_product_seconds(a, b) for a, b in factors)
+        flops += count * len(factors) * 2 * tokens * width * out
     return flops / seconds / 1e9
 
 
 def _product_seconds(a: Tensor, b: Tensor) -> float:
-    def products(calls: int) -> None:
+    def multiply(calls: int) -> None:
         for _ in range(calls):
             torch.mm(a, b)
         if a.is_cuda:
             torch.cuda.synchronize()
 
-    products(1)  # not measured
-    calls = max(1, round(_PEAK_SECONDS / timeit(partial(products, 1), number=1)))
-    return min(repeat(partial(products, calls), number=1, repeat=5)) / calls
+    multiply(1)  # not measured
+    calls = max(1, round(_PEAK_SECONDS / timeit(partial(multiply, 1), number=1)))
+    return min(repeat(partial(multiply, calls), number=1, repeat=5)) / calls
 
 
 def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
@@ -249,7 +246,7 @@ def training(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
     separate, joint = (make(task, examples, bert.tokenizer, length) for make in (separate_features, joint_features))
     student = new_network(bert.folder, DSEConfig.from_flags(args, bert.config))
     teacher = load_teacher(bert.folder, task, fine_tuned=False)
-    student.dse_model.bert.precision = teacher.precision = args.precision
+    student.precision = teacher.precision = args.precision
     measure = partial(train_role, args, bert)
     return {
         "student training": measure("student", student, student.encoder, separate, examples,
@@ -333,7 +330,7 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
     first, second = (side[: args.pairs] for side in examples.sides)
     features = separate_features(task, Examples(first, second), bert.tokenizer, args.max_seq_length)
     model, device = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval(), torch.device(args.device)
-    model.to(device).dse_model.bert.precision = args.precision
+    model.to(device).precision = args.precision
     lengths = features.texts.lengths
     in_file_order = in_batches(np.arange(len(lengths)), args.batch_size)
     part = in_file_order[:: max(1, len(in_file_order) // (4 * args.steps))]
@@ -342,7 +339,7 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
     def embed(padding: str, batches: list[np.ndarray]) -> None:
         laid_out = Batches(features, padding, args.max_seq_length)
         for texts in batches:
-            model.embed(**{name: tensor.to(device) for name, tensor in laid_out.of_texts(texts).items()})
+            model.embed(**laid_out.of_texts(texts, device))
 
     packed = Batches(features, "packed", args.max_seq_length)
     variants: Variants = {

@@ -79,7 +79,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     else:  # an untrained one takes as long
         network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
         model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
-    model.to(args.device).network.dse_model.bert.precision = args.precision
+    model.to(args.device).network.precision = args.precision
     examples = read_examples(task, args.data_dir, "train")
     query, sentences = examples.first[0], list(dict.fromkeys(chain(*reversed(examples.sides))))
     some = sentences[:CROSS_ENCODER_PAIRS]

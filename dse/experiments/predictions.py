@@ -16,7 +16,7 @@ from dse.data.processors import Examples
 from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.models import DSESiameseClassifier
-from dse.networks.batches import Batches, padding_for
+from dse.networks.batches import Batches
 from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config, find_bert, read_training
 from dse.networks.teacher import load_teacher
@@ -31,7 +31,9 @@ Scorer = Callable[[Examples], np.ndarray]  # rows to outputs (n, 1) or (n, label
 MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not record its own
 
 
-def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 32) -> tuple[Scorer, float]:
+def load_scorer(
+    name: str, task: Task, device: torch.device, batch_size: int = 32, precision: str = "auto"
+) -> tuple[Scorer, float]:
     """A model's outputs on the rows of a task, and its threshold: of a student that of its training, of a teacher 0.5.
 
     `name` is the folder of a student (or its hub name), or of a teacher that finetune_bert.py made. A step has
@@ -41,8 +43,9 @@ def load_scorer(name: str, task: Task, device: torch.device, batch_size: int = 3
     config = folder / "config.json"
     entries = read_json(config, "the model's configuration") if config.is_file() else {}
     if folder.is_dir() and entries.get("format") != STUDENT_FORMAT:
-        return teacher_scorer(folder, task, device, batch_size), DEFAULT_THRESHOLD
+        return teacher_scorer(folder, task, device, batch_size, precision), DEFAULT_THRESHOLD
     model = DSESiameseClassifier.from_pretrained(name).to(device)
+    model.network.precision = precision
     return student_scorer(model, task, batch_size), model.threshold
 
 
@@ -58,13 +61,15 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
 
     def score(rows: Examples) -> np.ndarray:
         features = separate_features(task, rows, model.tokenizer, model.max_seq_length)
-        batches = Batches(features, padding_for(model.device, None))
+        batches = Batches(features, "packed")
         return infer_pairs(model.network, batches, batch_size, model.device, "student")
 
     return score
 
 
-def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: int = 32) -> Scorer:
+def teacher_scorer(
+    folder: Path, task: Task, device: torch.device, batch_size: int = 32, precision: str = "auto"
+) -> Scorer:
     """A teacher's outputs; casing and length are those of its training, if its folder records them."""
     folder = find_bert(str(folder), "--model", hub=False)
     run = (read_training(folder) or {"run": {}})["run"]
@@ -73,9 +78,10 @@ def teacher_scorer(folder: Path, task: Task, device: torch.device, batch_size: i
     length = run.get("max_seq_length", min(MAX_SEQ_LENGTH, positions))
     tokenizer = load_tokenizer(folder, casing is not False, "--model")
     teacher = load_teacher(folder, task, fine_tuned=True).to(device)
+    teacher.precision = precision
 
     def score(rows: Examples) -> np.ndarray:
-        batches = Batches(joint_features(task, rows, tokenizer, length), padding_for(device, None))
+        batches = Batches(joint_features(task, rows, tokenizer, length), "packed")
         logits = torch.from_numpy(infer(teacher, batches, batch_size, device, "teacher"))
         return kind_of(task).targets(logits).numpy()
 

@@ -13,6 +13,7 @@ from dse.system.errors import InputError
 
 HEAD_TYPES = ("concat", "dot")  # heads.HEADS has a class for each
 MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packed_bert.py)
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of the encoder (encoder.py)
 PADDINGS = ("packed", "batch", "max")  # how batches are laid out (batches.py)
 
 

@@ -1,6 +1,17 @@
-"""What student and teacher have in common: a BERT that makes one vector of each row of token ids."""
+"""What student and teacher have in common: a BERT that makes one vector of each row of token ids.
 
+The encoder computes in its `precision`; what follows it (pooling, heads, losses) is float32.
+
+fp32    float32
+tf32    float32 whose products round their inputs to 10 bits of fraction, on CUDA; elsewhere float32
+bf16    products and attention in bfloat16
+fp16    the same in float16, CUDA only
+auto    tf32 on CUDA, fp32 elsewhere
+"""
+
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +22,25 @@ from dse.networks.kernels import is_plain
 from dse.networks.packed_bert import layer_states
 from dse.networks.poolers import Pooler
 
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextlib.contextmanager
+def products(precision: str, device: torch.device) -> Iterator[None]:
+    """Products of float32 in the block, of forward or backward, are as `precision` says on the device."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and precision in ("auto", "tf32"):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 
 class PooledBert(nn.Module):
     """A BertModel, a pooler of its last `top_layers` layers, dropout and, if there is one, a linear `classifier`."""
+
+    precision = "auto"  # of the encoder; set it to change it
 
     def __init__(
         self, bert: Any, pooler: Pooler, top_layers: int, dropout: nn.Dropout, classifier: nn.Linear | None
@@ -34,8 +61,13 @@ class PooledBert(nn.Module):
         return pooled if self.classifier is None else self.classifier(pooled)
 
     def _pool_packed(self, batch: PackedBatch) -> Tensor:
-        layers = deque(layer_states(self.bert, batch, last_alone=self.pooler.is_berts), maxlen=self.top_layers)
-        if self.pooler.is_berts:
+        alone = self.pooler.is_berts
+        with products(self.precision, batch.ids.device):
+            states = layer_states(self.bert, batch, last_alone=alone, dtype=_HALF.get(self.precision))
+            layers: Any = deque(states, maxlen=self.top_layers)
+        if self.precision in _HALF:
+            layers = [layer.float() for layer in layers]
+        if alone:
             return self.bert.pooler(layers.pop().index_select(0, batch.order).unsqueeze(1))
         # By layer and group, the states of the group's tokens.
         parts = zip(batch.groups, *(by_group(states, batch) for states in layers), strict=True)
@@ -44,8 +76,12 @@ class PooledBert(nn.Module):
 
     def _pool(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        if self.pooler.is_berts:
-            return self.bert(**inputs).pooler_output
+        half = torch.autocast(input_ids.device.type, _HALF.get(self.precision), enabled=self.precision in _HALF)
+        with products(self.precision, input_ids.device), half:
+            outputs = self.bert(**inputs, output_hidden_states=not self.pooler.is_berts)
         # hidden_states[0] is the embedding layer; k <= number of layers keeps it out.
-        layers = self.bert(**inputs, output_hidden_states=True).hidden_states[-self.top_layers :]
-        return self.pooler.pool(layers, attention_mask)
+        alone = (outputs.last_hidden_state,)
+        layers = alone if self.pooler.is_berts else outputs.hidden_states[-self.top_layers :]
+        if self.precision in _HALF:
+            layers = [layer.float() for layer in layers]
+        return self.bert.pooler(layers[0]) if self.pooler.is_berts else self.pooler.pool(layers, attention_mask)

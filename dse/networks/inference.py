@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _PAIRS_PER_STEP = 4096  # of the head
 _SECONDS_BETWEEN_WRITES = 60
-TOKENS_PER_STEP = {"cpu": 4096, "cuda": 65536}  # more gain nothing, and take memory
+TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32768}  # more gain nothing, and take memory
 
 
 def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -42,6 +42,22 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
         batches.append(order[:rows])
         order = order[rows:]
     return batches
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy a tensor to the CPU. Returns a function that waits for the copy and gives it."""
+    if tensor.device.type != "cuda":
+        return tensor.numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 @dataclass
@@ -113,37 +129,68 @@ def infer(
     """Outputs for all rows, (n, width), float32, in file order, without dropout; each process computes some steps.
 
     Args:
-        batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more.
+        batch_size: rows of max_seq_length that a step may hold; of shorter rows it holds more, and on CUDA a step holds
+            TOKENS_PER_STEP whatever this says, since fewer leave it idle.
         what, show: name of the progress bar, and whether to show it; None: if the output is a terminal.
         texts: are the rows a student's distinct texts, and not pairs?
     """
     costs = batches.features.texts.lengths if texts else batches.features.costs
     inputs_of = batches.of_texts if texts else batches.of_pairs
-    places = min(batch_size * batches.max_seq_length, TOKENS_PER_STEP["cpu" if device.type == "cpu" else "cuda"])
-    steps, count = by_length(costs, places), len(costs)
-    before, outputs = (partial and partial.find(steps)) or (np.zeros(count, dtype=bool), None)
-    done = before.copy() if parallel.is_first() else np.zeros_like(before)  # by this process
+    places = TOKENS_PER_STEP["cuda"]
+    if device.type == "cpu":
+        places = min(batch_size * batches.max_seq_length, TOKENS_PER_STEP["cpu"])
+    steps = by_length(costs, places)
+    before, outputs = (partial and partial.find(steps)) or (np.zeros(len(costs), dtype=bool), None)
+    # Of the rows from before, the first process speaks for all.
+    found = _Outputs(before.copy() if parallel.is_first() else np.zeros_like(before), outputs)
     hidden = True if not parallel.is_first() else None if show is None else not show  # None: where there is no terminal
-    with _inference(model), tqdm(total=count, desc=what, unit="row", disable=hidden, leave=False) as bar:
+    with _inference(model), tqdm(total=len(costs), desc=what, unit="row", disable=hidden, leave=False) as bar:
         for step, rows in enumerate(steps):
             if not before[rows].all():
                 with contextlib.nullcontext() if partial is None else signals.deferred():
                     if step % parallel.size() == parallel.rank() % parallel.size():
-                        inputs = {name: tensor.to(device) for name, tensor in inputs_of(rows).items()}
-                        some = model(**inputs).float().cpu().numpy()
-                        if outputs is None:
-                            outputs = np.full((count, some.shape[1]), np.nan, dtype=np.float32)
-                        outputs[rows], done[rows] = some, True
+                        found.add(rows, model(**inputs_of(rows, device)).float())
                     if partial is not None:
-                        partial.after(step + 1, outputs, done)
+                        partial.after(step + 1, found.outputs, found.done)
             bar.update(len(rows))
-    width = parallel.highest(0 if outputs is None else outputs.shape[1])
-    if outputs is None:  # fewer steps than processes
-        outputs = np.zeros((count, width), dtype=np.float32)
-    outputs, done = _of_all(outputs, done)
-    if not done.all():
-        raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as row {done.argmin()}; run it again")
-    return outputs
+        found.finish()
+    return found.of_all_processes(what)
+
+
+@dataclass
+class _Outputs:
+    """Which rows of an inference are done in this process, (n,), bool, and what came out, (n, width) or None yet."""
+
+    done: np.ndarray
+    outputs: np.ndarray | None
+    under_way: list[tuple[np.ndarray, Callable[[], np.ndarray]]] = field(default_factory=list)
+
+    def add(self, rows: np.ndarray, some: torch.Tensor) -> None:
+        """Take the outputs of some rows; those of a GPU are waited for when it has its next step to do."""
+        arriving = rows, to_host(some)
+        self.finish()
+        self.under_way.append(arriving)
+        if some.device.type == "cpu":
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        for rows, wait in self.under_way:
+            some = wait()
+            if self.outputs is None:
+                self.outputs = np.full((len(self.done), some.shape[1]), np.nan, dtype=np.float32)
+            self.outputs[rows], self.done[rows] = some, True
+        self.under_way.clear()
+
+    def of_all_processes(self, what: str) -> np.ndarray:
+        """All rows, (n, width). Raises RunError if some were not computed."""
+        width = parallel.highest(0 if self.outputs is None else self.outputs.shape[1])
+        if self.outputs is None:  # fewer steps than processes
+            self.outputs = np.zeros((len(self.done), width), dtype=np.float32)
+        outputs, done = _of_all(self.outputs, self.done)
+        if not done.all():
+            raise RunError(f"{what}: {(~done).sum()} rows were not computed, such as row {done.argmin()}; run it again")
+        return outputs
 
 
 def embed_texts(

@@ -3,7 +3,9 @@
 `PUBLIC_ONLY` forces the public ways, as tests do. If a build of torch lacks an operator, its public way is taken, too.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,14 @@ if torch.backends.mkldnn.is_available() and not _INTEL:
     _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # The gradient of a softmax in one pass; written out, it takes three.
 _SOFTMAX_BACKWARD: Any = getattr(torch.ops.aten, "_softmax_backward_data", None)
-# All norms of a list of tensors in one call; 200 calls for a BERT-base otherwise.
+# Attention over rows of any length, end to end, on CUDA: one call for a batch, no padding, its own dropout, float32 or
+# 16 bits, on every card. torch's public call for such rows (nn.attention.varlen) has neither dropout nor float32.
+_VARLEN: Any = getattr(torch.ops.aten, "_efficient_attention_forward", None)
+# A list of tensors copied, and converted, in one call; 390 calls for a BERT-large otherwise.
+_COPY: Any = getattr(torch, "_foreach_copy_", None)
+# All norms of a list of tensors in one call, and all products with a number each; 200 calls for a BERT-base otherwise.
 _NORMS: Any = getattr(torch, "_foreach_norm", None)
+_MULTIPLY: Any = getattr(torch, "_foreach_mul_", None)
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,11 +72,64 @@ def softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
     return _SOFTMAX_BACKWARD(gradient, weights, -1, weights.dtype)
 
 
-def norms(tensors: list[Tensor]) -> list[float]:
-    """The Euclidean norm of each tensor."""
+def has_varlen_attention(device: torch.device) -> bool:
+    """Does `varlen_attention` work there? Its public way is to pad the rows."""
+    return device.type == "cuda" and not PUBLIC_ONLY and _VARLEN is not None
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Can a pass be captured, and replayed with other numbers? The public way beside it is to run the pass."""
+    return device.type == "cuda" and not PUBLIC_ONLY and hasattr(torch._C, "_CUDAGraph")
+
+
+def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(width)) v within each row.
+
+    Args:
+        projected: (tokens, 3 * hidden), queries, keys and values of rows that lie end to end.
+        bounds: (rows + 1,), int32: where each row begins, and where the last one ends.
+        longest: tokens of the longest row.
+
+    Returns:
+        The context, (tokens, hidden).
+    """
+    q, k, v = projected.view(1, len(projected), 3, heads, -1).unbind(2)
+    wanted = projected.requires_grad and torch.is_grad_enabled()  # then the softmax's sums are kept
+    return _VARLEN(q, k, v, None, bounds, bounds, longest, longest, dropout, 0, wanted)[0].view(len(projected), -1)
+
+
+def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tensors' elements in another dtype, one tensor after the other, (elements,)."""
+    flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+    parts = cut(flat, [tensor.shape for tensor in tensors])
+    if PUBLIC_ONLY or _COPY is None:
+        for one, other in zip(parts, tensors, strict=True):
+            one.copy_(other)
+    else:
+        _COPY(parts, tensors)
+    return flat
+
+
+def cut(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """(elements,) as tensors of the given shapes."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return tuple(part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True))
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, (tensors,)."""
     if PUBLIC_ONLY or _NORMS is None:
-        return [tensor.norm().item() for tensor in tensors]
-    return torch.stack(_NORMS(tensors)).tolist()
+        return torch.stack([tensor.norm() for tensor in tensors])
+    return torch.stack(_NORMS(tensors))
+
+
+def multiply(tensors: list[Tensor], factors: list[float]) -> None:
+    """Multiply each tensor by its factor, in place."""
+    if PUBLIC_ONLY or _MULTIPLY is None:
+        for tensor, factor in zip(tensors, factors, strict=True):
+            tensor.mul_(factor)
+    elif tensors:
+        _MULTIPLY(tensors, factors)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -54,6 +54,15 @@ class SiameseNetwork(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def precision(self) -> str:
+        """The precision that the encoder computes in (encoder.py)."""
+        return self.dse_model.bert.precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self.dse_model.bert.precision = precision
+
     def embed(self, *args: Any, **inputs: Any) -> Tensor:
         """Inputs as PooledBert takes them to (batch, embedding_size), float32."""
         return self.dse_model.bert(*args, **inputs)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _SIGNS_OF_A_GPU = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))  # of its driver
 
 
-def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.device":
+def select_device(no_gpu: bool, gpu_id: int, precision: str = "auto") -> "torch.device":
     """CUDA if there is a GPU and `no_gpu` is false, else the CPU. A GPU becomes torch's current one.
 
     Raises InputError for a GPU that does not exist or cannot be used; warns if torch can use none of those that do.
@@ -30,8 +30,9 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "fp32") -> "torch.
     import torch
 
     if no_gpu or not _has_cuda():
-        if precision == "fp16":
-            raise InputError("--fp16: needs a CUDA device, and this run has none: leave the flag out, or give --bf16")
+        if precision in ("fp16", "tf32"):
+            why = "needs a CUDA device, and this run has none"
+            raise InputError(f"--precision {precision}: {why}: leave it out, or give --precision bf16")
         libc.keep_freed_memory()
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -76,13 +77,16 @@ def _has_cuda() -> bool:
     return False
 
 
-def describe_device(device: "torch.device") -> str:
-    """The device in words, for the log."""
+def describe_device(device: "torch.device", precision: str = "auto") -> str:
+    """The device and the encoder's precision there in words, for the log."""
     import torch
 
+    if precision == "auto":
+        precision = "tf32" if device.type == "cuda" else "fp32"
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"CPU with {count_of(torch.get_num_threads())}"
+        return f"{device} ({torch.cuda.get_device_name(device)}), encoder in {precision}"
+    rounded = "" if precision == "fp32" else f", encoder in {precision}"
+    return f"CPU with {count_of(torch.get_num_threads())}{rounded}"
 
 
 def count_of(threads: int) -> str:

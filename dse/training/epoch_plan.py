@@ -17,24 +17,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dse.data.features import cached_features, in_batches
 from dse.data.processors import Examples
 from dse.data.tasks import Task
-from dse.networks.batches import Batches, padding_for
+from dse.networks.batches import Batches
 from dse.system import parallel
 
 
 def cached_batches(
     form: str, task: Task, splits: dict[str, Examples], tokenizer: Any, caches: dict[str, tuple[Path, bool]],
-    args: argparse.Namespace, device: torch.device,
+    args: argparse.Namespace,
 ) -> dict[str, Batches]:  # fmt: skip
     """The batches of each split: form "joint" for a teacher, "separate" for a student.
 
     `caches` holds the path of each split's features and whether the user chose it; `args` are those of a script.
     """
-    length, padding = args.max_seq_length, padding_for(device, args.padding)
+    length, padding = args.max_seq_length, args.padding or "packed"
     return {
         split: Batches(cached_features(form, task, rows, tokenizer, length, *caches[split]), padding, length)
         for split, rows in splits.items()

@@ -9,14 +9,14 @@ torch's fused AdamW computes the same in one pass over memory once its bias corr
 that a billion steps went before. (It decays first, p (1 - rate wd), and then adds the rest, which is the same sum.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from dse.networks.kernels import norms
+from dse.networks.kernels import multiply, norms
 
 NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
 MAX_GRADIENT_NORM = 1.0
@@ -59,9 +59,17 @@ class BertAdam(torch.optim.Optimizer):
         """The rate that the next update will use, of the first group."""
         return scheduled_rate(self.param_groups[0]["lr"], self.updates, self.t_total, self.warmup)
 
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients of all parameters that have one, group after group."""
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's takes a closure
-        """Make one update from the gradients; a parameter without a gradient is not changed, not even by decay."""
+    def step(self, closure: None = None, norms_before: Sequence[float] | None = None) -> None:  # type: ignore[override]
+        """Make one update from the gradients; a parameter without a gradient is not changed, not even by decay.
+
+        `norms_before` are the norms of `gradients()`, if they are known: to read them from a GPU is to wait for it.
+        """
+        clip_each(self.gradients(), norms_before)
         for group in self.param_groups:
             rate = scheduled_rate(group["lr"], group["updates"], self.t_total, self.warmup)
             group["updates"] += 1
@@ -69,22 +77,24 @@ class BertAdam(torch.optim.Optimizer):
             if not parameters:
                 continue
             gradients, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
-            clip_each(gradients)
             for parameter, state in zip(parameters, states, strict=True):
                 if not state:
                     state.update(m=torch.zeros_like(parameter), v=torch.zeros_like(parameter))
             m, v = ([state[name] for state in states] for name in ("m", "v"))
-            steps = [torch.tensor(_LONG_AGO, device=parameter.device) for parameter in parameters]
+            # One tensor for all: adding 1 to it, as torch does for each, changes no float32 of that size.
+            steps = [torch.full((), _LONG_AGO, device=parameters[0].device)] * len(parameters)
             (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
             rates = {"lr": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
             adamw(parameters, gradients, m, v, [], steps, fused=True, amsgrad=False, maximize=False, **rates)
 
 
-def clip_each(gradients: list[torch.Tensor]) -> None:
-    """Scale each gradient, by itself, to a norm of at most MAX_GRADIENT_NORM, in place."""
-    for gradient, norm in zip(gradients, norms(gradients), strict=True):
-        if not norm <= MAX_GRADIENT_NORM:  # NaN too: it must reach the weights and be seen
-            gradient.mul_(MAX_GRADIENT_NORM / (norm + 1e-6))
+def clip_each(gradients: list[torch.Tensor], norms_before: Sequence[float] | None = None) -> None:
+    """Scale each gradient, by itself, to a norm of at most MAX_GRADIENT_NORM, in place; its norm now may be given."""
+    if norms_before is None:
+        norms_before = norms(gradients).tolist() if gradients else []
+    both = zip(gradients, norms_before, strict=True)
+    long = [(gradient, norm) for gradient, norm in both if not norm <= MAX_GRADIENT_NORM]  # NaN too: it must be seen
+    multiply([gradient for gradient, _ in long], [MAX_GRADIENT_NORM / (norm + 1e-6) for _, norm in long])
 
 
 def make_optimizer(

@@ -167,8 +167,8 @@ def test_what_the_gpu_does_in_a_step():
     events = [
         event("gemm", 50, 60), event("layer_norm", 10, 20), event("softmax", 30, 45), event("gelu", 35, 40),
         event("add", 40, 50), event("Memcpy HtoD (Pinned -> Device)", 0, 4), event("Memset (Device)", 4, 6),
-        event("Memcpy DtoH (Device -> Pageable)", 90, 94), *[event(f"cuda{name}", 0, 100, device="CPU") for name in ("LaunchKernel", "GraphLaunch", "MemcpyAsync")],
-        event("cuLaunchKernelEx", 0, 100, device="CPU"),
+        event("Memcpy DtoH (Device -> Pageable)", 90, 94), *[event(name, 0, 100, device="CPU")
+          for name in ("cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync")],
         event("Optimizer.step#BertAdam.step", 0, 100, annotation=True),
     ]  # fmt: skip
     used = benchmarks.use_of_gpu(events, 100e-6, 2)

@@ -245,8 +245,8 @@ def test_a_stop_in_a_student_goes_on_from_its_state(flags, tmp_path, monkeypatch
     flags = [*flags, "--tasks", "mrpc", "--seeds", "3"]
     update, made = trainer.Trainer.update, []
 
-    def stop_at(self, at=52):
-        update(self)
+    def stop_at(self, *of_update, at=52):
+        update(self, *of_update)
         made.append(1)
         if len(made) == at:
             signal.raise_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ import torch
 from helpers import LENGTHS, MRPC, TWO_ROWS, ragged_rows
 
 from dse.data.features import Ragged, cached_features
-from dse.networks.batches import Batches, pack, padding_for
+from dse.networks.batches import Batches, pack
 
 
 def test_a_batch_by_hand():
@@ -26,14 +26,7 @@ def test_a_batch_by_hand():
 def test_a_batch_moves_to_a_device_whole():
     moved = pack(ragged_rows(LENGTHS), np.arange(11), np.ones(11, np.int64)).to(torch.device("meta"))
     tensors = [x for record in (moved, *moved.groups) for x in vars(record).values() if isinstance(x, torch.Tensor)]
-    assert [x.device.type for x in tensors] == ["meta"] * (5 + 2 * 4)
-
-
-def test_the_padding_asked_for_goes_before_the_devices():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [padding_for(cpu, None), padding_for(cuda, None)] == ["packed", "batch"]
-    for asked in ("packed", "batch", "max"):
-        assert [padding_for(cpu, asked), padding_for(cuda, asked)] == [asked, asked]
+    assert [x.device.type for x in tensors] == ["meta"] * (5 + 2 * 3)
 
 
 @pytest.mark.parametrize("form", ["joint", "separate"])

@@ -124,7 +124,7 @@ def test_no_step_has_more_places_than_gain_anything():
 def run_steps(progress: inference.PartialOutputs | None, computed: list[int], costs: list[int]) -> np.ndarray:
     """Outputs that are each row's number plus 1, in steps of at most 8 places; which rows were computed."""
 
-    def batch(rows: np.ndarray) -> dict:
+    def batch(rows: np.ndarray, device: torch.device) -> dict:
         computed.extend(rows.tolist())
         return {"rows": torch.from_numpy(rows)}
 

@@ -406,8 +406,10 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("score", text("texts.txt", b"\xff"), {}, "texts.txt, line 1: byte 0xff is not valid UTF-8"),
 ]  # fmt: skip
 NO_GPU = [
-    ("finetune train", None, {"fp16": True}, "--fp16: needs a CUDA device"),
-    ("finetune train", None, {"fp16": True, "bf16": True}, "--bf16: give either this flag or --fp16, not both"),
+    ("finetune logits train", None, {"fp16": True}, "--precision fp16: needs a CUDA device"),
+    ("finetune logits train", None, {"precision": "tf32"}, "--precision tf32: needs a CUDA device"),
+    ("finetune logits train", None, {"fp16": True, "bf16": True}, "--bf16: give only one of --precision, --fp16"),
+    ("finetune logits train", None, {"precision": "fp32", "fp16": True}, "--fp16: give only one of --precision"),
 ]
 
 

@@ -84,13 +84,13 @@ def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkp
     """Ctrl-C twice within the second update, before any state, or the third: that of the second is the last."""
     original, calls = trainer.Trainer.update, []
 
-    def impatient(self):
+    def impatient(self, *of_update):
         calls.append(1)
         if len(calls) == update:
             next(iter(self.model.parameters())).data.zero_()  # half of something
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        original(self)
+        original(self, *of_update)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "update", impatient)
@@ -270,10 +270,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(student_flags, tmp_path, monkeyp
 def test_a_cache_that_is_deleted_under_a_running_job(student_flags, checkpoints, unbroken, data, monkeypatch):
     original = trainer.Trainer.update
 
-    def update(self):
+    def update(self, *of_update):
         for path in data("mrpc").glob("*_separate"):
             path.unlink()
-        original(self)
+        original(self, *of_update)
 
     monkeypatch.setattr(trainer.Trainer, "update", update)
     dse_train_runner.main(student_flags(gradient_accumulation_steps=1))
