@@ -14,6 +14,7 @@ from dse import __main__ as entry
 from dse.experiments import benchmarks, benchmarks_scoring
 from dse.networks.encoder import PooledBert
 from dse.system.device import bert_parameters, training_bytes, training_seconds
+from dse.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -276,6 +277,26 @@ def test_the_precision_reaches_the_encoders(run, monkeypatch):
         run(what, precision="bf16", candidates=[7])
         assert {precision for _, precision in seen} == {"bf16"}, what
         assert ("Teacher" in dict(seen)) == (what != "inference")
+
+
+def test_each_padding_is_trained_with_its_own_batches(run, monkeypatch):
+    """Three trainers in a round, one after the other, each with batches of its padding; none has another's gradients."""
+    seen = []
+    original = Trainer.train_group
+
+    def train_group(self, group):
+        before = all(parameter.grad is None for parameter in self.model.parameters())
+        seen.append((self, self.plan.batches.padding, before))
+        original(self, group)
+
+    monkeypatch.setattr(Trainer, "train_group", train_group)
+    monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
+    monkeypatch.setattr(benchmarks, "take_turns", one_turn)
+    run("training", gradient_accumulation_steps=1)
+    assert [padding for _, padding, _ in seen] == ["max", "max", "batch", "batch", "packed", "packed"] * 2
+    assert [trainer for trainer, *_ in seen[::2]] == [trainer for trainer, *_ in seen[1::2]]
+    assert len({id(trainer) for trainer, *_ in seen}) == 6
+    assert all(before for *_, before in seen)
 
 
 def test_memory_and_time_of_bert_large():
