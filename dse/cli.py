@@ -20,15 +20,15 @@ from tqdm import tqdm
 from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, PRECISIONS
 from dse.networks.poolers import POOLERS
 from dse.system import parallel, signals
-from dse.system.errors import InputError, RunError, one_line
+from dse.system.errors import InputError, RunError, lack_of_memory
 from dse.system.files import check_writable
 
 logger = logging.getLogger(__name__)
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Storage size calculation overflowed")
 _LESS_MEMORY = (
-    "lower the batch size (in training, raise --gradient_accumulation_steps as well), add --bf16 or "
-    "--gradient_checkpointing if the command has these flags, or use smaller layers"
+    "of these flags, use what the command has: a lower --batch_size or --train_batch_size (in training with more "
+    "--gradient_accumulation_steps), --gradient_checkpointing, --precision bf16, a lower --max_seq_length; "
+    "or use smaller layers"
 )
 DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 _Rule = tuple[Callable[[Any], bool], str]  # of a flag's value, and what is wrong with one that breaks it
@@ -95,10 +95,9 @@ def clear_errors(prog: str) -> Iterator[None]:
             if number == errno.ENOSPC and file is None:
                 signals.flush_or_silence(sys.stdout)
                 _leave(prog, f"error: the output cannot be written ({why}); make room", 1, error)
-            said = isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
-            if not said and number != errno.ENOMEM:
+            if (lacking := lack_of_memory(error)) is None:
                 raise
-            _leave(prog, f"error: out of memory ({one_line(error)[:200]}): {_LESS_MEMORY}", 1, error)
+            _leave(prog, f"error: out of memory ({lacking}): {_LESS_MEMORY}", 1, error)
 
 
 def _leave(prog: str, message: str, code: int, why: BaseException) -> NoReturn:
@@ -199,6 +198,7 @@ _PRECISION = {
     "help": "of the encoder's products; tf32 and fp16 need CUDA (default: tf32 on CUDA, fp32 elsewhere)",
 }
 add_device_flags = _flags(**_DEVICE)
+add_precision_flag = _flags(precision=_PRECISION)
 _SENTENCES = {"type": whole_number(1), "default": 32, "help": "full-length sentences per step; more if shorter"}
 add_inference_flags = _flags(
     batch_size=_SENTENCES, **_DEVICE, precision=_PRECISION

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from timeit import timeit
 
 import numpy as np
 import pytest
@@ -282,6 +283,11 @@ def ragged_rows(lengths: list[int]) -> Ragged:
 def separate_rows(lengths: list[int] = LENGTHS) -> SeparateFeatures:
     texts = np.arange(len(lengths), dtype=np.int32)
     return SeparateFeatures(ragged_rows(lengths), texts, texts[::-1].copy(), np.zeros(len(lengths), np.int64), pad_id=0)
+
+
+def one_turn(variants, rounds, peak=lambda: 0.0, device="cpu"):
+    """As `take_turns`, each variant once; what it measures has tests of its own."""
+    return {name: timeit(run, number=1) for name, run in variants.items()}, dict.fromkeys(variants, 0.0), peak() or 1.0
 
 
 def pair_scores(model, queries: list[str], candidates: list[str]) -> np.ndarray:

@@ -61,6 +61,7 @@ MADE: dict[str, Callable[[], str]] = {
     "minutes": lambda: results.minutes_table(read("results")),
     "variants": lambda: results.variants_table(read("results")),
     "transfer": lambda: transfer.to_markdown(read("transfer")["results"]),
+    "memory": benchmarks.memory_table,
     "machine": machine_line,
     "rates": lambda: trained("training_mrpc", "training_sts-b", "inference"),
     "scoring": lambda: benchmarks_scoring.scoring_table(read("scoring"), read("scoring_dot")),

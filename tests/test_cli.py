@@ -13,6 +13,7 @@ from tqdm import tqdm
 import dse_train_runner
 import finetune_bert
 from dse import cli
+from dse.system.errors import lack_of_memory
 
 
 @pytest.mark.parametrize("how", ["full", "gone", "closed"])
@@ -49,16 +50,31 @@ def no_memory(error: Exception):
     return raised
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-    ],
+OF_CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free"
 )
-def test_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flags, student_flags, monkeypatch, capsys):
+CPU_ONLY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "MemoryError"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "OSError: [Errno 12] Cannot allocate memory"),
+        (torch.OutOfMemoryError(f"{OF_CUDA}. Including non-PyTorch memory, this"), f"OutOfMemoryError: {OF_CUDA}"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+         "RuntimeError: CUDA error: out of memory; GPU 3 has 40.00 GiB, of which 0.50 GiB is free"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+         "RuntimeError: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`; GPU 3 has 40.00 GiB, of which "
+         "0.50 GiB is free"),
+        (RuntimeError(CPU_ONLY), f"RuntimeError: {CPU_ONLY}"),
+    ],
+)  # fmt: skip
+def test_lack_of_memory_is_one_line_that_names_what_helps(
+    error, what, teacher_flags, student_flags, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 40 * 2**30))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     for script, argv in (("finetune_bert", teacher_flags()), ("dse_train_runner", student_flags())):
         module = importlib.import_module(script)
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
@@ -67,8 +83,25 @@ def test_lack_of_memory_is_one_line_that_names_what_helps(error, teacher_flags, 
         assert stop.value.code == 1
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        ways = ("the batch size", "--gradient_accumulation_steps", "--bf16", "--gradient_checkpointing")
-        assert all(text in told for text in [f"{script}.py: error: out of memory (", *ways])
+        ways = ("--batch_size", "--train_batch_size", "--gradient_accumulation_steps", "--precision bf16",
+                "--gradient_checkpointing", "--max_seq_length")  # fmt: skip
+        assert all(text in told for text in [f"{script}.py: error: out of memory ({what}): ", *ways])
+
+
+def test_memory_that_runs_out_in_a_training_is_the_last_line(student_flags, monkeypatch, capsys):
+    monkeypatch.setattr("dse.training.trainer.Trainer.backward", no_memory(torch.OutOfMemoryError(f"{OF_CUDA}.")))
+    with pytest.raises(SystemExit) as stop:
+        dse_train_runner.main(student_flags())
+    assert stop.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert errors[0].startswith(f"dse_train_runner.py: error: out of memory (OutOfMemoryError: {OF_CUDA}): of these")
+    assert len(errors) == 1
+
+
+def test_a_gpu_that_does_not_answer_keeps_no_error_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", no_memory(RuntimeError("CUDA error: out of memory")))
+    assert lack_of_memory(RuntimeError("CUDA error: out of memory")) == "RuntimeError: CUDA error: out of memory"
+    assert lack_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 def test_a_head_beyond_memory(student_flags, refused, capsys):

@@ -10,13 +10,12 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
-from timeit import timeit
 
 import numpy as np
 import pages
 import pytest
 import yaml
-from helpers import TEXTS, write_task
+from helpers import TEXTS, one_turn, write_task
 from pages import PAGES, README, ROOT
 
 import dse
@@ -133,11 +132,6 @@ def run(words: list[str]) -> None:
         entry.main(words[3:])
     else:
         importlib.import_module(words[1].removesuffix(".py")).main(words[2:])
-
-
-def one_turn(variants, rounds, peak=lambda: 0.0):
-    """As `take_turns`, each variant once; what it measures has tests of its own."""
-    return {name: timeit(run, number=1) for name, run in variants.items()}, dict.fromkeys(variants, 0.0), peak() or 1.0
 
 
 def test_every_command_runs(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from dse.commands import logger
 from dse.data.tasks import check_sentence_pairs, get_task
 from dse.networks.pretrained import open_bert
 from dse.system.device import describe_device, machine, seed_everything, select_device
+from dse.system.errors import InputError
 from dse.system.files import check_output_file, utc_stamp, write_json
 from dse.training.reporting import check_can_plot
 
@@ -21,6 +22,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", choices=("training", "inference", "features", "scoring"), help="what to measure")
     cli.add_task_flags(parser)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where training, inference and scoring are measured")
+    cli.add_precision_flag(parser)
     add("--output", default="", help="JSON file for the numbers and the settings")
     add("--batch_size", type=cli.whole_number(1), default=16, help="pairs per step; of padded inference, sentences")
     add("--gradient_accumulation_steps", type=cli.whole_number(1), default=2, help="batches per update")
@@ -39,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for, print it, and write it to --output."""
     task = get_task(args.task_name)
     check_sentence_pairs(task)
+    if args.what == "features" and (args.device, args.precision) != ("cpu", None):
+        raise InputError("--device, --precision: token ids are made on the CPU, from text; leave these flags out")
     if args.output:
         check_output_file(args.output, "--output")
     if args.plot:
@@ -56,9 +61,14 @@ def run(args: argparse.Namespace) -> None:
         "features": (benchmarks.features, benchmarks.features_table),
         "scoring": (benchmarks_scoring.scoring, benchmarks_scoring.scoring_table),
     }[args.what]
-    device = select_device(True, 0)
+    args.precision = cli.precision_of(args)
+    device = select_device(args.device == "cpu", 0, args.precision)
+    if device.type != args.device:
+        raise InputError("--device cuda: torch finds no GPU that it can use; leave it out to measure the CPU")
     seed_everything(args.random_seed)
-    logger.info("%s of %s on %s, torch %s", args.what, task.name, describe_device(device), torch.__version__)
+    logger.info(
+        "%s of %s on %s, torch %s", args.what, task.name, describe_device(device, args.precision), torch.__version__
+    )
     found = {**measure(args, task, bert), "settings": {**vars(args), "finished": utc_stamp(), "machine": machine()}}
     print(f"\n{table(found)}")
     if args.output:

@@ -52,6 +52,13 @@ class Ragged:
         """Tokens per row, int64."""
         return np.diff(self.offsets)
 
+    def take(self, rows: np.ndarray) -> "Ragged":
+        """The given rows, int, in that order."""
+        lengths = self.lengths[rows]
+        taken = Ragged(np.empty(lengths.sum(), dtype=np.int32), _offsets(lengths))
+        _copy(self, rows, lengths, taken, taken.offsets[:-1])
+        return taken
+
     def arrays(self) -> dict[str, np.ndarray]:
         """What a cache stores."""
         return {"ids": self.ids, "offsets": self.offsets} | ({} if self.cut is None else {"cut": np.array([self.cut])})
@@ -112,6 +119,14 @@ class SeparateFeatures(Features):
     def rows_of(self, pairs: np.ndarray) -> tuple[Ragged, np.ndarray]:
         """Where the token ids of the given pairs are: the rows of `texts`, the first texts of all, then the second."""
         return self.texts, np.concatenate([self.first[pairs], self.second[pairs]])
+
+    def block(self, pairs: slice) -> "SeparateFeatures":
+        """The given pairs and their texts alone."""
+        both = np.stack([self.first[pairs], self.second[pairs]])
+        texts, places = np.unique(both, return_inverse=True)
+        first, second = places.reshape(both.shape).astype(np.int32)
+        labels = None if self.labels is None else self.labels[pairs]
+        return SeparateFeatures(self.texts.take(texts), first, second, labels, self.pad_id)
 
 
 def joint_features(task: Task, examples: Examples, tokenizer: Any, max_seq_length: int) -> JointFeatures:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dse.data.features import joint_features
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
-from dse.experiments.benchmarks import Variants, take_turns
+from dse.experiments.benchmarks import USE_OF_GPU, Variants, on_gpu, take_turns, use_cells
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
@@ -79,6 +79,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     else:  # an untrained one takes as long
         network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
         model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
+    model.to(args.device).network.precision = args.precision
     examples = read_examples(task, args.data_dir, "train")
     query, sentences = examples.first[0], list(dict.fromkeys(chain(*reversed(examples.sides))))
     some = sentences[:CROSS_ENCODER_PAIRS]
@@ -94,7 +95,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
             parts = [(embeddings[:left], sentences[:left]) for left in range(count, 0, -len(sentences))]
             index = CandidateIndex.from_embeddings(model, parts, Path(folder) / str(count))
             numbers["candidates"][str(count)] = found = one_size(args, index, query, seconds_per_pair)
-            if head == "dot" and importlib.util.find_spec("faiss"):
+            if head == "dot" and args.device == "cpu" and importlib.util.find_spec("faiss"):  # of the CPU
                 found["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
                 halved = CandidateIndex.from_embeddings(model, parts, dtype="float16")
@@ -108,9 +109,10 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
 def cross_encoder_seconds(args: argparse.Namespace, task: Task, bert: OpenedBert, pairs: Examples) -> float:
     """Seconds per pair of a cross-encoder of --bert_model, packed and by length."""
     batches = Batches(joint_features(task, pairs, bert.tokenizer, args.max_seq_length), "packed", args.max_seq_length)
-    teacher = load_teacher(bert.folder, task, fine_tuned=False)  # untrained takes as long
-    read = partial(infer, teacher, batches, 10**6, torch.device("cpu"), "teacher")
-    seconds = take_turns({TEACHER: read}, args.rounds)[0][TEACHER]
+    teacher = load_teacher(bert.folder, task, fine_tuned=False).to(args.device)  # untrained takes as long
+    teacher.precision = args.precision
+    read = partial(infer, teacher, batches, 10**6, torch.device(args.device), "teacher")
+    seconds = take_turns({TEACHER: read}, args.rounds, device=args.device)[0][TEACHER]
     logger.info("cross-encoder: %d pairs, %.0f a second", len(pairs), len(pairs) / seconds)
     return seconds / len(pairs)
 
@@ -123,16 +125,19 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
 def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
     """Measure one number of candidates."""
     count, memory = len(index), dict[str, float]()
-    expected = rank_scores(naive_outputs(query, index), index.model.task).numpy()
+    expected = rank_scores(naive_outputs(query, index), index.model.task).cpu().numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
     variants: Variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
     }
-    seconds, *_ = take_turns(variants, args.rounds)
+    turns = take_turns(variants, args.rounds, device=args.device)
     # In fewer rounds, as it takes 64 times as long.
-    of_many, *_ = take_turns({"many": partial(watched, memory, "many", index.search, many, 10)}, min(2, args.rounds))
+    at_once: Variants = {"many": partial(watched, memory, "many", index.search, many, 10)}
+    of_many, *_ = take_turns(at_once, min(2, args.rounds), device=args.device)
+    seconds = turns[0]
+    used = on_gpu(args.device, variants, seconds, dict.fromkeys(variants, 1))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
     logger.info("%d candidates: %.4g s a query", count, seconds[OURS])
     return {
@@ -142,6 +147,7 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
         "ratio_of_one_query_to_each_of_many": seconds[OURS] / seconds["many"],
         "max_relative_difference": difference,
         "anonymous_mib": memory,
+        **used,
     }
 
 
@@ -158,11 +164,13 @@ def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -
 
 def scoring_table(*measured: dict[str, Any]) -> str:
     """Seconds for one query, a row per head and number of candidates."""
-    header = (
+    header: tuple[str, ...] = (
         "head", "candidates", "cross-encoder, s", "head on blocks, s", "index, s", "against the cross-encoder",
         "against the head on blocks", "against faiss", f"each of {MANY_QUERIES} queries at once, s",
         "largest difference of a score", "memory above, MiB",
     )  # fmt: skip
+    with_gpu = any("gpu" in numbers for found in measured for numbers in found["candidates"].values())
+    header += USE_OF_GPU if with_gpu else ()
     rows = [
         (
             f"`{found['head']}`", f"{int(count):,}",
@@ -171,6 +179,7 @@ def scoring_table(*measured: dict[str, Any]) -> str:
             f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",
             f"{numbers['seconds']['many']:.3g}", f"{numbers['max_relative_difference']:.0e}",
             f"{numbers['anonymous_mib'][OURS]:,.0f}",
+            *(use_cells(numbers.get("gpu"), (NAIVE, OURS)) if with_gpu else ()),
         )
         for found in measured
         for count, numbers in found["candidates"].items()

@@ -204,9 +204,18 @@ def embed_texts(
 def infer_pairs(
     network: SiameseNetwork, rows: Batches, batch_size: int, device: torch.device, what: str, show: bool | None = None
 ) -> np.ndarray:
-    """As `infer` for a student's pairs, (n, fc_dims[-1]), float32; batch_size counts pairs; a text is embedded once."""
-    embeddings = embed_texts(network, rows, 2 * batch_size, device, what, show)
-    return score_stored(network, embeddings, rows.features.first, rows.features.second, device)
+    """As `infer` for a student's pairs, (n, fc_dims[-1]), float32; batch_size counts pairs; a text is embedded once.
+
+    Each of several processes takes a block of the pairs, and embeds their texts alone.
+    """
+    own = parallel.block_of_rank(len(rows))
+    features = rows.features if parallel.size() == 1 else rows.features.block(own)
+    with parallel.alone():
+        part = Batches(features, rows.padding, rows.max_seq_length)
+        embeddings = embed_texts(network, part, 2 * batch_size, device, what, show)
+    outputs = np.zeros((len(rows), network.config.fc_dims[-1]), dtype=np.float32)
+    outputs[own] = score_stored(network, embeddings, features.first, features.second, device)
+    return parallel.summed(outputs)
 
 
 def score_stored(

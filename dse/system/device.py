@@ -5,25 +5,31 @@ import logging
 import os
 import platform
 import random
+import re
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dse import __version__
 from dse.system import libc, parallel
-from dse.system.errors import InputError
+from dse.system.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+_SIGNS_OF_A_GPU = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))  # of its driver
 
 
 def select_device(no_gpu: bool, gpu_id: int, precision: str = "auto") -> "torch.device":
-    """CUDA if there is a GPU and `no_gpu` is false, else the CPU. Raises InputError for a GPU that does not exist."""
+    """CUDA if there is a GPU and `no_gpu` is false, else the CPU. A GPU becomes torch's current one.
+
+    Raises InputError for a GPU that does not exist or cannot be used; warns if torch can use none of those that do.
+    """
     import torch
 
-    if no_gpu or not torch.cuda.is_available():
+    if no_gpu or not _has_cuda():
         if precision in ("fp16", "tf32"):
             why = "needs a CUDA device, and this run has none"
             raise InputError(f"--precision {precision}: {why}: leave it out, or give --precision bf16")
@@ -39,7 +45,36 @@ def select_device(no_gpu: bool, gpu_id: int, precision: str = "auto") -> "torch.
     elif count > 1:
         all_of_them = f"to use all, start a script that trains or makes logits with `torchrun --nproc_per_node {count}`"
         logger.info("of %d GPUs, this run uses number %d; %s", count, gpu_id, all_of_them)
-    return torch.device("cuda", gpu_id)
+    device = torch.device("cuda", gpu_id)
+    try:
+        torch.cuda.set_device(device)  # for whatever says just "cuda"; it is the first call that needs the GPU
+    except RuntimeError as error:
+        raise InputError(
+            f"GPU {gpu_id} cannot be used ({one_line(error)[:200]}): give another --gpu_id, or use the CPU"
+        ) from error
+    return device
+
+
+def _has_cuda() -> bool:
+    """Can torch use a GPU? Warns if it cannot and there is one."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return True
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    if hidden == "" or hidden.startswith("-"):  # by the user
+        return False
+    if told:  # once in a process
+        why = re.sub(r" \(Triggered internally .*", "", " ".join(str(told[0].message).split()))
+    elif any(path.exists() for path in _SIGNS_OF_A_GPU):
+        built = f"torch {torch.__version__} finds no GPU that it can use: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        why = built if torch.version.cuda else f"torch {torch.__version__} is a build without CUDA: install another"
+    else:
+        return False
+    logger.warning("this machine has a GPU, but the CPU is used: %s", why)
+    return False
 
 
 def describe_device(device: "torch.device", precision: str = "auto") -> str:
@@ -89,6 +124,34 @@ def machine() -> dict[str, Any]:
         "versions": {"dse": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      **{name: version(name) for name in packages}},
     }  # fmt: skip
+
+
+def bert_parameters(bert: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of a BERT's layers, and of all of it, from the sizes in its configuration."""
+    hidden, inner = bert["hidden_size"], bert["intermediate_size"]
+    layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden  # the last: two layer norms
+    rows = bert["vocab_size"] + bert["max_position_embeddings"] + bert["type_vocab_size"] + 2
+    layers = bert["num_hidden_layers"] * layer
+    return layers, layers + rows * hidden + hidden * (hidden + 1)  # with the pooler
+
+
+def training_bytes(bert: dict[str, Any], tokens: int, precision: str) -> float:
+    """Memory of a training with so many tokens in a pass, computed: 16 bytes per parameter, and activations.
+
+    A parameter has a weight, a gradient and two moments in float32. For each token and layer, about 34 bytes x hidden
+    are kept for the backward pass in bf16 or fp16, and twice that otherwise (Korthikanti et al., 2022, without what
+    attention keeps if it is not computed in one call).
+    """
+    each = 34 if precision in ("bf16", "fp16") else 68
+    return 16 * bert_parameters(bert)[1] + each * bert["hidden_size"] * bert["num_hidden_layers"] * tokens
+
+
+def training_seconds(bert: dict[str, Any], tokens: float, peak: float, share: float) -> float:
+    """Time of a training on so many tokens, epochs included, computed: 6 x parameters of the layers x tokens FLOP.
+
+    peak, share: the GPU's FLOP a second, and how much of that the training reaches.
+    """
+    return 6 * bert_parameters(bert)[0] * tokens / (peak * share)
 
 
 def seed_everything(seed: int) -> int:

@@ -1,7 +1,8 @@
 """Several processes, started by torchrun, that train one model, or compute its outputs, together.
 
-Each of N processes has all the data and the model. It takes every N-th row of each training batch, and every N-th batch
-of an inference, whose other outputs are zeros there. Only the first process writes files. One process runs as usual.
+Each of N processes has all the data and the model. It takes every N-th row of each training batch. Of an inference it
+takes every N-th batch, or of a student's pairs one of N blocks; its other outputs are zeros. Only the first process
+writes files. One process runs as usual.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dse.system.errors import InputError, RunError, one_line
+from dse.system.errors import InputError, RunError, lack_of_memory, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,8 @@ def join(device: "torch.device") -> None:
     if launched():
         import torch
 
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, device_id=gpu)  # barriers take it, too
         _device = device
 
 
@@ -67,12 +67,24 @@ def process_group() -> Iterator[None]:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except RuntimeError as error:
-        if _device is None or not any(word in str(error) for word in _OF_THE_CONNECTION):
+        of_it = any(word in str(error) for word in _OF_THE_CONNECTION) and not lack_of_memory(error)  # as of NCCL
+        if _device is None or not of_it:
             raise
         mend = "look for that process's error; --resume continues if there is a state"
         raise RunError(f"process {rank()} lost the connection to another ({one_line(error)[:200]}): {mend}") from error
     finally:
         _device = None
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let this process run the block by itself, as if there were no others (`size` is 1)."""
+    global _device
+    device, _device = _device, None
+    try:
+        yield
+    finally:
+        _device = device
 
 
 def wait_for_all() -> None:
@@ -96,6 +108,15 @@ def first_goes_first() -> Iterator[None]:
 def rows_of_rank(rows: np.ndarray) -> np.ndarray:
     """This process's part of a batch's rows."""
     return rows[rank() :: size()] if size() > 1 else rows
+
+
+def block_of_rank(rows: int) -> slice:
+    """This process's block of so many rows; the blocks are of one size, to 1, and may be empty.
+
+    Rows that are neighbours in a file often share texts, which are then in one block.
+    """
+    first, last = (rows * (rank() % size() + i) // size() for i in (0, 1))
+    return slice(first, last)
 
 
 def agree(numbers: list[int], what: str) -> None:

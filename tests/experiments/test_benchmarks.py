@@ -3,13 +3,18 @@
 import json
 import timeit
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import as_flags
+from helpers import as_flags, one_turn
+from transformers import BertConfig, BertModel
 
 from dse import __main__ as entry
 from dse.experiments import benchmarks, benchmarks_scoring
+from dse.networks.encoder import PooledBert
+from dse.system.device import bert_parameters, training_bytes, training_seconds
+from dse.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -148,3 +153,169 @@ def test_sentence_transformers_beside(run):
     numbers, output = run("training")
     assert f"| {numbers['student training']['ratio_to_sentence_transformers']:.2f}x |" in output
     assert "ratio_to_sentence_transformers" not in numbers["teacher training"]
+
+
+def event(name: str, start: float, end: float, device: str = "CUDA", annotation: bool = False) -> SimpleNamespace:
+    """An event of a profile, in microseconds."""
+    span = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(
+        name=name, time_range=span, device_type=SimpleNamespace(name=device), is_user_annotation=annotation
+    )
+
+
+def test_what_the_gpu_does_in_a_step():
+    """Two steps in 100 us. The GPU is busy for 10 + 20 + 10: one kernel lies within another, one overlaps."""
+    events = [
+        event("gemm", 50, 60), event("layer_norm", 10, 20), event("softmax", 30, 45), event("gelu", 35, 40),
+        event("add", 40, 50), event("Memcpy HtoD (Pinned -> Device)", 0, 4), event("Memset (Device)", 4, 6),
+        event("Memcpy DtoH (Device -> Pageable)", 90, 94), *[event(name, 0, 100, device="CPU")
+          for name in ("cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync")],
+        event("Optimizer.step#BertAdam.step", 0, 100, annotation=True),
+    ]  # fmt: skip
+    used = benchmarks.use_of_gpu(events, 100e-6, 2)
+    busy = 10 + 30 + 4 + 2 + 4
+    assert used == pytest.approx(
+        {"launches": 1.5, "kernels": 2.5, "copies_to_gpu": 0.5, "copies_to_host": 0.5, "idle_share": 1 - busy / 100}
+    )
+    assert benchmarks.use_of_gpu(events, 20e-6, 2)["idle_share"] == 0
+
+
+def test_tables_tell_of_the_gpu_where_there_is_one(run, monkeypatch):
+    monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
+    used = {"launches": 1234.4, "kernels": 56.0, "copies_to_gpu": 1.0, "copies_to_host": 0.25, "idle_share": 0.126}
+    columns = " | launches a step | kernels | copies to the GPU | copies from it | GPU idle |"
+    cpu, output = run("inference")
+    assert columns not in output
+    gpu = json.loads(json.dumps(cpu))
+    gpu["encoding"]["gpu"] = dict.fromkeys(benchmarks.PADDINGS, used)
+    header, _, *rows = benchmarks.rates_table(gpu, cpu).splitlines()
+    assert header.endswith(columns)
+    three = [" / ".join([cell] * 3) for cell in ("1,234", "56", "1.0", "0.2", "13 %")]
+    assert rows[0].endswith(" | " + " | ".join(three) + " |")
+    assert rows[1].endswith(" | - | - | - | - | - |")
+    cpu, output = run("scoring", candidates=[7])
+    assert columns not in output
+    cpu["candidates"]["7"]["gpu"] = dict.fromkeys((benchmarks_scoring.NAIVE, benchmarks_scoring.OURS), used)
+    assert "| 1,234 / 1,234 | 56 / 56 | 1.0 / 1.0 | 0.2 / 0.2 | 13 % / 13 % |" in benchmarks_scoring.scoring_table(cpu)
+
+
+def test_on_a_gpu_the_clock_waits_for_it(monkeypatch):
+    """Each call queues work of a second, for which only `synchronize` waits; memory is the GPU's."""
+    clock, queued = [0.0], [0.0]
+
+    def synchronize():
+        clock[0] += queued[0]
+        queued[0] = 0.0
+
+    for name in ("timeit", "repeat"):
+        monkeypatch.setattr(benchmarks, name, partial(getattr(timeit, name), timer=lambda: clock[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+
+    def queue():
+        queued[0] += 1.0
+
+    assert benchmarks.take_turns({"a": queue}, 1, device="cuda") == ({"a": 1.0}, {"a": 3.0}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "inside", "kind"),
+    [
+        ("auto", "cuda", "high", None),
+        ("tf32", "cuda", "high", None),
+        ("fp32", "cuda", "highest", None),
+        ("auto", "cpu", "highest", None),
+        ("bf16", "cpu", "highest", torch.bfloat16),
+    ],
+)
+def test_the_precision_of_others_products(precision, device, inside, kind, monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    with benchmarks.computing_in(precision, device):
+        assert torch.get_float32_matmul_precision() == inside
+        assert torch.is_autocast_enabled(device) == (kind is not None)
+        if device == "cpu":
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (kind or torch.float32)
+    assert torch.get_float32_matmul_precision() == before
+    dtypes = set()
+    monkeypatch.setattr(benchmarks, "_product_seconds", lambda a, b: dtypes.update((a.dtype, b.dtype)) or 1.0)
+    benchmarks.matmul_peak({"hidden_size": 2, "intermediate_size": 3}, 5, True, "cpu", precision)
+    assert dtypes == {kind or torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "told"),
+    [
+        ("inference", {"device": "cuda"}, "--device cuda: torch finds no GPU that it can use"),
+        ("features", {"device": "cuda"}, "token ids are made on the CPU"),
+        ("features", {"precision": "bf16"}, "token ids are made on the CPU"),
+    ],
+)
+def test_a_device_that_cannot_be_measured(what, changes, told, run, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run(what, **changes)
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_precision_reaches_the_encoders(run, monkeypatch):
+    """Student, teacher, and the student and the cross-encoder of scoring."""
+    seen = []
+    original = PooledBert.forward
+
+    def forward(self, *args, **inputs):
+        seen.append((type(self).__name__, getattr(self, "precision", None)))
+        return original(self, *args, **inputs)
+
+    monkeypatch.setattr(PooledBert, "forward", forward)
+    for module in (benchmarks, benchmarks_scoring):
+        monkeypatch.setattr(module, "take_turns", one_turn)
+    monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
+    for what in ("training", "inference", "scoring"):
+        seen.clear()
+        run(what, precision="bf16", candidates=[7])
+        assert {precision for _, precision in seen} == {"bf16"}, what
+        assert ("Teacher" in dict(seen)) == (what != "inference")
+
+
+def test_each_padding_is_trained_with_its_own_batches(run, monkeypatch):
+    """Three trainers in a round, one after the other, each with batches of its padding; none has another's gradients."""
+    seen = []
+    original = Trainer.train_group
+
+    def train_group(self, group):
+        before = all(parameter.grad is None for parameter in self.model.parameters())
+        seen.append((self, self.plan.batches.padding, before))
+        original(self, group)
+
+    monkeypatch.setattr(Trainer, "train_group", train_group)
+    monkeypatch.setattr(benchmarks, "has_sentence_transformers", lambda: False)
+    monkeypatch.setattr(benchmarks, "take_turns", one_turn)
+    run("training", gradient_accumulation_steps=1)
+    assert [padding for _, padding, _ in seen] == ["max", "max", "batch", "batch", "packed", "packed"] * 2
+    assert [trainer for trainer, *_ in seen[::2]] == [trainer for trainer, *_ in seen[1::2]]
+    assert len({id(trainer) for trainer, *_ in seen}) == 6
+    assert all(before for *_, before in seen)
+
+
+def test_memory_and_time_of_bert_large():
+    """24 layers of 4 x 1024 x 1025 + 2 x 1024 x 4096 + 5120 + 4096; 30522 + 512 + 2 + 2 rows of 1024; a pooler."""
+    large = benchmarks._BERT_LARGE
+    layer, pooler = 4 * 1024 * 1025 + 2 * 1024 * 4096 + 5120 + 4096, 1024 * 1025
+    assert bert_parameters(large) == (24 * layer, 24 * layer + 31038 * 1024 + pooler) == (302_309_376, 335_141_888)
+    assert training_bytes(large, 0, "fp32") == 16 * 335_141_888
+    assert training_bytes(large, 10, "bf16") - training_bytes(large, 0, "bf16") == 34 * 1024 * 24 * 10
+    assert training_bytes(large, 10, "tf32") - training_bytes(large, 0, "bf16") == 68 * 1024 * 24 * 10
+    assert training_seconds(large, 1e6, 1e14, 0.5) == pytest.approx(6 * 302_309_376 * 1e6 / 5e13)
+    # 40 GiB less a tenth: 36 - 5 GiB hold 311 x 128 tokens of 0.797 MiB, or 155 of twice that.
+    # 3 epochs of 198,072 tokens are 1.078e15 FLOP: 11.5 s at 30 % of 312 TFLOP/s. QQP has 55 times as many tokens.
+    assert "| A100 | 40 | 5.0 | 155 / 311 | 0.2 / 10.6 |" in benchmarks.memory_table()
+
+
+def test_parameters_are_those_of_a_bert():
+    config = BertConfig(**benchmarks._BERT_LARGE | {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
+                                                    "vocab_size": 100, "num_attention_heads": 2})  # fmt: skip
+    bert = BertModel(config)
+    counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (bert.encoder, bert)]
+    assert bert_parameters(config.to_dict()) == tuple(counts)

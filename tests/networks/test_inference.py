@@ -13,6 +13,8 @@ from dse.networks.inference import by_length, embed_texts, infer, infer_pairs
 from dse.system import files, parallel
 from dse.system.errors import RunError
 
+CPU = torch.device("cpu")
+
 
 def test_each_text_is_embedded_once_and_pairs_keep_their_order():
     model, batches = random_student(), Batches(separate_rows())
@@ -29,6 +31,54 @@ def test_each_text_is_embedded_once_and_pairs_keep_their_order():
     with torch.inference_mode():
         alone = model.embed(**batches.of_texts(np.array([4])))
     np.testing.assert_allclose(embeddings[4], alone[0], atol=1e-5)
+
+
+def pairs_that_share_texts() -> Batches:
+    """Texts 0 to 10; four of the seven pairs have a text in common with the pair before, and one has a text twice."""
+    features = separate_rows()
+    features.first, features.second = np.array([[9, 9, 2, 2, 4, 10, 7], [1, 2, 0, 8, 4, 4, 3]], dtype=np.int32)
+    features.labels = np.arange(7)
+    return Batches(features, "packed", 16)
+
+
+def test_a_block_of_pairs_has_its_own_texts_alone():
+    features = pairs_that_share_texts().features
+    some = features.block(slice(2, 5))
+    lengths = [LENGTHS[text] for text in (0, 2, 4, 8)]
+    assert some.texts.lengths.tolist() == lengths
+    assert (some.first.tolist(), some.second.tolist()) == ([1, 1, 2], [0, 3, 2])
+    assert some.labels.tolist() == [2, 3, 4]
+    for row, text in enumerate((0, 2, 4, 8)):
+        ours, theirs = (x.ids[x.offsets[i] : x.offsets[i + 1]] for x, i in ((some.texts, row), (features.texts, text)))
+        assert ours.tolist() == theirs.tolist()
+    nothing = features.block(slice(7, 7))
+    assert (len(nothing), nothing.texts.offsets.tolist()) == (0, [0])
+
+
+@pytest.mark.parametrize(("processes", "texts"), [(2, [4, 6]), (3, [3, 3, 4]), (9, [0, 2, 2, 2, 0, 2, 1, 2, 2])])
+def test_processes_share_the_pairs(processes, texts, monkeypatch):
+    """Pairs 0-2 and 3-6; 0-1, 2-3 and 4-6; of 9 processes two have none. Each embeds its own texts, once."""
+    model, batches, seen = random_student(), pairs_that_share_texts(), []
+    expected = infer_pairs(model, batches, 3, CPU, "texts")
+    model.dse_model.bert.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(len(inputs["packed"].starts)), with_kwargs=True
+    )
+    reduced = []
+    monkeypatch.setattr(parallel, "size", lambda: processes if parallel._device else 1)
+    monkeypatch.setattr(parallel, "summed", lambda values: reduced.append(values) or values)
+    embedded = []
+    for rank in range(processes):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "_device", CPU)
+        infer_pairs(model, batches, 3, CPU, "texts")
+        assert parallel.size() == processes
+        embedded.append(sum(seen))
+        seen.clear()
+    whole = [values for values in reduced if values.shape == expected.shape]
+    assert len(whole) == processes
+    np.testing.assert_allclose(sum(whole), expected, atol=1e-6)
+    assert embedded == texts
+    assert {values.shape for values in reduced} == {expected.shape, (1,)}, "more than outputs was sent"
 
 
 def test_no_step_has_more_than_its_tokens():
@@ -69,9 +119,6 @@ def test_no_step_has_more_places_than_gain_anything():
     )
     embed_texts(model, batches, 1000, torch.device("cpu"), "texts")
     assert seen == [341, 259]
-
-
-CPU = torch.device("cpu")
 
 
 def run_steps(progress: inference.PartialOutputs | None, computed: list[int], costs: list[int]) -> np.ndarray:

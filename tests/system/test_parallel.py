@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import as_flags
+from helpers import as_flags, random_student, separate_rows
 from processes import LONG, ended, start_ranks
 from safetensors.torch import load_file
 
 import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
+from dse.networks.batches import Batches
+from dse.networks.inference import infer_pairs
 from dse.storage.checkpoint import Checkpoint
 from dse.system import parallel
 from dse.system.device import select_device
 from dse.system.errors import InputError, RunError
 
+CPU = torch.device("cpu")
 SCRIPTS = {"finetune_bert": finetune_bert, "run_distillation_logits_creator": run_distillation_logits_creator,
            "dse_train_runner": dse_train_runner}  # fmt: skip
 
@@ -173,6 +176,8 @@ def test_several_gpus_are_pointed_out(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert select_device(False, 1) == torch.device("cuda", 1)
     assert "`torchrun --nproc_per_node 3`" in caplog.text
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "1")):
@@ -184,3 +189,59 @@ def test_several_gpus_are_pointed_out(monkeypatch, caplog):
         else:
             with pytest.raises(InputError, match="process 3 of this machine has no GPU, since there are 3"):
                 select_device(False, 0)
+    assert chosen == [torch.device("cuda", 1), torch.device("cuda", 2)]
+
+
+@pytest.mark.parametrize(("device", "given"), [("cpu", ("gloo", None)), ("cuda:1", ("nccl", torch.device("cuda:1")))])
+def test_the_process_group_knows_its_gpu(device, given, monkeypatch):
+    """Barriers then take it, and do not guess."""
+    calls = []
+    monkeypatch.setattr(parallel, "_device", None)
+    monkeypatch.setattr(parallel, "launched", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda name, timeout, device_id: calls.append((name, device_id))
+    )
+    parallel.join(torch.device(device))
+    assert calls == [given]
+    assert parallel._device == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("NCCL error: unhandled cuda error. Cuda failure 'out of memory'", RuntimeError),
+        ("NCCL error: remote process exited or there was a network error", RunError),
+    ],
+)
+def test_memory_that_runs_out_is_not_a_lost_connection(said, kind, monkeypatch):
+    with pytest.raises(Exception, match="NCCL error") as raised, parallel.process_group():
+        monkeypatch.setattr(parallel, "_device", CPU)
+        raise RuntimeError(said)
+    assert type(raised.value) is kind
+
+
+def score_pairs(places: list[Path]) -> None:
+    """One pair, of which a process has none, and 11, scored by the processes together."""
+    with parallel.process_group():
+        parallel.join(CPU)
+        for count, place in zip((1, 11), places, strict=True):
+            if not parallel.is_first():
+                place = place.with_suffix(".other.npy")
+            np.save(place, outputs_of(count))
+
+
+def outputs_of(count: int) -> np.ndarray:
+    features = separate_rows()
+    features.first, features.second, features.labels = (
+        values[:count] for values in (features.first, features.second, features.labels)
+    )
+    return infer_pairs(random_student(), Batches(features, "packed", 16), 3, CPU, "pairs", show=False)
+
+
+def test_more_processes_than_pairs(tmp_path):
+    places = [tmp_path / f"{count}.npy" for count in (1, 11)]
+    for rank in start_ranks(score_pairs, places, log=tmp_path / "log"):
+        ended(rank, tmp_path / "log")
+    for count, place in zip((1, 11), places, strict=True):
+        for each in (place, place.with_suffix(".other.npy")):
+            np.testing.assert_allclose(np.load(each), outputs_of(count), atol=1e-6)
