@@ -8,18 +8,18 @@ A batch is made on the CPU and reaches a GPU in one copy, which the work under w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dse.data.features import Ragged
 
 _FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
+_STEP = 128  # tokens between two of the few shapes
 _SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
 _MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
 _CPU = torch.device("cpu")
@@ -42,6 +42,11 @@ class Batches:
     def of_pairs(self, rows: np.ndarray, device: torch.device = _CPU) -> Inputs:
         """Inputs of the given pairs; for a student, the first texts of all pairs, then the second ones."""
         return self._inputs(device, *self.features.rows_of(rows))
+
+    def of_few_shapes(self, rows: np.ndarray) -> "PackedBatch":
+        """As `of_pairs`, packed, on the CPU; most batches of so many rows have the shapes of another one."""
+        tokens, places, *of_first = self.features.rows_of(rows)
+        return pack(tokens, places, of_first[0] if of_first else None, room=self.max_seq_length)
 
     def of_texts(self, rows: np.ndarray, device: torch.device = _CPU) -> Inputs:
         """Inputs of the given rows of a student's distinct texts."""
@@ -71,15 +76,18 @@ def pad(tokens: Ragged, rows: np.ndarray, pad_id: int, length: int | None = None
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU, int64, on a device: by one copy of one buffer, for which nobody waits."""
+def moved(tensors: list[Tensor], device: torch.device, into: Tensor | None = None) -> list[Tensor]:
+    """Tensors of the CPU, int64, on a device: by one copy of one buffer, for which nobody waits.
+
+    `into` is the memory there, int64, (elements of all tensors,); None: new memory.
+    """
     if device.type == "cpu":
         return tensors
     sizes = [tensor.numel() for tensor in tensors]
     flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
     torch.cat([tensor.flatten() for tensor in tensors], out=flat)
-    parts = flat.to(device, non_blocking=True).split(sizes)
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    there = flat.to(device, non_blocking=True) if into is None else into.copy_(flat, non_blocking=True)
+    return [part.view(tensor.shape) for part, tensor in zip(there.split(sizes), tensors, strict=True)]
 
 
 @dataclass
@@ -87,10 +95,10 @@ class Group:
     """Rows of similar length, which attention pads to the longest of them."""
 
     rows: int
-    length: int  # of the longest row
+    length: int  # at least that of the longest row
     full: bool  # has no row any padding?
     place: Tensor  # int64, (rows * length,): the token of each place; for padding, any of the group's
-    back: Tensor  # int64, (tokens,): the place of each token
+    back: Tensor  # int64, (tokens,): the place of each token; of idle tokens that are counted, the last one: padding
     mask: Tensor  # int64, (rows, length): 1 for tokens and 0 for padding
 
     @cached_property
@@ -106,34 +114,46 @@ class PackedBatch:
     ids: Tensor  # int64, (tokens,)
     positions: Tensor  # int64, (tokens,)
     types: Tensor | None  # int64, (tokens,); None: all 0
-    starts: Tensor  # int64, (rows,): where each row begins
+    bounds: Tensor  # int64, (rows + 1,): where each row begins, and the last ends; of few shapes, where idle ones end
     order: Tensor  # int64, (rows,): x[order] puts per-row results back into the order that was asked for
     groups: list[Group]
 
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on a device."""
-        there = replace(self, groups=[replace(group) for group in self.groups])
-        records = there, *there.groups
-        places = [(record, name) for record in records for name, x in vars(record).items() if isinstance(x, Tensor)]
-        for (record, name), tensor in zip(places, moved([getattr(*place) for place in places], device), strict=True):
-            setattr(record, name, tensor)
-        return there
+    @property
+    def starts(self) -> Tensor:
+        """int64, (rows,): where each row begins."""
+        return self.bounds[: len(self.order)]
 
     @cached_property
-    def bounds(self) -> Tensor:
-        """(rows + 1,), int32: where each row begins, and where the last one ends."""
-        return functional.pad(self.starts, (0, 1), value=sum(len(group.back) for group in self.groups)).int()
+    def bounds32(self) -> Tensor:
+        """`bounds` as int32."""
+        return self.bounds.int()
+
+    def places(self) -> list[tuple[Any, str]]:
+        """Where the batch has its tensors: records and names of their fields."""
+        records: list[Any] = [self, *self.groups]
+        return [(x, each.name) for x in records for each in fields(x) if isinstance(getattr(x, each.name), Tensor)]
+
+    def to(self, device: torch.device, into: Tensor | None = None) -> "PackedBatch":
+        """The same batch on a device; `into` is as in `moved`."""
+        there = replace(self, groups=[replace(group) for group in self.groups])
+        tensors = moved([getattr(*place) for place in self.places()], device, into)
+        for place, tensor in zip(there.places(), tensors, strict=True):
+            setattr(*place, tensor)
+        return there
 
 
 def pack(
-    tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None, grouped: bool = True
-) -> PackedBatch:
+    tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None, grouped: bool = True,
+    room: int | None = None,
+) -> PackedBatch:  # fmt: skip
     """Pack the given rows, int, of `tokens`; a row may occur several times.
 
     Args:
         first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
         grouped: cut the rows into groups of similar length, and add idle tokens; otherwise there are one group and no
             idle tokens, as suits a device whose attention takes rows of any length.
+        room: tokens of the longest row that may come. There is one group with a place more than that per row, and at
+            least one idle token, up to a multiple of 128: shapes that the next batch is likely to have, too.
     """
     order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
     rows = rows[order]
@@ -141,14 +161,15 @@ def pack(
     starts = np.cumsum(lengths) - lengths
     count = int(lengths.sum())
     places = np.arange(count) - np.repeat(starts, lengths)
-    ids, positions, types = torch.zeros((3, _few_sizes(count) if grouped else count), dtype=torch.int64)
+    size = (count // _STEP + 1) * _STEP if room else _few_sizes(count) if grouped else count
+    ids, positions, types = torch.zeros((3, size), dtype=torch.int64)
     ids[:count] = torch.from_numpy(tokens.ids[np.repeat(tokens.offsets[rows], lengths) + places])
     positions[:count] = torch.from_numpy(places)
     if first_lengths is not None:
         types[:count] = torch.from_numpy(places >= np.repeat(first_lengths[order], lengths))
-    begin, back = map(torch.from_numpy, (starts, np.argsort(order)))
-    groups = list(_groups(lengths)) if grouped else [_group(lengths)]
-    return PackedBatch(ids, positions, None if first_lengths is None else types, begin, back, groups)
+    bounds, back = map(torch.from_numpy, (np.append(starts, [count, size] if room else [count]), np.argsort(order)))
+    groups = [_group(lengths, room + 1, size)] if room else list(_groups(lengths)) if grouped else [_group(lengths)]
+    return PackedBatch(ids, positions, None if first_lengths is None else types, bounds, back, groups)
 
 
 def _few_sizes(count: int) -> int:
@@ -175,14 +196,16 @@ def _groups(lengths: np.ndarray) -> Iterator[Group]:
         yield _group(some)
 
 
-def _group(lengths: np.ndarray) -> Group:
-    """A group of rows of falling length."""
-    mask = np.arange(lengths[0]) < lengths[:, None]
+def _group(lengths: np.ndarray, length: int = 0, tokens: int = 0) -> Group:
+    """A group of rows of falling length, with at least so many places per row, and so many tokens with idle ones."""
+    length = max(length, int(lengths[0]))
+    mask = np.arange(length) < lengths[:, None]
     back = np.flatnonzero(mask)
     place = np.zeros(mask.size, dtype=np.int64)
     place[back] = np.arange(len(back))
-    tensors = map(torch.from_numpy, (place, back, mask.astype(np.int64)))
-    return Group(len(lengths), int(lengths[0]), len(back) == mask.size, *tensors)
+    full = len(back) == mask.size
+    back = np.append(back, np.full(max(0, tokens - len(back)), mask.size - 1))
+    return Group(len(lengths), length, full, *map(torch.from_numpy, (place, back, mask.astype(np.int64))))
 
 
 class _Pad(torch.autograd.Function):

@@ -64,7 +64,9 @@ class PooledBert(nn.Module):
         alone = self.pooler.is_berts
         with products(self.precision, batch.ids.device):
             states = layer_states(self.bert, batch, last_alone=alone, dtype=_HALF.get(self.precision))
-            layers = deque(states, maxlen=self.top_layers)
+            layers: Any = deque(states, maxlen=self.top_layers)
+        if self.precision in _HALF:
+            layers = [layer.float() for layer in layers]
         if alone:
             return self.bert.pooler(layers.pop().index_select(0, batch.order).unsqueeze(1))
         # By layer and group, the states of the group's tokens.

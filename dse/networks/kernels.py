@@ -3,6 +3,7 @@
 `PUBLIC_ONLY` forces the public ways, as tests do. If a build of torch lacks an operator, its public way is taken, too.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,11 @@ def has_varlen_attention(device: torch.device) -> bool:
     return device.type == "cuda" and not PUBLIC_ONLY and _VARLEN is not None
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Can a pass be captured, and replayed with other numbers? The public way beside it is to run the pass."""
+    return device.type == "cuda" and not PUBLIC_ONLY and hasattr(torch._C, "_CUDAGraph")
+
+
 def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(width)) v within each row.
 
@@ -92,17 +98,22 @@ def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int
     return _VARLEN(q, k, v, None, bounds, bounds, longest, longest, dropout, 0, wanted)[0].view(len(projected), -1)
 
 
-def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors in another dtype, one after the other in one piece of memory."""
-    sizes = [tensor.numel() for tensor in tensors]
-    parts = tensors[0].new_empty(sum(sizes), dtype=dtype).split(sizes)
-    found = tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tensors' elements in another dtype, one tensor after the other, (elements,)."""
+    flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+    parts = cut(flat, [tensor.shape for tensor in tensors])
     if PUBLIC_ONLY or _COPY is None:
-        for one, other in zip(found, tensors, strict=True):
+        for one, other in zip(parts, tensors, strict=True):
             one.copy_(other)
     else:
-        _COPY(found, tensors)
-    return found
+        _COPY(parts, tensors)
+    return flat
+
+
+def cut(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """(elements,) as tensors of the given shapes."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return tuple(part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True))
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

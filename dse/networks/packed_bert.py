@@ -7,28 +7,30 @@ apart. It pads them in groups of similar length, so that little is padded, and t
 
 On CUDA one call takes rows of any length as they are (kernels.varlen_attention).
 
-Under autocast the weights are converted once, in one pass over all of them, and so are their gradients. Products and
-attention then have 16 bits; the sums of a layer and its residual, and layer norms, have 32.
+With 16 bits all weights are converted in one call, once per batch, and so are their gradients. States have 16 bits
+between the steps of a layer; products, layer norms and softmax add up in 32.
 
 The weights and modules are those of a plain (`is_plain`) BertModel of transformers, and so are the numbers, to
 rounding. Where only `[CLS]` of the last layer is used (the teacher, the pooler `cls`), that layer computes only that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 from transformers import BertModel
 
 from dse.networks.batches import Group, PackedBatch, by_group, padded
-from dse.networks.kernels import converted, has_varlen_attention, linear, softmax_backward, varlen_attention
+from dse.networks.kernels import converted, cut, has_varlen_attention, linear, softmax_backward, varlen_attention
 
 _Shapes = Sequence[tuple[int, ...]]
 _Factors = Sequence[Tensor | None]  # of dropout, by group
-_Weights = dict[nn.Module, tuple[Tensor, Tensor]]  # weight and bias, by module
+_Weights = dict[nn.Module, tuple[Any, Any]]  # weight and bias, by module; of queries, keys and values by the first
 
 
 class _Attention(torch.autograd.Function):
@@ -128,43 +130,69 @@ def _draw(bert: BertModel, batch: PackedBatch, like: Tensor, last_alone: bool) -
 
 
 class _Convert(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back in their own."""
+    """Tensors in another dtype, some of them put together along the first dimension; gradients in their own dtype."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtype = tensors[0].dtype
-        return converted(tensors, dtype)
+    def forward(ctx: Any, dtype: torch.dtype, together: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`together` says how many tensors make each output."""
+        ctx.dtype, ctx.shapes, ctx.together = tensors[0].dtype, [tensor.shape for tensor in tensors], together
+        left = iter(tensors)
+        joined = [(sum(len(x) for x in some), *some[0].shape[1:]) for some in (list(islice(left, n)) for n in together)]
+        return cut(converted(tensors, dtype), joined)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(converted(gradients, ctx.dtype) if any(ctx.needs_input_grad) else gradients)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        if not any(ctx.needs_input_grad):
+            return None, None, *([None] * len(ctx.shapes))
+        left = iter(ctx.shapes)
+        lengths = [[shape[0] for shape in islice(left, n)] for n in ctx.together]
+        parts = [part for x, some in zip(gradients, lengths, strict=True) for part in x.split(some)]
+        return None, None, *cut(converted(parts, ctx.dtype), ctx.shapes)
 
 
-def _weights_of(bert: BertModel, dtype: torch.dtype | None) -> _Weights:
-    """Weight and bias of each linear module of the layers, in a dtype; None: their own."""
-    modules = [module for module in bert.encoder.layer.modules() if isinstance(module, nn.Linear)]
-    tensors: Sequence[Tensor] = [tensor for module in modules for tensor in (module.weight, module.bias)]
-    if dtype is not None:
-        tensors = _Convert.apply(dtype, *tensors)
-    return dict(zip(modules, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
+def _parts(layer: Any) -> list[tuple[nn.Module, ...]]:
+    """The modules of a layer that have weights; those that take the same input are together."""
+    own, first, second = layer.attention.self, layer.attention.output, layer.output
+    linear_ones = [(own.query, own.key, own.value), (first.dense,), (layer.intermediate.dense,), (second.dense,)]
+    return [*linear_ones, (first.LayerNorm,), (second.LayerNorm,)]
+
+
+def _own_weights(layer: Any) -> _Weights:
+    """A layer's weights and biases."""
+    return {
+        part[0]: (part[0].weight, part[0].bias)
+        if len(part) == 1
+        else (torch.cat([module.weight for module in part]), torch.cat([module.bias for module in part]))
+        for part in _parts(layer)
+    }
+
+
+def _converted_weights(bert: BertModel, dtype: torch.dtype) -> _Weights:
+    """All layers' weights and biases in another dtype, by one call, as are their gradients."""
+    parts = [part for layer in bert.encoder.layer for part in _parts(layer)]
+    tensors: list[Any] = [getattr(module, name) for part in parts for name in ("weight", "bias") for module in part]
+    found = _Convert.apply(dtype, [len(part) for part in parts for _ in range(2)], *tensors)
+    return dict(zip((part[0] for part in parts), zip(found[::2], found[1::2], strict=True), strict=True))
 
 
 def layer_states(
     bert: BertModel, batch: PackedBatch, last_alone: bool = False, dtype: torch.dtype | None = None
 ) -> Iterator[Tensor]:
-    """The states that each layer gives, (tokens, hidden), float32, the lowest first.
+    """The states that each layer gives, (tokens, hidden), the lowest first.
 
     With `last_alone` the last layer's queries, and all that follows them, are computed for each row's `[CLS]` alone:
     (rows, hidden). Where gradient checkpointing is on, a layer's own states are forgotten until the backward pass.
-    `dtype` is that of products and attention; None: the weights'.
+    `dtype` is that of products, attention and states; None: the weights'.
     """
     modules = bert.embeddings
     types = modules.token_type_embeddings
     states = modules.word_embeddings(batch.ids) + (types.weight[0] if batch.types is None else types(batch.types))
     states = modules.LayerNorm(states + modules.position_embeddings(batch.positions))
+    weights = None
+    if dtype is not None:
+        weights, states = _converted_weights(bert, dtype), states.to(dtype)
     factors, keeps = _draw(bert, batch, states, last_alone)
     states = states if factors is None else states * factors
-    weights = _weights_of(bert, dtype)
     attentions = [_attend] * (len(keeps) - 1) + [_attend_alone if last_alone else _attend]
     for layer, keep, attend in zip(bert.encoder.layer, keeps, attentions, strict=True):
         if layer.gradient_checkpointing and layer.training:
@@ -175,54 +203,48 @@ def layer_states(
 
 
 def _layer(
-    layer: Any, weights: _Weights, attend: Callable[..., Tensor], states: Tensor, batch: PackedBatch, keep: _Keep
+    layer: Any, weights: _Weights | None, attend: Callable[..., Tensor], states: Tensor, batch: PackedBatch, keep: _Keep
 ) -> Tensor:
     """One BertLayer with `_attend` or `_attend_alone`: (tokens, hidden) to as many rows as that gives."""
+    weights = weights or _own_weights(layer)
+    own, middle = layer.attention.self, layer.intermediate
     residual = states if attend is _attend else states.index_select(0, batch.starts)
-    context = attend(layer.attention.self, weights, states, batch, keep.weights)
+    context = attend(own, *weights[own.query], states, batch, keep.weights)
     states = _add_and_norm(layer.attention.output, weights, context, residual, keep.context)
-    inner = layer.intermediate.intermediate_act_fn(_project(states, weights, layer.intermediate.dense))
+    inner = middle.intermediate_act_fn(linear(states, *weights[middle.dense]))
     return _add_and_norm(layer.output, weights, inner, states, keep.output)
 
 
-def _attend(own: Any, weights: _Weights, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
-    """The context, (tokens, hidden)."""
-    projected, heads = _project(states, weights, own.query, own.key, own.value), own.num_attention_heads
+def _attend(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
+    """The context, (tokens, hidden). Weight and bias are those of queries, keys and values."""
+    projected, heads = linear(states, weight, bias), own.num_attention_heads
     if has_varlen_attention(states.device):
         rate = own.dropout.p if own.training else 0.0
-        return varlen_attention(projected, batch.bounds, batch.groups[0].length, heads, rate)
+        return varlen_attention(projected, batch.bounds32, batch.groups[0].length, heads, rate)
     contexts = [
-        _Attention.apply(part, None if kept is None else kept.to(part.dtype), group, heads)
+        _Attention.apply(part, kept, group, heads)
         for part, group, kept in zip(by_group(projected, batch), batch.groups, keep, strict=True)
     ]
     return torch.cat([*contexts, contexts[0].new_zeros(len(states) - sum(map(len, contexts)), states.shape[1])])
 
 
-def _attend_alone(own: Any, weights: _Weights, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
+def _attend_alone(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
     """The context of the first token of each row alone, (rows, hidden)."""
-    first, heads = states.index_select(0, batch.starts), own.num_attention_heads
-    queries = _project(first, weights, own.query).split([group.rows for group in batch.groups])
-    keys_values = by_group(_project(states, weights, own.key, own.value), batch)
+    first, heads, hidden = states.index_select(0, batch.starts), own.num_attention_heads, states.shape[1]
+    queries = linear(first, weight[:hidden], bias[:hidden]).split([group.rows for group in batch.groups])
+    keys_values = by_group(linear(states, weight[hidden:], bias[hidden:]), batch)
     context = []
     for group, query, part, kept in zip(batch.groups, queries, keys_values, keep, strict=True):
-        width = query.shape[1] // heads
-        both = padded(part, group).view(group.rows, group.length, 2, heads, width).permute(2, 0, 3, 1, 4)
-        k, v = both.reshape(2, group.rows * heads, group.length, width)
-        shares = torch.softmax(_scores(query.reshape(-1, 1, width), k, group, heads), dim=-1).to(query.dtype)
-        shares = shares if kept is None else shares * kept.to(shares.dtype)
-        context.append(torch.bmm(shares, v).view(group.rows, heads * width))
+        both = padded(part, group).view(group.rows, group.length, 2, heads, hidden // heads).permute(2, 0, 3, 1, 4)
+        k, v = both.reshape(2, group.rows * heads, group.length, hidden // heads)
+        shares = torch.softmax(_scores(query.reshape(-1, 1, hidden // heads), k, group, heads), dim=-1).to(query.dtype)
+        shares = shares if kept is None else shares * kept
+        context.append(torch.bmm(shares, v).view(group.rows, hidden))
     return torch.cat(context)
-
-
-def _project(states: Tensor, weights: _Weights, *modules: nn.Linear) -> Tensor:
-    """Several linear layers of one input as one matrix product, their outputs side by side."""
-    both = zip(*(weights[module] for module in modules), strict=True)
-    weight, bias = (torch.cat(some) if len(some) > 1 else some[0] for some in both)
-    return linear(states.to(weight.dtype), weight, bias)
 
 
 def _add_and_norm(module: Any, weights: _Weights, inputs: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
     """What BertSelfOutput and BertOutput do: a projection, dropout, the residual, a layer norm."""
-    projected = _project(inputs, weights, module.dense)
-    total = projected + residual if keep is None else torch.addcmul(residual, projected, keep.to(projected.dtype))
-    return module.LayerNorm(total)
+    projected, norm = linear(inputs, *weights[module.dense]), module.LayerNorm
+    total = projected + residual if keep is None else torch.addcmul(residual, projected, keep)
+    return layer_norm(total, norm.normalized_shape, *weights[norm], norm.eps)

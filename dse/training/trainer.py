@@ -7,6 +7,7 @@ weights and `state_dict` to make the same updates as one that never stopped, fro
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dse.networks.batches import moved
-from dse.networks.encoder import products
-from dse.networks.kernels import norms
+from dse.networks.batches import Inputs, PackedBatch, moved
+from dse.networks.encoder import PooledBert, products
+from dse.networks.kernels import has_graphs, is_plain, norms
 from dse.system import parallel
 from dse.system.errors import RunError
 from dse.training.epoch_plan import BatchPart, EpochPlan
@@ -27,7 +28,9 @@ from dse.training.optimization import BertAdam
 from dse.training.reporting import Record
 
 logger = logging.getLogger(__name__)
+_MOST_GRAPHS = 16
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # outputs, their labels and their rows, (batch,), to a scalar
+Results = tuple[Tensor, Tensor]  # of a pass: the losses of its parts, (parts,), and the outputs, (rows, width)
 Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # outputs (n, width), labels (n,) of all rows to metrics
 
 
@@ -63,6 +66,42 @@ class EpochSoFar:
         return cls(state["updates"], state["seconds"], [(rows[done], state["outputs"].numpy()[done])])
 
 
+class CapturedPasses:
+    """Passes on CUDA that are captured and replayed, since to launch a kernel takes longer than most of them run.
+
+    A pass is captured, with all its shapes, when these come for the second time. It gives the numbers that it would
+    give if it were run, random ones included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.seen: Counter[Any] = Counter()
+        self.graphs: dict[Any, tuple[Any, Tensor, Tensor, Results]] = {}
+
+    def run(
+        self, compute: Callable[..., Results], batch: PackedBatch, rows: list[Tensor], weights: list[float], size: int
+    ) -> Results:
+        """What `compute` gives for the batch, the parts' rows and weights, and the gradient that it adds."""
+        tensors = [getattr(*place) for place in batch.places()]
+        key = (*(x.shape for x in tensors), *(len(own) for own in rows), *weights, size)
+        self.seen[key] += 1
+        if key not in self.graphs and (self.seen[key] < 2 or len(self.graphs) == _MOST_GRAPHS):
+            return compute({"packed": batch.to(self.device)}, moved(rows, self.device), weights, size)
+        if key not in self.graphs:
+            sizes = [sum(x.numel() for x in some) for some in (tensors, rows)]
+            flats = [torch.empty(size, dtype=torch.int64, device=self.device) for size in sizes]
+            inputs = {"packed": batch.to(self.device, flats[0])}, moved(rows, self.device, flats[1])
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # states are written, too
+                results = compute(*inputs, weights, size)
+            self.graphs[key] = graph, flats[0], flats[1], results
+        graph, of_batch, of_rows, results = self.graphs[key]
+        batch.to(self.device, of_batch)
+        moved(rows, self.device, of_rows)
+        graph.replay()
+        return results[0].clone(), results[1].clone()  # the next replay overwrites them
+
+
 class Trainer:
     """Trains a model, and remembers how each epoch went.
 
@@ -71,19 +110,29 @@ class Trainer:
             `precision` is that of its encoder (networks/encoder.py).
         plan: the batches, and how they make updates; their features have labels.
         optimizer: BertAdam over the model's parameters.
+        graphs: capture passes where that is possible: packed, on one GPU, a plain BERT, no gradient checkpointing.
     """
 
-    def __init__(self, model: Any, plan: EpochPlan, loss: Loss, measure: Measure, optimizer: BertAdam) -> None:
+    def __init__(
+        self, model: Any, plan: EpochPlan, loss: Loss, measure: Measure, optimizer: BertAdam, graphs: bool = True
+    ) -> None:
         self.model, self.plan, self.loss, self.measure = model, plan, loss, measure
         self.optimizer, self.device = optimizer, next(model.parameters()).device
         self.labels = torch.from_numpy(plan.batches.features.labels).to(self.device)
         self.together = parallel.synchronized(model)  # the model, and with several processes their gradients' mean
         if parallel.size() > 1:  # weights are the same by now; dropout is not to be
             torch.manual_seed(plan.seed + parallel.rank())
+        self.captured = CapturedPasses(self.device) if graphs and self._can_capture() else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.precision == "fp16")
         self.history: list[Record] = []
         self.so_far = EpochSoFar()
         self.saved: Path | None = None  # the last state that was written, as far as this run knows
+
+    def _can_capture(self) -> bool:
+        encoder = next((module for module in self.model.modules() if isinstance(module, PooledBert)), None)
+        if not has_graphs(self.device) or self.plan.batches.padding != "packed" or parallel.size() > 1:
+            return False
+        return encoder is not None and is_plain(encoder.bert) and not encoder.bert.is_gradient_checkpointing
 
     def train_epoch(self, what: str, after_update: Callable[[], None]) -> dict[str, float]:
         """Train on all rows in random order, or on those left. Returns the metrics of the outputs on the way."""
@@ -114,11 +163,20 @@ class Trainer:
 
     def backward(self, parts: list[BatchPart], group_size: int) -> tuple[Tensor, Tensor]:
         """Add the batches' parts of the gradient. Returns their losses, (parts,), and outputs, (rows, width)."""
-        inputs = self.plan.batches.of_pairs(np.concatenate([part.rows for part in parts]), self.device)
-        rows = moved([torch.from_numpy(part.rows) for part in parts], self.device)
-        pieces = self.together(**inputs).split([len(part.rows) for part in parts])
+        weights = [part.weight for part in parts]
+        rows = [torch.from_numpy(part.rows) for part in parts]
+        everything = np.concatenate([part.rows for part in parts])
+        if self.captured is None:
+            return self._pass(
+                self.plan.batches.of_pairs(everything, self.device), moved(rows, self.device), weights, group_size
+            )
+        return self.captured.run(self._pass, self.plan.batches.of_few_shapes(everything), rows, weights, group_size)
+
+    def _pass(self, inputs: Inputs, rows: list[Tensor], weights: list[float], group_size: int) -> tuple[Tensor, Tensor]:
+        """A pass forward and backward, with the rows of each part on the device, and its weight."""
+        pieces = self.together(**inputs).split([len(own) for own in rows])
         losses = [self.loss(piece, self.labels[own], own) for piece, own in zip(pieces, rows, strict=True)]
-        total: Any = sum(loss * part.weight for loss, part in zip(losses, parts, strict=True))
+        total: Any = sum(loss * weight for loss, weight in zip(losses, weights, strict=True))
         with products(self.model.precision, self.device):
             self.scaler.scale(total / group_size).backward()
         return torch.stack(losses).detach(), torch.cat(pieces).detach()
@@ -139,7 +197,7 @@ class Trainer:
         self.so_far.outputs.append((rows[counted], of_outputs.reshape(outputs.shape)[counted]))
         self.scaler.step(self.optimizer, norms_before=of_norms.tolist())
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.captured is None)  # a captured pass adds where it always did
 
     def check_weights(self) -> None:
         """Raise RunError if a weight is NaN or infinite, so that no such state is written."""
