@@ -39,7 +39,6 @@ from dse.networks.packed_bert import keep_factors
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, new_network
 from dse.system import parallel
-from dse.system.device import machine
 from dse.system.files import load_tensors, save_tensors
 from dse.training.epoch_plan import EpochPlan
 from dse.training.kinds import KINDS
@@ -56,8 +55,8 @@ _NCCL = "import torch; from dse.experiments import gpu_check; gpu_check.one_rank
 
 def distance(found: Any, expected: Any) -> float:
     """The norm of the difference of two arrays, over that of the expected one."""
-    found, expected = (np.asarray(x, dtype=np.float64) for x in (found, expected))
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    difference = np.asarray(found, dtype=np.float64) - np.asarray(expected, dtype=np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
 def weights_of(model: Any) -> np.ndarray:
@@ -75,11 +74,8 @@ def agreement(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Embeddings and logits in float32 against the CPU's."""
     for size, bert, pairs in (("small", sizes.small, 64), ("large", sizes.large, sizes.few)):
         separate, joint = made_up(pairs)
-        for name in ("concat_top_mean", "cls", "teacher"):
-            if name == "teacher":
-                model, features = teacher_of(bert, device), joint
-            else:
-                model, features = student_of(bert, device, pooler_type=name), separate
+        for name, features in (("concat_top_mean", separate), ("cls", separate), ("teacher", joint)):
+            model: Any = teacher_of(bert, device) if name == "teacher" else student_of(bert, device, pooler_type=name)
             model.precision = "fp32"
             expected = outputs_of(model.cpu(), features)
             model.to(device)
@@ -129,9 +125,7 @@ def golden(report: Report, device: torch.device, sizes: Sizes) -> None:
         labels = list(arrays["features"][f"labels_{case['kind']}"])
         logits = arrays["teacher"][f"{case['kind']}_logits"]
         wanted = {
-            key.removeprefix(f"{name}__"): value
-            for key, value in arrays["training"].items()
-            if key.startswith(f"{name}__")
+            key.removeprefix(f"{name}__"): x for key, x in arrays["training"].items() if key.startswith(f"{name}__")
         }
         for padding in ("packed", "batch"):
             with report.caught(f"{name}, {padding}"):
@@ -154,8 +148,10 @@ def _golden_training(
     model.load_state_dict(begun, strict=False)
     model.to(device).precision = "fp32"
     features = separate_features(task, pairs, load_tokenizer(bert, True, "golden"), case["max_seq_length"])
-    batches, targets = Batches(features, padding, case["max_seq_length"]), kind.targets(torch.from_numpy(logits))
-    targets = targets.to(device)
+    batches, targets = (
+        Batches(features, padding, case["max_seq_length"]),
+        kind.targets(torch.from_numpy(logits).to(device)),
+    )
 
     def loss(outputs: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         return kind.student_loss(outputs, labels, targets[rows], case["distillation_coeff"])
@@ -169,11 +165,8 @@ def _golden_training(
     losses = np.concatenate(vars(trainer)["losses"]) / case["gradient_accumulation_steps"]
     expected = wanted["loss_divided_by_accumulation"]
     apart = [infer_pairs(model, batches, 36, device, "after", show=False) - wanted["final_outputs"]]
-    apart += [
-        model.state_dict()[key.removeprefix("final__")].cpu().numpy() - value
-        for key, value in wanted.items()
-        if key.startswith("final__")
-    ]
+    weights = {f"final__{name}": weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    apart += [weights[key] - value for key, value in wanted.items() if key.startswith("final__")]
     return float(np.max(np.abs(losses / expected - 1))), max(float(np.abs(x).max()) for x in apart)
 
 
@@ -194,16 +187,17 @@ def dropout(report: Report, device: torch.device, sizes: Sizes) -> None:
         values = torch.eye(width, device=device, dtype=dtype).repeat(rows, heads)
         zeros = torch.zeros_like(values)
         projected = torch.cat([zeros, zeros, values], dim=1).requires_grad_()
-        shares, others = (kernels.varlen_attention(projected, bounds, width, heads, rate) for _ in range(2))
+        output, other = (kernels.varlen_attention(projected, bounds, width, heads, rate) for _ in range(2))
+        shares = output.detach()
         name = f"attention, {str(dtype).removeprefix('torch.')}"
         _rate(report, name, shares, rate)
         report.add(f"{name}: mean share, off by", abs(float(shares.double().mean()) * width - 1), limit=0.01)
-        same = float(((shares == 0) == (others == 0)).double().mean())
+        same = float(((shares == 0) == (other == 0)).double().mean())
         report.add(f"{name}: two calls agree, off independence by", abs(same - 0.82), limit=0.01)
         # The gradient of the values is shares^T g, with the shares of the forward pass.
         g = torch.randn_like(shares)
-        shares.backward(g)
-        apart = [x.detach().double().view(rows, width, heads, width).transpose(1, 2) for x in (shares, g)]
+        output.backward(g)
+        apart = [x.double().view(rows, width, heads, width).transpose(1, 2) for x in (shares, g)]
         expected = (apart[0].transpose(2, 3) @ apart[1]).transpose(1, 2).reshape(len(g), -1)
         found = projected.grad[:, -heads * width :] if projected.grad is not None else zeros
         limit = 1e-5 if dtype == torch.float32 else 1e-2
@@ -214,10 +208,6 @@ def _rate(report: Report, name: str, drawn: Tensor, rate: float) -> None:
     zeros = float((drawn == 0).double().mean())
     deviation = (rate * (1 - rate) / drawn.numel()) ** 0.5
     report.add(f"{name}, rate {rate}: deviations", abs(zeros - rate) / deviation, limit=4, zeros=zeros)
-
-
-class _Stop(Exception):
-    """The middle of a training."""
 
 
 def _trained(device: torch.device, sizes: Sizes, stop: int = 0, state: Any = None) -> tuple[Any, float]:
@@ -231,9 +221,9 @@ def _trained(device: torch.device, sizes: Sizes, stop: int = 0, state: Any = Non
 
     def after_update() -> None:
         if trainer.optimizer.updates == stop:
-            raise _Stop
+            raise StopIteration
 
-    with contextlib.suppress(_Stop):
+    with contextlib.suppress(StopIteration):
         trainer.train_epoch("check", after_update)
     return trainer, distance(before, weights_of(trainer.model))
 
@@ -249,7 +239,8 @@ def resume(report: Report, device: torch.device, sizes: Sizes) -> None:
         save_tensors(path, {"model": stopped.model.state_dict(), "trainer": stopped.state_dict()})
         state = load_tensors(path, "the state is corrupt")
     resumed, _ = _trained(device, sizes, state=state)
-    report.add("updates of the resumed training, short of 6", 6 - resumed.optimizer.updates, limit=0)
+    done = stopped.optimizer.updates, resumed.optimizer.updates
+    report.add("stopped after update 3 of 6", str(done), held=done == (3, 6))
     for name, found in (("two trainings with one seed", again), ("stopped and resumed", weights_of(resumed.model))):
         equal = "yes" if np.array_equal(found, expected) else "no"
         report.add(name, distance(found, expected), limit=1e-6, bit_equal=equal, training_moved=moved)
@@ -269,12 +260,13 @@ def graphs(report: Report, device: torch.device, sizes: Sizes) -> None:
                 torch.manual_seed(1)
                 model: Any = (student_of if role == "student" else teacher_of)(still, device)
                 begun = weights_of(model)
-                trainer = trainer_of(model, separate if role == "student" else joint, name, "packed", captured, 2e-5)
+                features: Any = separate if role == "student" else joint
+                trainer = trainer_of(model, features, name, graphs=captured, rate=2e-5)
                 for group in trainer.plan.groups(0)[:10]:
                     trainer.train_group(group)
                 weights.append(weights_of(model))
                 outputs.append(np.concatenate([some for _, some in trainer.so_far.outputs]))
-            more = {"graphs": _captured(trainer), "training_moved": distance(begun, weights[0])}
+            more: Any = {"graphs": _captured(trainer), "training_moved": distance(begun, weights[0])}
             report.add(f"{role}, {name}: weights", distance(weights[1], weights[0]), limit=1e-6, **more)
             limit = 1e-5 if name == "fp32" else 1e-2
             report.add(f"{role}, {name}: outputs on the way", distance(outputs[1], outputs[0]), limit=limit)
@@ -283,11 +275,11 @@ def graphs(report: Report, device: torch.device, sizes: Sizes) -> None:
     for _ in range(4):
         trainer.train_group(group)
     distinct = len({some.tobytes() for _, some in trainer.so_far.outputs})
-    report.add("dropout: of 4 passes of the same rows, alike", 4 - distinct, limit=0, graphs=_captured(trainer))
+    report.add("dropout: of 4 passes of the same rows, alike", 4 - distinct, limit=0)
+    report.add("graphs of these passes", count := _captured(trainer), held=count == 1 or device.type != "cuda")
 
 
 def _captured(trainer: Any) -> int:
-    """How many graphs a trainer has captured."""
     return len(getattr(getattr(trainer, "captured", None), "graphs", ()))
 
 
@@ -305,9 +297,8 @@ def nccl(report: Report, device: torch.device, sizes: Sizes) -> None:
     if run.returncode:
         raise RuntimeError(f"exit code {run.returncode}: {(run.stderr.strip().splitlines() or ['no output'])[-1]}")
     found = json.loads(run.stdout.splitlines()[-1])
-    report.add("all_reduce of 3, off by", abs(found["reduced"] - 3), limit=0, backend=found["backend"])
-    report.add("an update of DistributedDataParallel against one without", found["apart"], limit=1e-6,
-               wrapped=found["wrapped"])  # fmt: skip
+    report.add("all_reduce of 3", found["reduced"], held=found["reduced"] == 3, backend=found["backend"])
+    report.add(f"updates of {found['wrapped']} against those without", found["apart"], limit=1e-6)
 
 
 def one_rank(device: torch.device, bert: dict[str, Any]) -> None:
@@ -317,7 +308,7 @@ def one_rank(device: torch.device, bert: dict[str, Any]) -> None:
 
     def updated() -> tuple[np.ndarray, Any]:
         torch.manual_seed(1)
-        trainer = trainer_of(student_of(still, device), made_up(64)[0], rate=1e-3)
+        trainer = trainer_of(student_of(still, device), made_up(64)[0], graphs=False, rate=1e-3)
         for group in trainer.plan.groups(0)[:2]:
             trainer.train_group(group)
         return weights_of(trainer.model), trainer.together
@@ -337,6 +328,8 @@ def index(report: Report, device: torch.device, sizes: Sizes) -> None:
     rng = random.Random(0)
     sentences = list(dict.fromkeys(make_pair(rng)[1] for _ in range(sizes.sentences)))
     queries = [make_pair(rng)[2] for _ in range(5)]
+    best: Any
+    hits: Any
     with tempfile.TemporaryDirectory() as place:
         for dtype in ("float32", "float16"):
             model, folder = gpu_measures.text_student(torch.device("cpu"), 128), Path(place, dtype)
@@ -345,43 +338,18 @@ def index(report: Report, device: torch.device, sizes: Sizes) -> None:
             model.to(device)
             built = CandidateIndex.build(model, sentences, None, dtype, show_progress=False)
             # Of embeddings that differ by rounding, some differ by a step of float16.
-            ways = {
-                "built": (built, 1e-5 if dtype == "float32" else 1e-3),
-                "opened": (None, 1e-5),
-                "streamed": (None, 1e-5),
-            }
-            for name, (one, limit) in ways.items():
-                free = 0.0 if name == "streamed" else 0.6
-                with gpu_measures.patch.object(gpu_measures.index_module, "_OF_FREE_MEMORY", free, create=True):
-                    one = one or CandidateIndex.open(folder, model)
+            for name, limit in (("built", 1e-5 if dtype == "float32" else 1e-3), ("opened", 1e-5), ("streamed", 1e-5)):
+                with gpu_measures.holding(0.0 if name == "streamed" else 0.6):
+                    one = built if name == "built" else CandidateIndex.open(folder, model)
                     found, best = one.score(queries), one.search(queries, 10)
                 report.add(f"{name}, {dtype}: scores", distance(found, expected), limit=limit)
                 room = 2 * limit * float(np.abs(expected).max())  # candidates closer than that may change places
-                wrong = sum(
-                    hit.row != other.row and abs(expected[q, hit.row] - expected[q, other.row]) > room
-                    for q in range(len(queries))
-                    for hit, other in zip(best[q], hits[q], strict=True)  # type: ignore[arg-type]
+                of_found, of_expected = (
+                    np.take_along_axis(expected, np.array([[hit.row for hit in each] for each in some]), 1)
+                    for some in (best, hits)
                 )
-                report.add(f"{name}, {dtype}: other hits, of {10 * len(queries)}", int(wrong), limit=0)
-
-
-def transfers(report: Report, device: torch.device, sizes: Sizes) -> None:
-    """How often an update waits for the GPU, and copies to it."""
-    for role, features in zip(("student", "teacher"), made_up(320), strict=True):
-        model: Any = (student_of if role == "student" else teacher_of)(sizes.small, device)
-        for name in ("fp32", "bf16"):
-            for padding in ("packed", "batch"):
-                trainer = trainer_of(model, features, name, padding)
-                group = trainer.plan.groups(0)[0]
-                for _ in range(3):
-                    trainer.train_group(group)
-                gpu_measures.synchronize(device)
-                counts, _ = gpu_measures.profiled(lambda trainer=trainer, group=group: [trainer.train_group(group)] * 1, device)
-                waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
-                reads = max(gpu_measures.count_of(counts, "Memcpy DtoH"), gpu_measures.count_of(counts, *waits))
-                what = f"{role}, {name}, {padding}"
-                report.add(f"{what}: reads by the host", reads, limit=3, launches=gpu_measures.count_of(counts, "cudaLaunchKernel"))
-                report.add(f"{what}: copies to the device", gpu_measures.count_of(counts, "Memcpy HtoD"), limit=10)
+                wrong = np.count_nonzero(np.abs(of_found - of_expected) > room)
+                report.add(f"{name}, {dtype}: other hits, of {of_found.size}", wrong, limit=0)
 
 
 @contextlib.contextmanager
@@ -405,20 +373,19 @@ def memory(report: Report, device: torch.device, sizes: Sizes) -> None:
         folder = Path(place)
         write_tiny_bert(folder / "bert", seed=0, hidden_size=256)
         for seed, split in enumerate(("train", "dev")):
-            write_pairs(folder / f"{split}.tsv", 3000, seed)
+            write_pairs(folder / f"{split}.tsv", sizes.rows, seed)
         flags = {"task_name": "mrpc", "data_dir": folder, "bert_model": folder / "bert", "output_dir": folder / "out",
                  "max_seq_length": 48, "num_train_epochs": 1, "log_dir": folder / "logs"}  # fmt: skip
         argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         run = partial(_exit_code, [*argv, "--do_train", "--do_lower_case", "--overwrite_output_dir"])
         with limited_memory(device):
-            code = run("--train_batch_size", "3000")
+            code = run("--train_batch_size", str(sizes.rows))
         gc.collect()
         lines = [line for line in told.getvalue().splitlines() if "error:" in line or "Traceback" in line]
         again = run("--train_batch_size", "64")
-    words = lines[-1] if lines else "no error"
-    one = len(lines) == 1 and "out of memory" in words
-    report.add("lines that tell it, off 1 by", 0 if one else max(1, abs(len(lines) - 1)), limit=0, told=words[:160])
-    report.add("exit code, off 1 by", abs(code - 1), limit=0)
+    words = " / ".join(lines)[:400] or "no error"
+    report.add("one line tells it", words, held=len(lines) == 1 and "out of memory" in words)
+    report.add("exit code 1", code, held=code == 1)
     report.add("exit code of the same stage afterwards", again, limit=0)
     report.add("embeddings before and after", distance(outputs_of(model, features), before), limit=1e-6)
 
@@ -431,36 +398,8 @@ def _exit_code(argv: list[str], *more: str) -> int:
     return 0
 
 
-SECTIONS: dict[str, Callable[[Report, torch.device, Sizes], None]] = {
-    "agreement": agreement, "precision": precision, "golden": golden, "dropout": dropout, "resume": resume,
-    "graphs": graphs, "nccl": nccl, "index": index, "transfers": transfers,
-    "peaks": gpu_measures.peaks, "updates": gpu_measures.updates, "encode": gpu_measures.encode,
-    "search": gpu_measures.search, "states": gpu_measures.states,
+SECTIONS = {
+    **{section.__name__: section for section in (agreement, precision, golden, dropout, resume, graphs, nccl, index)},
+    **{section.__name__: section for section in gpu_measures.MEASURES},
     "memory": memory,  # last, since it may leave a GPU that does nothing more
-}  # fmt: skip
-
-
-def about(device: torch.device) -> dict[str, Any]:
-    """The card, its driver, and what runs on it."""
-    driver = "unknown"
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        driver = said.split("\n")[0].strip() or driver
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {
-        "card": card,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "machine": machine(),
-    }
-
-
-def check(path: str | Path, device: torch.device, only: list[str], sizes: Sizes | None = None) -> Report:
-    """Run the sections, or `only` those named, tell each line as it is found, and write them to a JSON file."""
-    report = Report(path, about(device))
-    for name, section in SECTIONS.items():
-        if not only or name in only:
-            report.run(name, partial(section, report, device, sizes or Sizes()))
-    return report
+}

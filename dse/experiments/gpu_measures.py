@@ -6,15 +6,15 @@ section is a function of a report, a device and sizes; gpu_check.py runs them al
 
 import gc
 import inspect
+import random
 import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,20 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from dse import index as index_module
-from dse.data.features import JointFeatures, Ragged, SeparateFeatures
+from dse.data.features import JointFeatures, SeparateFeatures
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
-from dse.experiments.benchmarks import useful_gflop
-from dse.experiments.synthetic import write_tiny_bert
+from dse.experiments.benchmarks import count_of, device_peak, fastest, profiled, synchronize, useful_gflop
+from dse.experiments.synthetic import make_pair, random_features, write_tiny_bert
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
-from dse.networks.encoder import products
 from dse.networks.inference import TOKENS_PER_STEP, embed_texts
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, empty_network, new_network
@@ -54,10 +52,10 @@ from dse.training.trainer import Trainer
 
 VOCABULARY, LONGEST = 30522, 128
 HAS_GRAPHS = "graphs" in inspect.signature(Trainer).parameters  # captured passes; without them there is one way
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKED, _PADDED = ("bf16", "packed", True), ("bf16", "batch", False)
 _WAYS = (  # of an update: precision, padding, and whether passes are captured
-    ("bf16", "packed", True), ("bf16", "packed", False), ("bf16", "batch", False),
-    ("fp16", "packed", True), ("tf32", "packed", True), ("fp32", "packed", True),
+    _PACKED, ("bf16", "packed", False), _PADDED, ("fp16", "packed", True), ("tf32", "packed", True),
+    ("fp32", "packed", True),
 )  # fmt: skip
 _GOALS = {("student", "bf16", "packed", True): 0.35, ("student", "fp32", "packed", True): 0.6}  # share of the peak
 _HEADER = ("section", "what", "value", "limit", "held", "more")
@@ -84,26 +82,27 @@ class Sizes:
     candidates: int = 100_000
     width: int = 4096  # of candidates
     queries: int = 64
+    rows: int = 3000  # of a training that lacks memory
 
 
 class Report:
     """What was found, told line by line and kept in a JSON file, so that a run that is killed has told something."""
 
     def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
-        self.path, self.found = path, {**about, "seconds": {}, "rows": []}
-        self.rows: list[dict[str, Any]] = self.found["rows"]
-        self.section = ""
-        print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+        self.path, self.section, self.rows = path, "", list[dict[str, Any]]()
+        self.found: dict[str, Any] = {**about, "seconds": {}, "rows": self.rows}
 
     def add(
-        self, what: str, value: Any = None, limit: float | None = None, goal: float | None = None, **more: Any
-    ) -> None:
-        """A number that must be at most `limit`, or that should reach `goal`, or a word; `more` numbers go with it."""
-        if isinstance(value, int | float | np.number):
+        self, what: str, value: Any, limit: float | None = None, goal: float | None = None, held: bool | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        """A number that must be at most `limit`, or that should reach `goal`, or a word; `more` goes with it."""
+        if not isinstance(value, str):
             value = float(value)
-        held = value <= limit if limit is not None else None if goal is None else value >= goal
-        self._keep({"section": self.section, "what": what, "value": value, "limit": limit, "goal": goal, "held": held,
-                    "more": {name: x if isinstance(x, str | int) else float(x) for name, x in more.items()}})  # fmt: skip
+            held = value <= limit if limit is not None else value >= goal if goal is not None else held
+        row = {"section": self.section, "what": what, "value": value, "limit": limit, "goal": goal, "held": held}
+        self.rows.append({**row, "more": {name: x if isinstance(x, str) else float(x) for name, x in more.items()}})
+        print("  ".join(filter(None, _cells(self.rows[-1]))), flush=True)
 
     @contextmanager
     def caught(self, what: str) -> Iterator[None]:
@@ -113,15 +112,10 @@ class Report:
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             why = f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})"
-            self._keep({"section": self.section, "what": what, "value": why, "limit": None, "goal": None, "held": False,
-                        "more": {}, "trace": traceback.format_exc()})  # fmt: skip
+            self.add(what, why, held=False, trace=traceback.format_exc())
         gc.collect()
         with suppress(RuntimeError):  # of a GPU whose last error stays: each later section tells it
             torch.cuda.empty_cache()
-
-    def _keep(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        print("  ".join(filter(None, _cells(row))), flush=True)
 
     def run(self, name: str, section: Callable[[], None]) -> None:
         """Run a section, and write the file."""
@@ -147,28 +141,18 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row as text."""
 
     def show(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+        return f"{value:.4g}" if isinstance(value, float) else value
 
-    limit = f"<= {row['limit']:g}" if row["limit"] is not None else ""
-    limit = f"goal >= {row['goal']:g}" if row["goal"] is not None else limit
+    limit = f"goal >= {row['goal']:g}" if row["goal"] is not None else ""
+    limit = f"<= {row['limit']:g}" if row["limit"] is not None else limit
     held = {None: "", True: "held", False: "FAILED" if row["goal"] is None else "missed"}[row["held"]]
-    more = ", ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in row["more"].items())
-    return row["section"], row["what"], show(row["value"]), limit, held, more
+    more = (f"{name.replace('_', ' ')} {show(x)}" for name, x in row["more"].items() if name != "trace")
+    return row["section"], row["what"], show(row["value"]), limit, held, ", ".join(more)
 
 
 def made_up(pairs: int) -> tuple[SeparateFeatures, JointFeatures]:
-    """Pairs of texts of MRPC's lengths, for a student and for a teacher: 27 pieces each, between 10 and 50."""
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.normal(27, 8, 2 * pairs).round(), 10, 50).astype(np.int64)
-    both = lengths[:pairs] + lengths[pairs:] - 1  # one [CLS] for two
-    texts, rows = (
-        Ragged(rng.integers(5, VOCABULARY, some.sum()).astype(np.int32), np.append(0, np.cumsum(some)))
-        for some in (lengths, both)
-    )
-    first, second = np.arange(2 * pairs, dtype=np.int32).reshape(2, pairs)
-    labels = np.arange(pairs) % 2
-    return (SeparateFeatures(texts, first, second, labels, 0),
-            JointFeatures(rows, lengths[:pairs].astype(np.int32), labels, 0))  # fmt: skip
+    """Pairs for a student and for a teacher."""
+    return random_features(pairs, VOCABULARY)
 
 
 def student_of(bert: dict[str, Any], device: torch.device, **architecture: Any) -> SiameseNetwork:
@@ -214,110 +198,95 @@ def trainer_of(
     return kind(model, plan, loss, lambda outputs, labels: {}, make_optimizer(model, rate, 1000, 0.1), **options)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def fastest(work: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds of the fastest of so many runs."""
-    best = float("inf")
-    for _ in range(times):
-        synchronize(device)
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def profiled(work: Callable[[], object], device: torch.device) -> tuple[Counter[str], float]:
-    """How often each event came, by name, and the seconds in which the device had something to do."""
-    of_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *of_gpu]) as found:
-        work()
-        synchronize(device)
-    counts = Counter({event.key: event.count for event in found.key_averages()})
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in found.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not (getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer."))
-    )
-    busy = ended = 0.0  # microseconds; kernels of several streams overlap
-    for start, end in spans:
-        busy += max(0.0, end - max(start, ended))
-        ended = max(ended, end)
-    return counts, busy / 1e6
-
-
-def count_of(counts: Counter[str], *beginnings: str) -> int:
-    """How many events have names that begin so."""
-    return sum(count for name, count in counts.items() if name.startswith(beginnings))
-
-
-@cache
-def peak(device: torch.device, precision: str, size: int) -> float:
-    """TFLOP/s of the device's own product of two square matrices, half as wide for fp32."""
-    width = size // 2 if precision == "fp32" else size
-    a, b = (torch.randn(width, width, device=device, dtype=_DTYPES.get(precision)) for _ in range(2))
-    with products(precision, device):
-        fastest(lambda: a @ b, device, 3)  # not measured
-        return 2 * width**3 / fastest(lambda: a @ b, device, 8) / 1e12
-
-
 def peaks(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Matrix products alone, which other numbers are shares of."""
     for precision in ("bf16", "fp16", "tf32", "fp32"):
-        report.add(f"matrix products, {precision}, TFLOP/s", peak(device, precision, sizes.matrix))
+        report.add(f"matrix products, {precision}, TFLOP/s", device_peak(device, precision, sizes.matrix))
 
 
 def updates(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Updates of BERT-large: useful work (real tokens in the layers) as a share of the peak."""
-    for role, make, features in zip(
-        ("student", "teacher"), (student_of, teacher_of), made_up(sizes.pairs), strict=True
-    ):
-        model, seconds = make(sizes.large, device), {}
+    for role, model, features in _roles(device, sizes, sizes.large):
+        seconds = {}
         for way in _WAYS:
             if way[2] or HAS_GRAPHS or way[1] == "batch":
-                name = f"{role}, {way[0]}, {way[1]}{', no graphs' if way[1] == 'packed' and not way[2] else ''}"
-                with report.caught(name):
-                    seconds[way] = _update(report, name, model, features, way, sizes, _GOALS.get((role, *way)))
-        if (packed := ("bf16", "packed", True)) in seconds and (padded := ("bf16", "batch", False)) in seconds:
-            report.add(f"{role}, bf16: padded / packed, seconds", seconds[padded] / seconds[packed], goal=1.3)
-        del model
+                with report.caught(f"{role}, {_named(way)}"):
+                    seconds[way] = _update(report, role, model, features, way, sizes)
+        if _PACKED in seconds and _PADDED in seconds:
+            report.add(f"{role}, bf16: seconds padded / packed", seconds[_PADDED] / seconds[_PACKED], goal=1.3)
+
+
+def launches(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """Launches of updates of BERT-large, and how long the device is idle; profiled, with graphs and without."""
+    for role, model, features in _roles(device, sizes, sizes.large):
+        for way in (_PACKED, ("bf16", "packed", False))[: 1 + HAS_GRAPHS]:
+            trainer = trainer_of(model, features, *way)
+            train, count = _train(trainer, trainer.plan.groups(0)[:3]), len(trainer.plan.groups(0)[:3])
+            seconds = min(fastest(train, device, 2), fastest(train, device, 2)) / count
+            counts, busy = profiled(train, device)
+            report.add(
+                f"{role}, {_named(way)}: idle share", max(0.0, 1 - busy / count / seconds), ms=1e3 * seconds,
+                device_ms=1e3 * busy / count, graphs=count_of(counts, "cudaGraphLaunch") / count,
+                launches=count_of(counts, "cudaLaunchKernel", "cuLaunchKernel") / count,
+            )  # fmt: skip
+            del trainer, train
+            gc.collect()
+
+
+def transfers(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """How often an update waits for the GPU, and copies to it."""
+    for role, model, features in _roles(device, sizes, sizes.small):
+        for name, padding in (("fp32", "packed"), ("bf16", "packed"), ("fp32", "batch"), ("bf16", "batch")):
+            trainer = trainer_of(model, features, name, padding)
+            train = _train(trainer, trainer.plan.groups(0)[:1])
+            fastest(train, device, 3)
+            counts, _ = profiled(train, device)
+            waits = count_of(counts, "cudaStreamSynchronize", "cudaEventSynchronize")
+            reads, what = max(waits, count_of(counts, "Memcpy DtoH")), f"{role}, {name}, {padding}"
+            report.add(f"{what}: reads by the host", reads, limit=3, launches=count_of(counts, "cudaLaunchKernel"))
+            report.add(f"{what}: copies to the device", count_of(counts, "Memcpy HtoD"), limit=10)
+
+
+def _roles(device: torch.device, sizes: Sizes, bert: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    separate, joint = made_up(sizes.pairs)
+    yield "student", student_of(bert, device), separate
+    yield "teacher", teacher_of(bert, device), joint
+
+
+def _named(way: tuple[str, str, bool]) -> str:
+    return f"{way[0]}, {way[1]}{', no graphs' if way[1] == 'packed' and not way[2] else ''}"
+
+
+def _train(trainer: Trainer, groups: list[Any]) -> Callable[[], None]:
+    def train() -> None:
+        for group in groups:
+            trainer.train_group(group)
+
+    return train
 
 
 def _update(
-    report: Report, name: str, model: Any, features: Any, way: tuple[str, str, bool], sizes: Sizes, goal: float | None
-) -> float:
+    report: Report, role: str, model: Any, features: Any, way: tuple[str, str, bool], sizes: Sizes
+) -> float:  # fmt: skip
     """Tell of one way to make an update. Returns its seconds."""
     trainer, device = trainer_of(model, features, *way), model.device
     groups = trainer.plan.groups(0)[: sizes.updates]
-
-    def train(some: list[Any]) -> None:
-        for group in some:
-            trainer.train_group(group)
-
-    first = fastest(partial(train, groups), device, 1)
-    train(groups)  # passes are captured when their shapes come again
+    train, memory = _train(trainer, groups), [0.0, 0.0]
+    first = fastest(train, device, 1)
+    train()  # passes are captured when their shapes come again
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = fastest(partial(train, groups), device, 2) / len(groups)
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    counts, busy = profiled(partial(train, groups[:3]), device)
-    count = len(groups[:3])
+    seconds = fastest(train, device, 2) / len(groups)
+    if device.type == "cuda":  # graphs hold memory that does not count as allocated when they are replayed
+        memory = [torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30]
     tokens, rows, *_ = features.rows_of(np.concatenate([rows for group in groups for rows in group]))
-    real = int(tokens.lengths[rows].sum())
+    real = int(tokens.lengths[rows].sum()) / len(groups)
     encoder = model.encoder if isinstance(model, SiameseNetwork) else model.bert
-    rate = useful_gflop(encoder.encoder, real, training=True) / len(groups) / seconds / 1e3
+    rate = useful_gflop(encoder.encoder, int(real), training=True) / seconds / 1e3
     report.add(
-        f"{name}: share of the peak", rate / peak(device, way[0], sizes.matrix), goal=goal, ms=1e3 * seconds,
-        first_ms=1e3 * first / len(groups), tokens=real // len(groups), useful_TFLOPs=rate, GiB=memory,
-        launches=count_of(counts, "cudaLaunchKernel", "cuLaunchKernel") / count,
-        graph_launches=count_of(counts, "cudaGraphLaunch") / count, device_ms=1e3 * busy / count,
-        idle=max(0.0, 1 - busy / count / seconds),
+        f"{role}, {_named(way)}: share of the peak", rate / device_peak(device, way[0], sizes.matrix),
+        goal=_GOALS.get((role, *way)), ms=1e3 * seconds, first_ms=1e3 * first / len(groups), tokens=real,
+        useful_TFLOPs=rate, GiB=memory[0], GiB_reserved=memory[1],
     )  # fmt: skip
     return seconds
 
@@ -334,7 +303,7 @@ def encode(report: Report, device: torch.device, sizes: Sizes) -> None:
                 run = partial(embed_texts, model, texts, 10**6, device, "encode", show=False)
                 seconds = fastest(run, device, 2)
             goal = 0.5 if (precision, places) == ("bf16", 16384) else None
-            share = gflop / seconds / 1e3 / peak(device, precision, sizes.matrix)
+            share = gflop / seconds / 1e3 / device_peak(device, precision, sizes.matrix)
             report.add(
                 f"{precision}, {places} tokens: share of the peak", share, goal=goal, seconds=seconds, tokens=work
             )
@@ -350,12 +319,12 @@ def search(report: Report, device: torch.device, sizes: Sizes) -> None:
     )
     index = CandidateIndex.from_embeddings(model, parts)
     for count in (1, sizes.queries):
-        queries = [f"the doctor bought a house {'quietly ' * (i % 9)}yesterday" for i in range(count)]
-        before = fastest(lambda queries=queries: _as_before(index, queries), device, 2)
+        queries = [make_pair(random.Random(number))[1] for number in range(count)]
+        before = fastest(partial(_as_before, index, queries), device, 2)
         report.add(f"queries {count}: copied for each call, seconds", before)
         # Of an index that knows no residence, both are the same.
         for name, free in (("resident", 0.6), ("streamed", 0.0)):
-            with patch.object(index_module, "_OF_FREE_MEMORY", free, create=True):
+            with holding(free):
                 opened = CandidateIndex(model, index.files)
                 run = partial(opened.search, queries)
                 first, seconds = fastest(run, device, 1), fastest(run, device, 3)
@@ -364,6 +333,11 @@ def search(report: Report, device: torch.device, sizes: Sizes) -> None:
                 f"queries {count}: {name}, times as fast", before / seconds, goal=goal, seconds=seconds, first=first
             )
             del opened, run
+
+
+def holding(share: float) -> Any:
+    """A context in which an index keeps its candidates on the GPU up to that share of the free memory."""
+    return patch.object(index_module, "_OF_FREE_MEMORY", share, create=True)
 
 
 def _as_before(index: CandidateIndex, texts: list[str]) -> None:
@@ -397,21 +371,14 @@ class _Saved(Run):
 def states(report: Report, device: torch.device, sizes: Sizes) -> None:
     """How long a state of BERT-large holds up training, and when it is on the disk."""
     trainer = trainer_of(student_of(sizes.large, device), made_up(sizes.pairs)[0], "bf16")
-    groups = trainer.plan.groups(0)[:5]
-
-    def train() -> None:
-        for group in groups:
-            trainer.train_group(group)
-            trainer.so_far.updates += 1
-
-    train()
-    train()
-    usual = fastest(train, device, 1)
+    train = _train(trainer, trainer.plan.groups(0)[:5])
+    usual = [fastest(train, device, 1) for _ in range(3)][-1]
     with tempfile.TemporaryDirectory() as place:
         run = _Saved()
         run.states = States(Path(place), "check")
         run.resume(trainer)
         for turn in ("first", "second"):
+            trainer.so_far.updates += 5
             synchronize(device)
             started = time.perf_counter()
             run.save()
@@ -423,3 +390,6 @@ def states(report: Report, device: torch.device, sizes: Sizes) -> None:
             size = max(path.stat().st_size for path in Path(place).glob("*.pt"))
             report.add(f"{turn} save: seconds that the update is held up", held, on_disk_after=written,
                        updates_usual=usual, updates_meanwhile=meanwhile, GiB=size / 2**30)  # fmt: skip
+
+
+MEASURES = (peaks, updates, encode, search, states, launches, transfers)  # profiling slows down what follows it
