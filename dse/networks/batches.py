@@ -19,7 +19,7 @@ from torch import Tensor
 from dse.data.features import Ragged
 
 _FEWEST, _MOST = 8, 32  # rows per group: fewer cost more calls, more fit no cache
-_STEP = 128  # tokens between two of the few shapes
+_IDLE = 5  # idle rows of the few shapes; each is shorter than 32 tokens
 _SHORTEST = 0.85  # of the longest row, from which on a new group is worth its calls
 _MASKED = -1e30  # to a score, in place of -inf, whose softmax of a whole row would be NaN
 _CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class Batches:
     def of_few_shapes(self, rows: np.ndarray) -> "PackedBatch":
         """As `of_pairs`, packed, on the CPU; most batches of so many rows have the shapes of another one."""
         tokens, places, *of_first = self.features.rows_of(rows)
-        return pack(tokens, places, of_first[0] if of_first else None, room=self.max_seq_length)
+        return pack(tokens, places, of_first[0] if of_first else None, grouped=False, few_shapes=True)
 
     def of_texts(self, rows: np.ndarray, device: torch.device = _CPU) -> Inputs:
         """Inputs of the given rows of a student's distinct texts."""
@@ -114,7 +114,7 @@ class PackedBatch:
     ids: Tensor  # int64, (tokens,)
     positions: Tensor  # int64, (tokens,)
     types: Tensor | None  # int64, (tokens,); None: all 0
-    bounds: Tensor  # int64, (rows + 1,): where each row begins, and the last ends; of few shapes, where idle ones end
+    bounds: Tensor  # int64, (rows + 1,): where each row begins, and the last ends; idle rows of few shapes, too
     order: Tensor  # int64, (rows,): x[order] puts per-row results back into the order that was asked for
     groups: list[Group]
 
@@ -144,7 +144,7 @@ class PackedBatch:
 
 def pack(
     tokens: Ragged, rows: np.ndarray, first_lengths: np.ndarray | None = None, grouped: bool = True,
-    room: int | None = None,
+    few_shapes: bool = False,
 ) -> PackedBatch:  # fmt: skip
     """Pack the given rows, int, of `tokens`; a row may occur several times.
 
@@ -152,24 +152,28 @@ def pack(
         first_lengths: (len(rows),), tokens of type 0 in each row, the others being of type 1; None: all of type 0.
         grouped: cut the rows into groups of similar length, and add idle tokens; otherwise there are one group and no
             idle tokens, as suits a device whose attention takes rows of any length.
-        room: tokens of the longest row that may come. There is one group with a place more than that per row, and at
-            least one idle token, up to a multiple of 128: shapes that the next batch is likely to have, too.
+        few_shapes: not grouped, but with 5 idle rows that fill up to a multiple of 128 tokens, and with places for the
+            longest row up to a multiple of 32, one of them for padding: shapes that other batches are likely to have.
     """
     order = np.argsort(tokens.offsets[rows] - tokens.offsets[rows + 1], kind="stable")  # longest first
     rows = rows[order]
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     starts = np.cumsum(lengths) - lengths
     count = int(lengths.sum())
-    places = np.arange(count) - np.repeat(starts, lengths)
-    size = (count // _STEP + 1) * _STEP if room else _few_sizes(count) if grouped else count
+    within = np.arange(count) - np.repeat(starts, lengths)
+    size = _few_sizes(count) if grouped else ((count + _IDLE - 1) // 128 + 1) * 128 if few_shapes else count
     ids, positions, types = torch.zeros((3, size), dtype=torch.int64)
-    ids[:count] = torch.from_numpy(tokens.ids[np.repeat(tokens.offsets[rows], lengths) + places])
-    positions[:count] = torch.from_numpy(places)
+    ids[:count] = torch.from_numpy(tokens.ids[np.repeat(tokens.offsets[rows], lengths) + within])
+    positions[:count] = torch.from_numpy(within)
     if first_lengths is not None:
-        types[:count] = torch.from_numpy(places >= np.repeat(first_lengths[order], lengths))
-    bounds, back = map(torch.from_numpy, (np.append(starts, [count, size] if room else [count]), np.argsort(order)))
-    groups = [_group(lengths, room + 1, size)] if room else list(_groups(lengths)) if grouped else [_group(lengths)]
-    return PackedBatch(ids, positions, None if first_lengths is None else types, bounds, back, groups)
+        types[:count] = torch.from_numpy(within >= np.repeat(first_lengths[order], lengths))
+    groups = list(_groups(lengths)) if grouped else [_group(lengths)]
+    bounds = np.append(starts, count)
+    if few_shapes:
+        groups = [_group(lengths, (int(lengths[0]) // 32 + 1) * 32, size)]
+        bounds = np.append(starts, np.linspace(count, size, _IDLE + 1, dtype=np.int64))
+    ends, back = map(torch.from_numpy, (bounds, np.argsort(order)))
+    return PackedBatch(ids, positions, None if first_lengths is None else types, ends, back, groups)
 
 
 def _few_sizes(count: int) -> int:

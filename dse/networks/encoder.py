@@ -11,7 +11,7 @@ auto    tf32 on CUDA, fp32 elsewhere
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dse.networks.batches import PackedBatch, by_group, padded, padded_inputs
 from dse.networks.kernels import is_plain
-from dse.networks.packed_bert import layer_states
+from dse.networks.packed_bert import converted_weights, layer_states
 from dse.networks.poolers import Pooler
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +41,7 @@ class PooledBert(nn.Module):
     """A BertModel, a pooler of its last `top_layers` layers, dropout and, if there is one, a linear `classifier`."""
 
     precision = "auto"  # of the encoder; set it to change it
+    kept: dict[str, Any] | None = None  # while weights stay as they are: what was computed of them
 
     def __init__(
         self, bert: Any, pooler: Pooler, top_layers: int, dropout: nn.Dropout, classifier: nn.Linear | None
@@ -53,19 +54,27 @@ class PooledBert(nn.Module):
         """(batch, length) ids, mask and types, int64, or the same rows packed, to (batch, width), float32."""
         if packed is None:
             pooled = self._pool(*args, **inputs)
-        elif is_plain(self.bert):
+        elif self._once("plain", lambda: is_plain(self.bert)):
             pooled = self._pool_packed(packed)
         else:
             pooled = torch.cat([self._pool(**inputs) for inputs in padded_inputs(packed)]).index_select(0, packed.order)
         pooled = self.dropout(pooled)
         return pooled if self.classifier is None else self.classifier(pooled)
 
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if self.kept is None:
+            return compute()
+        if name not in self.kept:
+            self.kept[name] = compute()
+        return self.kept[name]
+
     def _pool_packed(self, batch: PackedBatch) -> Tensor:
         alone = self.pooler.is_berts
+        half = self.precision in _HALF
+        weights = self._once("weights", lambda: converted_weights(self.bert, _HALF[self.precision])) if half else None
         with products(self.precision, batch.ids.device):
-            states = layer_states(self.bert, batch, last_alone=alone, dtype=_HALF.get(self.precision))
-            layers: Any = deque(states, maxlen=self.top_layers)
-        if self.precision in _HALF:
+            layers: Any = deque(layer_states(self.bert, batch, alone, weights), maxlen=self.top_layers)
+        if half:
             layers = [layer.float() for layer in layers]
         if alone:
             return self.bert.pooler(layers.pop().index_select(0, batch.order).unsqueeze(1))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dse.data.features import in_batches
 from dse.networks.batches import Batches
+from dse.networks.encoder import PooledBert
 from dse.networks.student import SiameseNetwork
 from dse.system import parallel, signals
 from dse.system.errors import InputError, RunError
@@ -222,12 +223,16 @@ def score_stored(
 
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients, and the mode from before at the end."""
-    was_training = model.training
+    """Evaluation mode without gradients, weights that stay as they are, and the mode from before at the end."""
+    was_training, encoders = model.training, [part for part in model.modules() if isinstance(part, PooledBert)]
     try:
+        for encoder in encoders:
+            encoder.kept = {}
         with torch.inference_mode():
             yield model.eval()
     finally:
+        for encoder in encoders:
+            encoder.kept = None
         model.train(was_training)
 
 

@@ -30,7 +30,7 @@ from dse.networks.kernels import converted, cut, has_varlen_attention, linear, s
 
 _Shapes = Sequence[tuple[int, ...]]
 _Factors = Sequence[Tensor | None]  # of dropout, by group
-_Weights = dict[nn.Module, tuple[Any, Any]]  # weight and bias, by module; of queries, keys and values by the first
+Weights = dict[nn.Module, tuple[Any, Any]]  # weight and bias, by module; of queries, keys and values by the first
 
 
 class _Attention(torch.autograd.Function):
@@ -150,14 +150,14 @@ class _Convert(torch.autograd.Function):
         return None, None, *cut(converted(parts, ctx.dtype), ctx.shapes)
 
 
-def _parts(layer: Any) -> list[tuple[nn.Module, ...]]:
+def _parts(layer: Any) -> list[tuple[Any, ...]]:
     """The modules of a layer that have weights; those that take the same input are together."""
     own, first, second = layer.attention.self, layer.attention.output, layer.output
     linear_ones = [(own.query, own.key, own.value), (first.dense,), (layer.intermediate.dense,), (second.dense,)]
     return [*linear_ones, (first.LayerNorm,), (second.LayerNorm,)]
 
 
-def _own_weights(layer: Any) -> _Weights:
+def _own_weights(layer: Any) -> Weights:
     """A layer's weights and biases."""
     return {
         part[0]: (part[0].weight, part[0].bias)
@@ -167,7 +167,7 @@ def _own_weights(layer: Any) -> _Weights:
     }
 
 
-def _converted_weights(bert: BertModel, dtype: torch.dtype) -> _Weights:
+def converted_weights(bert: BertModel, dtype: torch.dtype) -> Weights:
     """All layers' weights and biases in another dtype, by one call, as are their gradients."""
     parts = [part for layer in bert.encoder.layer for part in _parts(layer)]
     tensors: list[Any] = [getattr(module, name) for part in parts for name in ("weight", "bias") for module in part]
@@ -176,21 +176,20 @@ def _converted_weights(bert: BertModel, dtype: torch.dtype) -> _Weights:
 
 
 def layer_states(
-    bert: BertModel, batch: PackedBatch, last_alone: bool = False, dtype: torch.dtype | None = None
+    bert: BertModel, batch: PackedBatch, last_alone: bool = False, weights: Weights | None = None
 ) -> Iterator[Tensor]:
     """The states that each layer gives, (tokens, hidden), the lowest first.
 
     With `last_alone` the last layer's queries, and all that follows them, are computed for each row's `[CLS]` alone:
     (rows, hidden). Where gradient checkpointing is on, a layer's own states are forgotten until the backward pass.
-    `dtype` is that of products, attention and states; None: the weights'.
+    `weights` are those of `converted_weights`, whose dtype the states then have; None: the modules' own.
     """
     modules = bert.embeddings
     types = modules.token_type_embeddings
     states = modules.word_embeddings(batch.ids) + (types.weight[0] if batch.types is None else types(batch.types))
     states = modules.LayerNorm(states + modules.position_embeddings(batch.positions))
-    weights = None
-    if dtype is not None:
-        weights, states = _converted_weights(bert, dtype), states.to(dtype)
+    if weights is not None:
+        states = states.to(next(iter(weights.values()))[0].dtype)
     factors, keeps = _draw(bert, batch, states, last_alone)
     states = states if factors is None else states * factors
     attentions = [_attend] * (len(keeps) - 1) + [_attend_alone if last_alone else _attend]
@@ -203,7 +202,7 @@ def layer_states(
 
 
 def _layer(
-    layer: Any, weights: _Weights | None, attend: Callable[..., Tensor], states: Tensor, batch: PackedBatch, keep: _Keep
+    layer: Any, weights: Weights | None, attend: Callable[..., Tensor], states: Tensor, batch: PackedBatch, keep: _Keep
 ) -> Tensor:
     """One BertLayer with `_attend` or `_attend_alone`: (tokens, hidden) to as many rows as that gives."""
     weights = weights or _own_weights(layer)
@@ -243,7 +242,7 @@ def _attend_alone(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch:
     return torch.cat(context)
 
 
-def _add_and_norm(module: Any, weights: _Weights, inputs: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
+def _add_and_norm(module: Any, weights: Weights, inputs: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
     """What BertSelfOutput and BertOutput do: a projection, dropout, the residual, a layer norm."""
     projected, norm = linear(inputs, *weights[module.dense]), module.LayerNorm
     total = projected + residual if keep is None else torch.addcmul(residual, projected, keep)

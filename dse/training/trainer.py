@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dse.networks.batches import Inputs, PackedBatch, moved
 from dse.networks.encoder import PooledBert, products
-from dse.networks.kernels import has_graphs, is_plain, norms
+from dse.networks.kernels import clear, has_graphs, is_plain, norms
 from dse.system import parallel
 from dse.system.errors import RunError
 from dse.training.epoch_plan import BatchPart, EpochPlan
@@ -132,7 +132,7 @@ class Trainer:
         encoder = next((module for module in self.model.modules() if isinstance(module, PooledBert)), None)
         if not has_graphs(self.device) or self.plan.batches.padding != "packed" or parallel.size() > 1:
             return False
-        return encoder is not None and is_plain(encoder.bert) and not encoder.bert.is_gradient_checkpointing
+        return encoder is not None and is_plain(encoder.bert) and not encoder.bert.is_activation_checkpointing
 
     def train_epoch(self, what: str, after_update: Callable[[], None]) -> dict[str, float]:
         """Train on all rows in random order, or on those left. Returns the metrics of the outputs on the way."""
@@ -197,7 +197,10 @@ class Trainer:
         self.so_far.outputs.append((rows[counted], of_outputs.reshape(outputs.shape)[counted]))
         self.scaler.step(self.optimizer, norms_before=of_norms.tolist())
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=self.captured is None)  # a captured pass adds where it always did
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:  # a captured pass adds where it always did
+            clear(gradients)
 
     def check_weights(self) -> None:
         """Raise RunError if a weight is NaN or infinite, so that no such state is written."""
