@@ -9,6 +9,9 @@ import random
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from dse.data.features import JointFeatures, Ragged, SeparateFeatures
 from dse.system.files import write_text
 
 WHO = ("doctor physician medic", "teacher instructor tutor", "farmer grower planter", "thief burglar robber",
@@ -84,3 +87,17 @@ def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int 
             bert.get_parameter(f"encoder.layer.0.attention.self.{name}.weight").copy_(1.5 * torch.eye(hidden_size))
     bert.save_pretrained(folder)
     BertTokenizer(vocab=place, do_lower_case=True).save_pretrained(folder)
+
+
+def random_features(pairs: int, vocabulary: int) -> tuple[SeparateFeatures, JointFeatures]:
+    """Pairs of random texts of MRPC's lengths, for a student and a teacher: 27 tokens each, between 10 and 50."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.normal(27, 8, 2 * pairs).round(), 10, 50).astype(np.int64)
+    both = lengths[:pairs] + lengths[pairs:] - 1  # one [CLS] for two
+    texts, rows = (
+        Ragged(rng.integers(5, vocabulary, some.sum()).astype(np.int32), np.append(0, np.cumsum(some)))
+        for some in (lengths, both)
+    )
+    first, second = np.arange(2 * pairs, dtype=np.int32).reshape(2, pairs)
+    labels, first_lengths = np.arange(pairs) % 2, lengths[:pairs].astype(np.int32)
+    return SeparateFeatures(texts, first, second, labels, 0), JointFeatures(rows, first_lengths, labels, 0)

@@ -1,0 +1,395 @@
+"""How fast a GPU does this project's work, beside its own matrix products; and what the checks of it run on.
+
+Encoders are of BERT's sizes with random weights, and texts are as long as MRPC's, so that nothing is downloaded. A
+section is a function of a report, a device and sizes; gpu_check.py runs them all.
+"""
+
+import gc
+import inspect
+import random
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
+
+from dse import index as index_module
+from dse.data.features import JointFeatures, SeparateFeatures
+from dse.data.tasks import get_task
+from dse.data.tokenizers import load_tokenizer
+from dse.experiments.benchmarks import count_of, device_peak, fastest, profiled, synchronize, useful_gflop
+from dse.experiments.synthetic import make_pair, random_features, write_tiny_bert
+from dse.index import CandidateIndex, rank_scores
+from dse.models import DSESiameseClassifier
+from dse.networks.batches import Batches
+from dse.networks.config import DSEConfig
+from dse.networks.inference import TOKENS_PER_STEP, embed_texts
+from dse.networks.pretrained import bert_config
+from dse.networks.student import SiameseNetwork, empty_network, new_network
+from dse.networks.teacher import Teacher
+from dse.storage.index_files import BLOCK
+from dse.storage.states import States
+from dse.system.errors import one_line
+from dse.system.files import write_json
+from dse.training.epoch_plan import EpochPlan
+from dse.training.kinds import KINDS
+from dse.training.optimization import make_optimizer
+from dse.training.reporting import markdown_table
+from dse.training.run import Run
+from dse.training.trainer import Trainer
+
+VOCABULARY, LONGEST = 30522, 128
+HAS_GRAPHS = "graphs" in inspect.signature(Trainer).parameters  # captured passes; without them there is one way
+_PACKED, _PADDED = ("bf16", "packed", True), ("bf16", "batch", False)
+_WAYS = (  # of an update: precision, padding, and whether passes are captured
+    _PACKED, ("bf16", "packed", False), _PADDED, ("fp16", "packed", True), ("tf32", "packed", True),
+    ("fp32", "packed", True),
+)  # fmt: skip
+_GOALS = {("student", "bf16", "packed", True): 0.35, ("student", "fp32", "packed", True): 0.6}  # share of the peak
+_HEADER = ("section", "what", "value", "limit", "held", "more")
+
+
+def _bert(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "intermediate_size": 4 * hidden}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is run. The values are for a GPU; a dry run on the CPU takes tiny ones."""
+
+    small: dict[str, Any] = field(default_factory=lambda: _bert(256, 6, 4))  # a BERT's configuration
+    large: dict[str, Any] = field(default_factory=lambda: _bert(1024, 24, 16))
+    pairs: int = 2048
+    few: int = 8  # pairs that the CPU encodes with the large BERT
+    updates: int = 12
+    matrix: int = 8192
+    places: tuple[int, ...] = (4096, 16384, 32768)  # of a step of inference
+    draws: int = 1 << 22  # of dropout
+    sentences: int = 10_000
+    candidates: int = 100_000
+    width: int = 4096  # of candidates
+    queries: int = 64
+    rows: int = 3000  # of a training that lacks memory
+
+
+class Report:
+    """What was found, told line by line and kept in a JSON file, so that a run that is killed has told something."""
+
+    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
+        self.path, self.section, self.rows = path, "", list[dict[str, Any]]()
+        self.found: dict[str, Any] = {**about, "seconds": {}, "rows": self.rows}
+
+    def add(
+        self, what: str, value: Any, limit: float | None = None, goal: float | None = None, held: bool | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        """A number that must be at most `limit`, or that should reach `goal`, or a word; `more` goes with it."""
+        if not isinstance(value, str):
+            value = float(value)
+            held = value <= limit if limit is not None else value >= goal if goal is not None else held
+        row = {"section": self.section, "what": what, "value": value, "limit": limit, "goal": goal, "held": held}
+        self.rows.append({**row, "more": {name: x if isinstance(x, str) else float(x) for name, x in more.items()}})
+        print("  ".join(filter(None, _cells(self.rows[-1]))), flush=True)
+
+    @contextmanager
+    def caught(self, what: str) -> Iterator[None]:
+        """An error that ends the block is told as a check that failed."""
+        try:
+            yield
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})"
+            self.add(what, why, held=False, trace=traceback.format_exc())
+        gc.collect()
+        with suppress(RuntimeError):  # of a GPU whose last error stays: each later section tells it
+            torch.cuda.empty_cache()
+
+    def run(self, name: str, section: Callable[[], None]) -> None:
+        """Run a section, and write the file."""
+        self.section, started = name, time.monotonic()
+        with self.caught(name):
+            torch.manual_seed(0)
+            section()
+        self.found["seconds"][name] = round(time.monotonic() - started, 1)
+        print(f"{name}: {self.found['seconds'][name]} s", flush=True)
+        write_json(self.path, self.found)
+
+    def table(self) -> str:
+        """All rows as a Markdown table."""
+        return markdown_table(_HEADER, [[cell.replace("|", "/") for cell in _cells(row)] for row in self.rows])
+
+    def failed(self) -> list[str]:
+        """What did not hold, goals aside."""
+        rows = [row for row in self.rows if row["held"] is False and row["goal"] is None]
+        return [f"{row['section']}: {row['what']}" for row in rows]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text."""
+
+    def show(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    limit = f"goal >= {row['goal']:g}" if row["goal"] is not None else ""
+    limit = f"<= {row['limit']:g}" if row["limit"] is not None else limit
+    held = {None: "", True: "held", False: "FAILED" if row["goal"] is None else "missed"}[row["held"]]
+    more = (f"{name.replace('_', ' ')} {show(x)}" for name, x in row["more"].items() if name != "trace")
+    return row["section"], row["what"], show(row["value"]), limit, held, ", ".join(more)
+
+
+def made_up(pairs: int) -> tuple[SeparateFeatures, JointFeatures]:
+    """Pairs for a student and for a teacher."""
+    return random_features(pairs, VOCABULARY)
+
+
+def student_of(bert: dict[str, Any], device: torch.device, **architecture: Any) -> SiameseNetwork:
+    """A student over a BERT with random weights, made on the device."""
+    with torch.device(device):
+        return empty_network(DSEConfig(BertConfig(**bert).to_dict(), **architecture))
+
+
+def teacher_of(bert: dict[str, Any], device: torch.device) -> Teacher:
+    """A teacher over a BERT with random weights, made on the device."""
+    with torch.device(device):
+        return Teacher(BertForSequenceClassification(BertConfig(**bert)))
+
+
+def text_student(device: torch.device, width: int) -> DSESiameseClassifier:
+    """A tiny untrained student that takes made-up sentences; its embeddings have that width."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_tiny_bert(folder, seed=0)
+        config = DSEConfig(bert_config(folder, "made up"), "concat_top_mean", 2, "concat", width, (512, 1))
+        network = new_network(folder, config).eval()
+        network.precision = "fp32"
+        return DSESiameseClassifier(network, load_tokenizer(folder, True, "made up"), get_task("mrpc"), 48).to(device)
+
+
+def trainer_of(
+    model: Any, features: Any, precision: str = "fp32", padding: str = "packed", graphs: bool = True,
+    rate: float = 1e-9, kind: type[Trainer] = Trainer,
+) -> Any:  # fmt: skip
+    """A trainer of a student or teacher, 2 x 16 pairs per update; `graphs` where the Trainer knows them."""
+    model.precision = precision
+    model.zero_grad(set_to_none=True)
+    binary, targets = KINDS["binary"], torch.zeros(len(features), 1, device=model.device)
+
+    def loss(outputs: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        if isinstance(model, Teacher):
+            return binary.teacher_loss(outputs, labels)
+        return binary.student_loss(outputs, labels, targets[rows], 0.5)
+
+    plan = EpochPlan(Batches(features, padding, LONGEST), 16, 2, 0)
+    options: Any = {"graphs": graphs} if HAS_GRAPHS else {}
+    model.train()
+    return kind(model, plan, loss, lambda outputs, labels: {}, make_optimizer(model, rate, 1000, 0.1), **options)
+
+
+def peaks(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """Matrix products alone, which other numbers are shares of."""
+    for precision in ("bf16", "fp16", "tf32", "fp32"):
+        report.add(f"matrix products, {precision}, TFLOP/s", device_peak(device, precision, sizes.matrix))
+
+
+def updates(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """Updates of BERT-large: useful work (real tokens in the layers) as a share of the peak."""
+    for role, model, features in _roles(device, sizes, sizes.large):
+        seconds = {}
+        for way in _WAYS:
+            if way[2] or HAS_GRAPHS or way[1] == "batch":
+                with report.caught(f"{role}, {_named(way)}"):
+                    seconds[way] = _update(report, role, model, features, way, sizes)
+        if _PACKED in seconds and _PADDED in seconds:
+            report.add(f"{role}, bf16: seconds padded / packed", seconds[_PADDED] / seconds[_PACKED], goal=1.3)
+
+
+def launches(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """Launches of updates of BERT-large, and how long the device is idle; profiled, with graphs and without."""
+    for role, model, features in _roles(device, sizes, sizes.large):
+        for way in (_PACKED, ("bf16", "packed", False))[: 1 + HAS_GRAPHS]:
+            trainer = trainer_of(model, features, *way)
+            train, count = _train(trainer, trainer.plan.groups(0)[:3]), len(trainer.plan.groups(0)[:3])
+            seconds = min(fastest(train, device, 2), fastest(train, device, 2)) / count
+            counts, busy = profiled(train, device)
+            report.add(
+                f"{role}, {_named(way)}: idle share", max(0.0, 1 - busy / count / seconds), ms=1e3 * seconds,
+                device_ms=1e3 * busy / count, graphs=count_of(counts, "cudaGraphLaunch") / count,
+                launches=count_of(counts, "cudaLaunchKernel", "cuLaunchKernel") / count,
+            )  # fmt: skip
+            del trainer, train
+            gc.collect()
+
+
+def transfers(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """How often an update waits for the GPU, and copies to it."""
+    for role, model, features in _roles(device, sizes, sizes.small):
+        for name, padding in (("fp32", "packed"), ("bf16", "packed"), ("fp32", "batch"), ("bf16", "batch")):
+            trainer = trainer_of(model, features, name, padding)
+            train = _train(trainer, trainer.plan.groups(0)[:1])
+            fastest(train, device, 3)
+            counts, _ = profiled(train, device)
+            waits = count_of(counts, "cudaStreamSynchronize", "cudaEventSynchronize")
+            reads, what = max(waits, count_of(counts, "Memcpy DtoH")), f"{role}, {name}, {padding}"
+            report.add(f"{what}: reads by the host", reads, limit=3, launches=count_of(counts, "cudaLaunchKernel"))
+            report.add(f"{what}: copies to the device", count_of(counts, "Memcpy HtoD"), limit=10)
+
+
+def _roles(device: torch.device, sizes: Sizes, bert: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    separate, joint = made_up(sizes.pairs)
+    yield "student", student_of(bert, device), separate
+    yield "teacher", teacher_of(bert, device), joint
+
+
+def _named(way: tuple[str, str, bool]) -> str:
+    return f"{way[0]}, {way[1]}{', no graphs' if way[1] == 'packed' and not way[2] else ''}"
+
+
+def _train(trainer: Trainer, groups: list[Any]) -> Callable[[], None]:
+    def train() -> None:
+        for group in groups:
+            trainer.train_group(group)
+
+    return train
+
+
+def _update(
+    report: Report, role: str, model: Any, features: Any, way: tuple[str, str, bool], sizes: Sizes
+) -> float:  # fmt: skip
+    """Tell of one way to make an update. Returns its seconds."""
+    trainer, device = trainer_of(model, features, *way), model.device
+    groups = trainer.plan.groups(0)[: sizes.updates]
+    train, memory = _train(trainer, groups), [0.0, 0.0]
+    first = fastest(train, device, 1)
+    train()  # passes are captured when their shapes come again
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = fastest(train, device, 2) / len(groups)
+    if device.type == "cuda":  # graphs hold memory that does not count as allocated when they are replayed
+        memory = [torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30]
+    tokens, rows, *_ = features.rows_of(np.concatenate([rows for group in groups for rows in group]))
+    real = int(tokens.lengths[rows].sum()) / len(groups)
+    encoder = model.encoder if isinstance(model, SiameseNetwork) else model.bert
+    rate = useful_gflop(encoder.encoder, int(real), training=True) / seconds / 1e3
+    report.add(
+        f"{role}, {_named(way)}: share of the peak", rate / device_peak(device, way[0], sizes.matrix),
+        goal=_GOALS.get((role, *way)), ms=1e3 * seconds, first_ms=1e3 * first / len(groups), tokens=real,
+        useful_TFLOPs=rate, GiB=memory[0], GiB_reserved=memory[1],
+    )  # fmt: skip
+    return seconds
+
+
+def encode(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """Embeddings of BERT-large by tokens per step, as shares of the peak."""
+    model, features = student_of(sizes.large, device), made_up(sizes.pairs)[0]
+    texts, work = Batches(features, "packed", LONGEST), int(features.texts.lengths.sum())
+    gflop = useful_gflop(model.encoder.encoder, work, training=False)
+    for precision in ("bf16", "fp16", "tf32", "fp32"):
+        model.precision = precision
+        for places in sizes.places:
+            with patch.dict(TOKENS_PER_STEP, {device.type: places}):
+                run = partial(embed_texts, model, texts, 10**6, device, "encode", show=False)
+                seconds = fastest(run, device, 2)
+            goal = 0.5 if (precision, places) == ("bf16", 16384) else None
+            share = gflop / seconds / 1e3 / device_peak(device, precision, sizes.matrix)
+            report.add(
+                f"{precision}, {places} tokens: share of the peak", share, goal=goal, seconds=seconds, tokens=work
+            )
+
+
+def search(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """Queries against stored candidates, against copying them from pageable memory for each call."""
+    model = text_student(device, sizes.width)
+    sizes_of_parts = [min(BLOCK, sizes.candidates - start) for start in range(0, sizes.candidates, BLOCK)]
+    parts = (
+        (torch.randn(count, sizes.width, device=device).cpu().numpy(), ["a candidate"] * count)
+        for count in sizes_of_parts
+    )
+    index = CandidateIndex.from_embeddings(model, parts)
+    for count in (1, sizes.queries):
+        queries = [make_pair(random.Random(number))[1] for number in range(count)]
+        before = fastest(partial(_as_before, index, queries), device, 2)
+        report.add(f"queries {count}: copied for each call, seconds", before)
+        # Of an index that knows no residence, both are the same.
+        for name, free in (("resident", 0.6), ("streamed", 0.0)):
+            with holding(free):
+                opened = CandidateIndex(model, index.files)
+                run = partial(opened.search, queries)
+                first, seconds = fastest(run, device, 1), fastest(run, device, 3)
+            goal = 5.0 if (count, name) == (1, "resident") else None
+            report.add(
+                f"queries {count}: {name}, times as fast", before / seconds, goal=goal, seconds=seconds, first=first
+            )
+            del opened, run
+
+
+def holding(share: float) -> Any:
+    """A context in which an index keeps its candidates on the GPU up to that share of the free memory."""
+    return patch.object(index_module, "_OF_FREE_MEMORY", share, create=True)
+
+
+def _as_before(index: CandidateIndex, texts: list[str]) -> None:
+    """Scores as they were before the GPU kept candidates: block by block from pageable memory, query by query."""
+    model = index.model
+    queries = model.encode(texts, convert_to="tensor", show_progress=False)
+    first, *rest = ((layer.weight, layer.bias) for layer in model.network.siamese_head.fc_layers)
+    of_u, of_v, of_product, of_difference = (block.contiguous() for block in first[0].chunk(4, dim=1))
+    with torch.inference_mode():
+        constants = queries @ of_u.t() + first[1]
+        for start in range(0, len(index), BLOCK):
+            with warnings.catch_warnings(action="ignore"):  # not writable
+                some = torch.from_numpy(index.vectors(start, start + BLOCK)).to(model.device)
+            outputs = []
+            for u, constant in zip(queries, constants, strict=True):
+                hidden = functional.linear(some, torch.addcmul(of_v, of_product, u), constant)
+                hidden += functional.linear((some - u).abs_(), of_difference)
+                for layer in rest:
+                    hidden = functional.linear(hidden.relu_(), *layer)
+                outputs.append(hidden)
+            rank_scores(torch.stack(outputs), model.task).cpu()
+
+
+class _Saved(Run):
+    """A run that saves states, and nothing else."""
+
+    def entries(self, name: str = "") -> dict[str, Any]:
+        return {"model": self.trainer.model.state_dict(), "trainer": self.trainer.state_dict()}
+
+
+def states(report: Report, device: torch.device, sizes: Sizes) -> None:
+    """How long a state of BERT-large holds up training, and when it is on the disk."""
+    trainer = trainer_of(student_of(sizes.large, device), made_up(sizes.pairs)[0], "bf16")
+    train = _train(trainer, trainer.plan.groups(0)[:5])
+    usual = [fastest(train, device, 1) for _ in range(3)][-1]
+    with tempfile.TemporaryDirectory() as place:
+        run = _Saved()
+        run.states = States(Path(place), "check")
+        run.resume(trainer)
+        for turn in ("first", "second"):
+            trainer.so_far.updates += 5
+            synchronize(device)
+            started = time.perf_counter()
+            run.save()
+            held = time.perf_counter() - started
+            meanwhile = fastest(train, device, 1)
+            if hasattr(run, "wait"):
+                run.wait()
+            written = time.perf_counter() - started
+            size = max(path.stat().st_size for path in Path(place).glob("*.pt"))
+            report.add(f"{turn} save: seconds that the update is held up", held, on_disk_after=written,
+                       updates_usual=usual, updates_meanwhile=meanwhile, GiB=size / 2**30)  # fmt: skip
+
+
+MEASURES = (peaks, updates, encode, search, states, launches, transfers)  # profiling slows down what follows it
