@@ -5,10 +5,12 @@
     index.search("a query", top_k=10)                           [Hit(score, row, text), …], best first
 
 The query is the pair's first text. Nothing but the candidates' texts and embeddings is stored (storage/index_files.py);
-each head knows how to score one query against many of them at once (networks/heads.py).
+each head knows how to score one query against many of them at once (networks/heads.py). A GPU keeps the embeddings
+while they fit, or else they stream to it for each call.
 """
 
 import itertools
+import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from dse.data.features import batches_of
 from dse.data.tasks import Task, ranked_label
 from dse.models import DSESiameseClassifier
+from dse.networks.heads import at_once
 from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
 from dse.storage.student_folder import fingerprint
 from dse.system.errors import InputError
@@ -32,6 +35,8 @@ from dse.training.kinds import kind_of
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
+_OF_FREE_MEMORY = 0.6  # that embeddings may take of a GPU's; the rest is for scoring, and for other work
+_LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
 
 
 class Hit(NamedTuple):
@@ -48,6 +53,7 @@ class CandidateIndex:
     def __init__(self, model: DSESiameseClassifier, files: IndexFiles, keep: Any = None) -> None:
         self.model, self.files, self.folder, self.width = model, files, files.folder, files.content["width"]
         self._keep = keep  # a temporary folder, removed with the last reference to it
+        self._embeddings = _Embeddings()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -108,6 +114,7 @@ class CandidateIndex:
         """Copy the index to another folder, whole. Raises InputError for a folder with other files in it."""
         self.files.save(Path(folder))
 
+    @torch.inference_mode()
     def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
         """How each candidate ranks for a query: by the probability of the rank label, or the score of a regression.
 
@@ -124,26 +131,29 @@ class CandidateIndex:
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         scores = np.empty((len(texts), len(self)), np.float32)
         for row, start, some in self._blocks(texts, rank_label, show=False):
-            scores[row : row + len(some), start : start + BLOCK] = some.cpu().numpy()
+            scores[row : row + some.shape[0], start : start + some.shape[1]] = self._finite(some.cpu()).numpy()
         return scores[0] if isinstance(queries, str) else scores
 
+    @torch.inference_mode()
     def search(
         self, queries: str | Sequence[str], top_k: int = 10, rank_label: str | None = None,
         show_progress: bool | None = False,
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
         """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
 
-        `rank_label` is as in `score`. Memory does not grow with the candidates.
+        `rank_label` is as in `score`. Memory does not grow with the candidates, but for what a GPU holds of them.
         """
         if top_k < 1:
             raise ValueError(f"top_k: {top_k} is below 1")
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        best = [(torch.empty(0), torch.empty(0, dtype=torch.int64))] * len(texts)
+        kept, least = min(top_k, len(self)), torch.iinfo(torch.int64).min
+        best = torch.full((len(texts), kept), least, device=self.model.device)
         for row, start, some in self._blocks(texts, rank_label, show_progress):
-            for query, scores in enumerate(some.cpu(), row):
-                best[query] = _best(*best[query], scores, start, top_k)
-        found = [zip(scores.tolist(), rows.tolist(), strict=True) for scores, rows in best]
-        hits = [[Hit(score, row, self.text(row)) for score, row in each] for each in found]
+            of_some = best[row : row + len(some)]
+            of_some.copy_(torch.cat([of_some, _keys(some, start)], dim=1).topk(kept).values)
+        scores, rows = _scores_and_rows(best.cpu())  # waits for a GPU, once
+        found = zip(self._finite(scores).tolist(), rows.tolist(), strict=True)
+        hits = [[Hit(score, row, self.text(row)) for score, row in zip(*each, strict=True)] for each in found]
         return hits[0] if isinstance(queries, str) else hits
 
     def text(self, row: int) -> str:
@@ -156,24 +166,30 @@ class CandidateIndex:
 
     def block(self, start: int) -> Tensor:
         """Up to BLOCK embeddings from row `start` on, a multiple of BLOCK, float32, on the model's device."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
-            return torch.from_numpy(self.files.block(start)).to(self.model.device, torch.float32)
+        return _stored(self.files, start).to(self.model.device, torch.float32)
 
     def _blocks(self, texts: list[str], label: str | None, show: bool | None) -> Iterator[tuple[int, int, Tensor]]:
         """Block by block: the first query's place, the first candidate's row, and scores (queries, candidates)."""
         task = self.model.task
         ranked_label(task, label)  # refused before anything is embedded
         queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
-        places = list(itertools.product(range(0, len(texts), _QUERIES), range(0, len(self), BLOCK)))
+        outputs = self.model.network.siamese_head.factorised()
+        blocks = self._embeddings.blocks(self.files, self.model.device, max(self.model.network.config.fc_dims))
         hidden = None if show is None else not show
-        with torch.inference_mode(), tqdm(places, "score", unit="block", disable=hidden, leave=False) as bar:
-            outputs = self.model.network.siamese_head.factorised()
-            for row, start in bar:
-                scores = rank_scores(outputs(queries[row : row + _QUERIES], self.block(start)), task, label)
-                if not bool(scores.isfinite().all()):
-                    raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
-                yield row, start, scores
+        with tqdm(
+            None, "score", len(texts) * len(self), unit="pair", unit_scale=True, disable=hidden, leave=False
+        ) as bar:
+            for start, candidates in blocks:
+                for row in range(0, len(texts), _QUERIES):
+                    scores = rank_scores(outputs(queries[row : row + _QUERIES], candidates), task, label)
+                    yield row, start, scores
+                    bar.update(scores.numel())
+
+    def _finite(self, scores: Tensor) -> Tensor:
+        """The scores, which are on the host. Raises InputError if any is NaN or infinite."""
+        if not bool(scores.isfinite().all()):
+            raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
+        return scores
 
 
 def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
@@ -182,13 +198,109 @@ def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> T
     return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
 
 
-def _best(scores: Tensor, rows: Tensor, new: Tensor, start: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """The best so far and a block's, whose rows begin at `start`, to the best of both, best first."""
-    least = new.topk(min(top_k, len(new))).values[-1]
-    some = (new >= least).nonzero().squeeze(1)  # all equals of the last one, so that the earliest can win
-    scores, rows = torch.cat([scores, new[some]]), torch.cat([rows, some + start])
-    order = scores.sort(descending=True, stable=True).indices[:top_k]  # earlier rows come first
-    return scores[order], rows[order]
+def _keys(scores: Tensor, start: int) -> Tensor:
+    """Scores (queries, candidates), float32, of the candidates from row `start` on, to int64 keys of the same shape.
+
+    Keys order as scores do, and of equal scores the earlier row has the larger key: `topk` of keys is exact, which it
+    is not for equal scores, and nothing waits for a GPU. The high 32 bits are those of the score, of which negative
+    ones have all bits but the sign inverted, so that they order as integers; the low 32 bits are _LAST_ROW - row.
+    Scores that are NaN or infinite become infinity, and so the largest, for who looks at the best to find them.
+    """
+    bits = (scores.nan_to_num(math.inf, math.inf, math.inf) + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
+    after = _LAST_ROW - start
+    return (ordered.long() << 32) + torch.arange(after, after - scores.shape[1], -1, device=scores.device)
+
+
+def _scores_and_rows(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_keys` made the keys from, each of their shape: float32 and int64."""
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & _MAGNITUDE)).view(torch.float32), _LAST_ROW - (keys & _LAST_ROW)
+
+
+def _stored(files: IndexFiles, start: int) -> Tensor:
+    """Up to BLOCK embeddings as stored, from row `start` on, a multiple of BLOCK."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        return torch.from_numpy(files.block(start))
+
+
+def _rows_on_cuda(device: torch.device, widest: int) -> int:
+    """How many rows a GPU takes at once, a multiple of BLOCK; 0 for another device."""
+    return BLOCK * at_once(device, BLOCK * widest) if device.type == "cuda" else 0
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, those that torch holds in reserve included."""
+    in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + in_reserve
+
+
+class _Embeddings:
+    """The embeddings of an index, block by block, on any device; a GPU holds them all while they fit."""
+
+    def __init__(self) -> None:
+        self._held: tuple[IndexFiles, Tensor] | None = None  # what they are of, and all of them as stored, on a GPU
+
+    def blocks(self, files: IndexFiles, device: torch.device, hidden: int) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each block, and its embeddings (rows, width), float32, on the device.
+
+        A block is valid until the next one is asked for. `hidden` numbers per row are computed from it.
+        """
+        if self._held is not None and (self._held[0] is not files or self._held[1].device != device):
+            self._held = None  # candidates were appended, or the model was moved
+        if rows := _rows_on_cuda(device, max(files.content["width"], hidden)):
+            return self._on_cuda(files, device, rows)
+        return ((start, _stored(files, start).to(device, torch.float32)) for start in range(0, len(files), BLOCK))
+
+    def _on_cuda(self, files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """So many rows at a time, from what the GPU holds, or can hold from now on, or else from a stream."""
+        blocks, stored = _streamed(files, device, rows), files.arrays[VECTORS]
+        if self._held is None and stored.nbytes <= _OF_FREE_MEMORY * _free_memory(device):
+            held = torch.empty(stored.shape, dtype=getattr(torch, files.content["dtype"]), device=device)
+            for start, block in blocks:
+                held[start : start + len(block)] = block
+            self._held = files, held  # whole, or not at all
+        if self._held is not None:
+            blocks = zip(range(0, len(files), rows), self._held[1].split(rows), strict=False)  # none: one empty part
+        for start, block in blocks:
+            yield start, block.float()  # float16 is widened block by block
+
+
+def _streamed(files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """So many rows at a time, a multiple of BLOCK: the first row, and embeddings as stored, on a GPU.
+
+    Two pinned buffers and two on the GPU take turns: while a block is used, the next one is copied in another stream.
+    A block is valid until the next one is asked for.
+    """
+    shape, dtype = (min(rows, len(files)), files.content["width"]), getattr(torch, files.content["dtype"])
+    using, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    pinned = device.type == "cuda"
+    turns = [
+        (torch.empty(shape, dtype=dtype, pin_memory=pinned), torch.empty(shape, dtype=dtype, device=device), copied)
+        for copied in (torch.cuda.Event(), torch.cuda.Event())
+    ]
+
+    def copy(start: int, turn: tuple[Tensor, Tensor, Any]) -> tuple[int, Tensor, Any]:
+        on_host, on_device, copied = turn
+        count = min(rows, len(files) - start)
+        copied.synchronize()  # the buffer on the host is free again
+        for first in range(0, count, BLOCK):
+            block = _stored(files, start + first)
+            on_host[first : first + len(block)] = block
+        copying.wait_stream(using)  # all that uses the GPU's buffer was launched
+        with torch.cuda.stream(copying):
+            on_device[:count].copy_(on_host[:count], non_blocking=True)
+            copied.record(copying)
+        return start, on_device[:count], copied
+
+    copies: Iterator[Any] = map(copy, range(0, len(files), rows), itertools.cycle(turns))
+    try:
+        for (start, block, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):  # begins the next one
+            using.wait_event(copied)
+            yield start, block
+    finally:
+        using.wait_stream(copying)  # before the buffers' memory serves anything else
 
 
 def _embedded(

@@ -2,12 +2,14 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CANDIDATES, OWN_TASK, QUERIES, TRIO, as_flags, pair_scores
+from helpers import CANDIDATES, OWN_TASK, QUERIES, TRIO, as_flags, flip, pair_scores
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dse_train_runner
 from dse import __main__ as entry
@@ -17,6 +19,7 @@ from dse.data.tasks import get_task
 from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, Hit, rank_scores
 from dse.models import DSESiameseClassifier
+from dse.networks import heads
 from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
 
@@ -59,11 +62,24 @@ def test_search_against_sorting_all(student, top_k):
 
 def test_of_equals_the_earlier_row_wins():
     """Two blocks whose scores tie across and within them."""
-    best = (torch.empty(0), torch.empty(0, dtype=torch.int64))
-    best = index_module._best(*best, torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0]), 0, 2)
-    assert best[1].tolist() == [1, 2]
-    best = index_module._best(*best, torch.tensor([2.0, 3.0, 2.0]), 5, 2)
-    assert (best[0].tolist(), best[1].tolist()) == ([3.0, 2.0], [6, 1])
+    first = index_module._keys(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 0)
+    second = index_module._keys(torch.tensor([[2.0, 3.0, 2.0]]), 5)
+    for keys, scores, rows in (
+        (first, [2.0, 2.0], [1, 2]),
+        (torch.cat([second, first], dim=1), [3.0, 2.0], [6, 1]),
+    ):
+        found = index_module._scores_and_rows(keys.topk(2).values)
+        assert [part.tolist() for part in found] == [[scores], [rows]]
+
+
+def test_keys_order_as_scores_do_and_give_them_back():
+    """From both signs, the smallest numbers, both zeros and the last row that a key holds."""
+    scores = torch.tensor([[-0.0, 3e38, -1.5, 0.0, 1e-45, -1e-45, -3e38, 2.0, -1.25]])
+    for start in (0, (1 << 32) - 9):
+        keys = index_module._keys(scores, start)
+        found, rows = index_module._scores_and_rows(keys.sort(descending=True).values)
+        assert found[0].tolist() == sorted(scores[0].tolist(), reverse=True)
+        assert (rows[0] - start).tolist() == [1, 7, 4, 0, 3, 5, 8, 2, 6]
 
 
 def test_none_and_few_candidates(student):
@@ -241,10 +257,160 @@ def test_rank_scores_by_hand():
     assert rank_scores(torch.tensor([[0.0, 1.0, 0.0], [9.0, 2.0, 9.0]]), get_task("snli")).argmax() == 0
 
 
-def test_scores_that_are_nan_are_refused(student):
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(student, spoiled):
     model = student()
     index = CandidateIndex.build(model, TRIO)
     with torch.no_grad():
-        model.network.siamese_head.fc_layers[-1].bias.fill_(float("nan"))
-    with pytest.raises(InputError, match="scores are NaN or infinite"):
-        index.search("soon")
+        model.network.siamese_head.fc_layers[-1].bias.fill_(spoiled)
+    for refused in (index.search, index.score):
+        with pytest.raises(InputError, match="scores are NaN or infinite"):
+            refused("soon")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_score_that_is_not_finite_is_found(student, sign):
+    """Only the twelfth candidate's u . v is above the largest float32, and below the best if it is negative."""
+    model = student(siamese_head_type="dot", fc_dims=(1,))
+    vectors = model.encode(CANDIDATES)
+    vectors[11] = sign * 3e38 * np.sign(model.encode(QUERIES[0]))
+    index = CandidateIndex.from_embeddings(model, [(vectors, CANDIDATES)])
+    for refused in (partial(index.search, top_k=1), index.score):
+        with pytest.raises(InputError, match="scores are NaN or infinite"):
+            refused(QUERIES[0])
+
+
+# The way of a GPU, on the CPU: streams do their copies as late as they may
+
+
+class LateCopies(TorchDispatchMode):
+    """A stream of copies, none of which is done before someone waits for it; a copy must wait for the other stream."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.work, self.done, self.free = [], 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.copy_.default:
+            return function(*args, **(kwargs or {}))
+        assert self.free, "the buffer is written to while it is used"
+        self.free = False
+        self.work.append(lambda: args[0].copy_(args[1]))
+        return args[0]
+
+    def until(self, count: int) -> None:
+        for copy in self.work[self.done : count]:
+            copy()
+        self.done = max(self.done, count)
+
+    def wait_stream(self, other: object) -> None:
+        self.free = True
+
+
+class InOrder:
+    """The stream of all else, which does its work at once."""
+
+    def wait_event(self, event: "Event") -> None:
+        event.finish()
+
+    def wait_stream(self, copying: LateCopies) -> None:
+        copying.until(len(copying.work))
+
+
+class Event:
+    """A place in a stream of copies; the host must have waited for it before it is recorded again."""
+
+    def __init__(self) -> None:
+        self.recorded, self.awaited = None, False
+
+    def record(self, stream: LateCopies) -> None:
+        assert self.awaited, "the host's buffer is filled while it is copied"
+        self.recorded, self.awaited = (stream, len(stream.work)), False
+
+    def finish(self) -> None:
+        if self.recorded:
+            self.recorded[0].until(self.recorded[1])
+
+    def synchronize(self) -> None:
+        self.finish()
+        self.awaited = True
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """A function that lets an index score as on a GPU with so much free memory. It gives the streams that are made."""
+    made: list[LateCopies] = []
+
+    def stream(*_: object) -> LateCopies:
+        made.append(LateCopies())
+        return made[-1]
+
+    def begin(free: float) -> list[LateCopies]:
+        monkeypatch.setattr(index_module, "_free_memory", lambda device: free)
+        monkeypatch.setattr(index_module, "_rows_on_cuda", lambda device, widest: 10)  # two blocks of the files
+        monkeypatch.setattr(index_module, "_QUERIES", 64)
+        monkeypatch.setattr(heads, "_queries_at_once", lambda candidates, numbers: 2)
+        for name, value in (("Stream", stream), ("Event", Event), ("stream", lambda copying: copying)):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: InOrder())
+        return made
+
+    return begin
+
+
+FREE = {"held": 1e9, "streamed": 0}
+
+
+@pytest.mark.parametrize("free", FREE.values(), ids=FREE)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("head", ["concat", "dot"])
+def test_a_gpu_finds_what_the_cpu_does(student, as_on_cuda, head, dtype, free):
+    """In 70 rows, 7 steps; 40 of them are zeros, so that u . v ties."""
+    model = student(siamese_head_type=head)
+    texts = [f"candidate {i}" for i in range(70)]
+    vectors = np.random.default_rng(0).standard_normal((70, model.network.config.embedding_size), np.float32)
+    vectors[5:65:3] = vectors[1:40:2] = 0
+    index = CandidateIndex.from_embeddings(model, [(vectors, texts)], dtype=dtype)
+    scores, some, all_of_them = index.score(QUERIES), index.search(QUERIES, 3), index.search(QUERIES[0], 70)
+    streams = as_on_cuda(free)
+    for _ in range(2):  # the second time from what is held
+        np.testing.assert_allclose(index.score(QUERIES), scores, rtol=1e-6, atol=1e-6)
+        for found, expected in ((index.search(QUERIES, 3), some), ([index.search(QUERIES[0], 70)], [all_of_them])):
+            for hits, others in zip(found, expected, strict=True):
+                assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in others], abs=1e-6)
+                if head == "dot":
+                    assert [hit.row for hit in hits] == [hit.row for hit in others]
+    assert len(streams) == (1 if free else 6)
+    assert all(len(stream.work) == stream.done == 7 for stream in streams)
+    if head == "dot":
+        zeros = [row for row in range(70) if not vectors[row].any()]
+        assert [hit.row for hit in all_of_them if hit.row in zeros] == zeros
+
+
+def test_what_a_gpu_holds_follows_the_candidates(student, as_on_cuda):
+    model = student(siamese_head_type="dot")
+    index = CandidateIndex.build(model, CANDIDATES)
+    bytes_needed = 23 * index.width * 4
+    streams = as_on_cuda(bytes_needed / 0.6 + 1)
+    assert index.search(QUERIES, 30) == index.search(QUERIES, 30)
+    assert len(streams) == 1
+    index.append(["one more"])  # which no longer fits
+    assert [len(index.search(QUERIES[0], 30)) for _ in range(2)] == [24, 24]
+    assert len(streams) == 3
+    scores = pair_scores(model, QUERIES, [*CANDIDATES, "one more"])[..., 0]
+    np.testing.assert_allclose(index.score(QUERIES), scores, rtol=1e-4)
+    empty = CandidateIndex.build(model, [])
+    assert (empty.search(QUERIES, 3), empty.score(QUERIES).shape) == ([[], [], []], (3, 0))
+
+
+@pytest.mark.parametrize("free", FREE.values(), ids=FREE)
+def test_a_gpu_is_given_no_corrupt_block(student, as_on_cuda, tmp_path, free):
+    """The last of five is: the copies that are under way end before their memory is another's."""
+    CandidateIndex.build(student(), CANDIDATES, tmp_path / "index")
+    flip(tmp_path / "index" / "vectors.bin", 1.0)
+    index = CandidateIndex.open(tmp_path / "index", student())
+    streams = as_on_cuda(free)
+    for _ in range(2):
+        with pytest.raises(InputError, match="corrupt in rows 20 to 22"):
+            index.search(QUERIES[0])
+    assert [(len(stream.work), stream.done) for stream in streams] == [(2, 2)] * 2

@@ -15,8 +15,18 @@ from torch.nn import functional
 from dse.networks.config import DSEConfig
 from dse.networks.kernels import is_plain, linear
 
-_PART = 1 << 19  # numbers in a part's hidden layer
+_PART, _CUDA_PART = 1 << 19, 1 << 26  # numbers in an intermediate result: in a processor's cache; 256 MiB of a GPU
 _Layer = tuple[Tensor, Tensor]  # weight and bias
+
+
+def at_once(device: torch.device, numbers: int) -> int:
+    """How many pieces of so many numbers an intermediate result may hold, at least 1; on CUDA few launches do much."""
+    return max(1, (_CUDA_PART if device.type == "cuda" else _PART) // numbers)
+
+
+def _queries_at_once(candidates: Tensor, numbers: int) -> int:
+    """How many queries the concat head takes in one product: several on CUDA, else one, whose `hidden` is cached."""
+    return at_once(candidates.device, len(candidates) * numbers) if candidates.device.type == "cuda" else 1
 
 
 class SiameseHead(nn.Module):
@@ -69,7 +79,8 @@ class ConcatHead(SiameseHead):
 
         W_u u + W_v v + W_p (u * v) + W_d |u - v| + b  =  (W_u u + b)  +  (W_v + W_p diag(u)) v  +  W_d |u - v|
 
-    has a constant, one matrix for v, and |u - v| as the only term to compute for each pair; only v is stored.
+    has a constant, one matrix for v, and |u - v| as the only term to compute for each pair; only v is stored. The
+    matrices of several queries, one below the other, are one matrix for v.
     """
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
@@ -79,15 +90,19 @@ class ConcatHead(SiameseHead):
     def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
         of_u, of_v, of_product, of_difference = (block.contiguous() for block in first[0].chunk(4, dim=1))
         zero, width = torch.zeros_like(first[1]), len((rest or [first])[-1][1])
+        hidden_size, size = of_v.shape
 
         def outputs(queries: Tensor, candidates: Tensor) -> Tensor:
             # Made first: small results kept between the large steps would keep these from using the same memory again.
             scores = queries.new_empty(len(queries), len(candidates), width)
             constants = queries @ of_u.t() + first[1]
-            for u, constant, row in zip(queries, constants, scores, strict=True):
-                hidden = linear(candidates, torch.addcmul(of_v, of_product, u), constant)
-                hidden += linear(torch.sub(candidates, u).abs_(), of_difference, zero)
-                row.copy_(_after_first(hidden, rest))
+            some = _queries_at_once(candidates, max(size, hidden_size))
+            for us, constant, rows in zip(queries.split(some), constants.split(some), scores.split(some), strict=True):
+                of_some = torch.addcmul(of_v, of_product, us[:, None])  # (queries, hidden, size)
+                hidden = linear(candidates, of_some.view(-1, size), constant.view(-1)).view(-1, hidden_size)
+                difference = torch.sub(candidates[:, None], us).abs_()  # (candidates, queries, size)
+                hidden += linear(difference.view(-1, size), of_difference, zero)  # (candidates * queries, hidden)
+                rows.copy_(_after_first(hidden, rest).view(len(candidates), len(us), width).transpose(0, 1))
             return scores
 
         return outputs
@@ -103,8 +118,7 @@ class DotHead(SiameseHead):
     def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
         def outputs(queries: Tensor, candidates: Tensor) -> Tensor:
             products = queries @ candidates.t()
-            # In parts, whose hidden layer stays in the processor's cache.
-            parts = products.reshape(-1, 1).split(max(1, _PART // len(first[1])))
+            parts = products.reshape(-1, 1).split(at_once(products.device, len(first[1])))  # by their hidden layer
             scores = [_after_first(functional.linear(part, *first), rest) for part in parts]
             return torch.cat(scores).view(*products.shape, -1)
 

@@ -81,7 +81,7 @@ def has_varlen_attention(device: torch.device) -> bool:
 
 def has_graphs(device: torch.device) -> bool:
     """Can a pass be captured, and replayed with other numbers? The public way beside it is to run the pass."""
-    return device.type == "cuda" and not PUBLIC_ONLY and hasattr(torch._C, "_CUDAGraph")
+    return device.type == "cuda" and not PUBLIC_ONLY and torch.backends.cuda.is_built()
 
 
 def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int, dropout: float) -> Tensor:

@@ -7,12 +7,15 @@ While the run is under way, its best checkpoint and the two newest states are ke
 work since the one before. At the end of the run only its best and its newest checkpoint are left.
 """
 
+import copy
 import glob
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dse.system import parallel
 from dse.system.errors import InputError
@@ -35,6 +38,27 @@ def position_of(name: str) -> Position | None:
         return int(state[1]), int(state[2])
     checkpoint = _CHECKPOINT.search(name)
     return checkpoint and (int(checkpoint[1]) + 1, 0)
+
+
+def snapshot(value: Any, device: torch.device) -> Any:
+    """A copy of a state's tensors, dicts and lists on the CPU, which training on `device` does not change.
+
+    CUDA tensors are copied into pinned memory, which torch keeps and uses again for the next snapshot.
+    """
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to("cpu", non_blocking=True, copy=True)
+        if isinstance(value, dict):
+            whole = copy.copy(value)  # a state dict has attributes
+            whole.update((key, copied(entry)) for key, entry in value.items())
+            return whole
+        return type(value)(map(copied, value)) if isinstance(value, list | tuple) else value
+
+    whole = copied(value)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return whole
 
 
 class States:
@@ -75,6 +99,8 @@ class States:
         if parallel.is_first():
             self._remove_parts()
             save_tensors(path, entries)
+        if name:
+            logger.info("checkpoint %s", path)
         self.files[position] = path
         self._remove_but(sorted(self.files)[-_KEPT:], best_epoch)
         for spoiled in set(self._spoiled) - set(self.files.values()):

@@ -23,6 +23,7 @@ from dse.system import libc, signals
 from dse.system.errors import InputError, RunError
 
 _STALE_SECONDS = 3600
+os.umask(_MASK := os.umask(0o077))  # asked for once, since to ask is to change it, for all threads
 _PART = re.compile(r"\.(.+)\.(\d+)\.part")  # the file's name, and the number of the process that writes it
 
 
@@ -137,8 +138,7 @@ def remove_stale_parts(folder: Path, name: str, seconds: float = _STALE_SECONDS)
 def _flush(path: Path) -> None:
     """Have a file's bytes, or a folder's names, on the disk; a file gets the permissions of a new file."""
     if is_file := path.is_file():
-        os.umask(mask := os.umask(0o077))
-        path.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone
+        path.chmod(0o666 & ~_MASK)  # safetensors makes files for the owner alone
     with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):  # not every system flushes folders
         handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)  # nor a file that is open for reading
         try:

@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dse.networks.pretrained import bert_hashes, find_bert
-from dse.storage.states import States
+from dse.storage.states import States, snapshot
 from dse.system import parallel, signals
 from dse.system.errors import InputError, one_line
 from dse.system.files import same_value
@@ -71,12 +72,17 @@ def _compare(flag: str, now: Any, then: Any, what: str = "", ending: str = "") -
 
 @dataclass(kw_only=True)
 class Run:
-    """A training's epochs and its states in a folder. Subclasses say what is stored."""
+    """A training's epochs and its states in a folder. Subclasses say what is stored.
+
+    A thread writes each state while training goes on (`save`, `wait`); nothing else uses `states` meanwhile.
+    """
 
     states: States = field(init=False)  # of the folder; a new student's is made when it begins to train
     path: Path | None = None  # of the state to continue from; None: a new run
     found: dict[str, Any] | None = None  # that state's entries, of which `model` and `trainer` are used
     log_file: Path | None = None  # beside which a JSON line per epoch goes
+    _writer: ThreadPoolExecutor = field(init=False, repr=False, default_factory=lambda: ThreadPoolExecutor(1))
+    _write: "Future[None] | None" = field(init=False, repr=False, default=None)  # the last one, until `wait`
 
     def resume(self, trainer: Trainer) -> None:
         """Put the trainer where the run stands: at its start, or at the state that it continues from."""
@@ -100,7 +106,8 @@ class Run:
             validate: called every `validate_every` epochs and after the last.
             save_every: updates between two states; a signal that ends the run also saves one.
 
-        Raises RunError for a loss that is NaN or infinite, before it reaches the weights; Stopped after a signal.
+        All states are on the disk when it ends, whichever way. Raises RunError for a loss that is NaN or infinite,
+        before it reaches the weights, or for a state that cannot be written; Stopped after a signal.
         """
         trainer, plan = self.trainer, self.trainer.plan
         done = [len(trainer.history), trainer.so_far.updates, trainer.optimizer.updates, plan.seed, len(plan.batches)]
@@ -111,7 +118,7 @@ class Run:
             if save_every is not None and trainer.optimizer.updates % save_every == 0:
                 self.save()
 
-        try:
+        with self._all_written():
             while (epoch := len(trainer.history)) < epochs:
                 what = f"epoch {epoch} of 0 to {epochs - 1}"
                 with signals.deferred():
@@ -131,13 +138,25 @@ class Run:
                     if self.after_epoch(record):
                         return
                 _stop_together()
+
+    @contextlib.contextmanager
+    def _all_written(self) -> Iterator[None]:
+        """Wait for the state under way when the block ends; if a signal ended it, write the state as it is then."""
+        try:
+            try:
+                yield
+            finally:
+                with signals.deferred():
+                    self.wait()
+            _stop_together()
         except signals.Stopped as stop:
             if not stop.anywhere:  # else an update may be half made
                 with signals.deferred():
                     self.save()
+                    self.wait()
                     parallel.wait_for_all()  # torchrun ends all of them soon after the first
-            if trainer.saved is not None:
-                stop.advice = f"state saved in {trainer.saved}; run the same command with --resume to continue"
+            if self.trainer.saved is not None:
+                stop.advice = f"state saved in {self.trainer.saved}; run the same command with --resume to continue"
             raise
 
     def entries(self, name: str = "") -> dict[str, Any]:
@@ -149,12 +168,28 @@ class Run:
         return None
 
     def save(self, name: str = "") -> dict[str, Any]:
-        """Write the state as it is, or a checkpoint with that file name. Returns its entries."""
+        """Begin to write the state as it is, or a checkpoint with that file name. Returns its entries, copied.
+
+        Waits for the write before, so that there is never more than one copy. Raises RunError as `wait` does.
+        """
         trainer = self.trainer
         trainer.check_weights()
-        position, entries = (len(trainer.history), trainer.so_far.updates), self.entries(name)
-        trainer.saved = self.states.save(position, entries, name, self.best_epoch())
+        self.wait()
+        position, entries, best = (len(trainer.history), trainer.so_far.updates), self.entries(name), self.best_epoch()
+        if parallel.is_first():  # which alone writes
+            entries = snapshot(entries, trainer.device)
+
+        def write() -> None:
+            trainer.saved = self.states.save(position, entries, name, best)
+
+        self._write = self._writer.submit(write)
         return entries
+
+    def wait(self) -> None:
+        """Return once the last state is complete on the disk. Raises RunError if it could not be written."""
+        if self._write is not None:
+            self._write.result()
+            self._write = None
 
     def after_epoch(self, record: Record) -> bool:
         """Write what an epoch leaves behind; True ends the training."""

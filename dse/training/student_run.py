@@ -197,9 +197,8 @@ class StudentRun(Run):
             name, value = kind_of(self.task).score(record["validation"])
             file = f"{flags['experiment_name']}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
         entries = self.save(file)
-        if file:
-            logger.info("checkpoint %s", trainer.saved)
         if file and self.best_epoch() == record["epoch"] and parallel.is_first():
+            self.wait()  # a student whose checkpoint is not there could not be mended
             save_best(Checkpoint(**entries).student(trainer.model, self.tokenizer), self.states.folder)
         super().after_epoch(record)
         if flags["plot_metrics"] and parallel.is_first():

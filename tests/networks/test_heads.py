@@ -1,9 +1,11 @@
 """Heads, with values by hand."""
 
+import pytest
 import torch
 
+from dse.networks import heads
 from dse.networks.config import HEAD_TYPES, DSEConfig
-from dse.networks.heads import HEADS, SiameseHead
+from dse.networks.heads import HEADS, SiameseHead, at_once
 
 
 def head(config: DSEConfig, *weights: list) -> SiameseHead:
@@ -30,3 +32,26 @@ def test_concat_head_by_hand():
 def test_dot_head_by_hand():
     config = DSEConfig(bert={"hidden_size": 2}, pooler_num_top_hidden_layers=1, siamese_head_type="dot", fc_dims=(1,))
     assert head(config, [[2.0]])(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])).tolist() == [[22.5]]
+
+
+@pytest.mark.parametrize("fc_dims", [(3,), (8, 3), (8, 4, 3)])
+@pytest.mark.parametrize("kind", HEAD_TYPES)
+def test_queries_in_one_product(monkeypatch, kind, fc_dims):
+    """Five queries, two or all at once, against pair by pair."""
+    torch.manual_seed(0)
+    layers = HEADS[kind](DSEConfig(bert={"hidden_size": 6}, pooler_num_top_hidden_layers=1, siamese_head_type=kind,
+                                   fc_dims=fc_dims))  # fmt: skip
+    queries, candidates = torch.randn(5, 6), torch.randn(7, 6)
+    with torch.no_grad():
+        expected = torch.stack([layers(u.expand(7, -1), candidates) for u in queries])
+        for some in (2, 9):
+            monkeypatch.setattr(heads, "_queries_at_once", lambda candidates, numbers, some=some: some)
+            torch.testing.assert_close(layers.factorised()(queries, candidates), expected)
+
+
+def test_a_gpu_takes_more_at_once():
+    """2 ** 26 numbers are ten times 4096 rows of 1536; the processor's cache has 2 ** 19."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [at_once(cuda, 4096 * 1536), at_once(cuda, 1 << 27), at_once(cpu, 4096 * 1536)] == [10, 1, 1]
+    assert at_once(cpu, 512) == 1024
+    assert heads._queries_at_once(torch.empty(5, 8), 8) == 1

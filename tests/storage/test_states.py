@@ -60,6 +60,21 @@ def test_a_tensor_that_the_archives_directory_calls_a_folder_is_refused(tmp_path
         files.load_tensors(tmp_path / "x.pt", "spoiled")
 
 
+def test_a_snapshot_does_not_change_with_what_it_was_taken_of():
+    layer = torch.nn.Linear(2, 1)
+    torch.nn.init.ones_(layer.weight)
+    state = {"model": layer.state_dict(), "history": [{"loss": 0.5}], "step": (torch.zeros(1), 3), "rng": torch.ones(2)}
+    taken = states.snapshot(state, torch.device("cpu"))
+    torch.nn.init.zeros_(layer.weight)
+    state["history"][0]["loss"] = 0.25
+    state["history"].append({})
+    state["step"][0].add_(1)
+    state["rng"] = None
+    assert taken["model"]["weight"].tolist() == [[1.0, 1.0]]
+    assert taken["model"]._metadata == layer.state_dict()._metadata  # as load_state_dict wants it
+    assert (taken["history"], taken["step"], taken["rng"].tolist()) == ([{"loss": 0.5}], (0.0, 3), [1.0, 1.0])
+
+
 def test_states_keep_two_and_the_best(tmp_path):
     kept = States(tmp_path, "x", own=True)
     for position, name, best in (

@@ -1,15 +1,26 @@
-"""A run's identity and folder: the flags that must agree, the logs."""
+"""A run's identity and folder: the flags that must agree, the logs; states that are written while it goes on."""
 
 import json
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import SHORT_RUN, assert_same_run, stop_at, stopped
+from processes import LONG, start
 
 import dse_train_runner
 import finetune_bert
-from dse.system.errors import InputError
-from dse.training import reporting
+from dse.storage import states
+from dse.storage.checkpoint import Checkpoint
+from dse.system import files
+from dse.system.errors import InputError, RunError
+from dse.training import reporting, run, trainer
+from dse.training.kinds import Kind
 from dse.training.run import Identity
 
 
@@ -99,3 +110,155 @@ def test_going_on_with_changed_data(trained, refused, data, student_flags):
         )
     finally:
         dev.write_bytes(original)
+
+
+def count_updates(monkeypatch, after: Callable[[int, trainer.Trainer], None]) -> None:
+    """Call `after` with the number of each update from here on, once it is made, and the trainer."""
+    update, made = trainer.Trainer.update, []
+
+    def counted(self):
+        update(self)
+        made.append(1)
+        after(len(made), self)
+
+    monkeypatch.setattr(trainer.Trainer, "update", counted)
+
+
+def write_with(monkeypatch, before: Callable[[Path, dict], None]) -> None:
+    """Call `before` with each state that is to be written."""
+    save = states.save_tensors
+    monkeypatch.setattr(states, "save_tensors", lambda path, entries: [before(path, entries), save(path, entries)])
+
+
+def test_a_state_is_that_of_its_moment_though_the_training_goes_on(student_flags, checkpoints, tmp_path, monkeypatch):
+    """That of update 2 is not written before update 3 is made; a run that continues from it ends with the same bits."""
+    third, kept, saved = threading.Event(), tmp_path / "kept.pt", []
+
+    def hold(path: Path, entries: dict) -> None:
+        if path.name.endswith("_state_epoch_0_update_2.pt"):
+            assert third.wait(60), "the training waits for the write"
+            files.save_tensors(kept, entries)
+
+    def after(number: int, trainer: trainer.Trainer) -> None:
+        saved.append(trainer.saved)
+        if number == 3:
+            third.set()
+
+    with monkeypatch.context() as patched:
+        count_updates(patched, after)
+        write_with(patched, hold)
+        dse_train_runner.main(student_flags(**SHORT_RUN))
+    assert saved[:3] == [None] * 3  # it names a state that is complete
+    assert saved[3].name.endswith("_epoch_0.pt")
+    found = Checkpoint.read(kept).trainer
+    assert (found["history"], found["partial"]["updates"], found["optimizer"]["param_groups"][0]["updates"]) == (
+        [],
+        2,
+        2,
+    )
+    again = tmp_path / "again" / checkpoints()[0].parent.name
+    again.mkdir(parents=True)
+    shutil.copy(kept, again / "bert_distillation_state_epoch_0_update_2.pt")
+    dse_train_runner.main([*student_flags(**SHORT_RUN, checkpoint_dir=tmp_path / "again"), "--resume"])
+    assert_same_run(checkpoints("again")[-1], checkpoints()[-1])
+
+
+def test_there_is_never_more_than_one_copy(student_flags, monkeypatch):
+    copies, taken_or_written, save = [], [], states.save_tensors
+
+    def written(*args):
+        time.sleep(0.05)
+        save(*args)
+        taken_or_written.append("written")
+
+    def copied(*args):
+        taken_or_written.append("taken")
+        deadline = time.monotonic() + 5  # the writing thread lets go of one just after it has said that it is done
+        while any(copy() is not None for copy in copies):
+            assert time.monotonic() < deadline, "the copy before is still there"
+        taken = states.snapshot(*args)
+        copies.extend(map(weakref.ref, taken["model"].values()))
+        return taken
+
+    monkeypatch.setattr(run, "snapshot", copied)
+    monkeypatch.setattr(states, "save_tensors", written)
+    dse_train_runner.main(student_flags(gradient_accumulation_steps=1, save_every=1))
+    assert taken_or_written == ["taken", "written"] * 8  # 6 updates, 2 epochs
+
+
+@pytest.mark.parametrize(("flags", "signal_at", "updates"), [({"save_every": 1}, 9, 2), ({}, 9, 3), ({}, 2, 2)])
+def test_a_state_that_cannot_be_written_ends_the_run(
+    flags, signal_at, updates, teacher_flags, tmp_path, monkeypatch, capsys
+):
+    """At the next state's save, after the last epoch, or in a stop; no teacher is left then."""
+    made = []
+
+    def full(*_):
+        raise RunError("the state cannot be written")
+
+    monkeypatch.setattr(states, "save_tensors", full)
+    count_updates(monkeypatch, lambda number, _: made.append(number))
+    stop_at(monkeypatch, signal_at)
+    code, line = stopped(finetune_bert.main, teacher_flags(**flags), capsys)
+    assert (code, line) == (1, "finetune_bert.py: error: the state cannot be written")
+    assert made[-1] == updates
+    assert not (tmp_path / "teacher" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("by", ["signal", "error"])
+def test_the_end_of_a_run_waits_for_its_state(by, student_flags, tmp_path, monkeypatch, capsys):
+    """A slow write of update 1's; at update 2 a signal comes, or the loss is NaN."""
+    write_with(monkeypatch, lambda *_: time.sleep(0.5))
+    if by == "signal":
+        stop_at(monkeypatch, 2)
+    else:
+        loss, calls = Kind.student_loss, []
+
+        def broken(*args):
+            calls.append(1)
+            return loss(*args) * (float("nan") if len(calls) == 2 else 1.0)
+
+        monkeypatch.setattr(Kind, "student_loss", broken)
+    flags = student_flags(gradient_accumulation_steps=1, save_every=1)
+    code, _ = stopped(dse_train_runner.main, flags, capsys)
+    found = sorted(tmp_path.glob("checkpoints/*/*"))
+    names = {143: ["_update_1.pt", "_update_2.pt"], 1: ["_update_1.pt"]}[code]
+    assert [path.name[-12:] for path in found] == names
+    assert [Checkpoint.read(path).trainer["partial"]["updates"] for path in found] == [1, 2][: len(found)]
+
+
+def hang_in_the_second_state(argv: list[str], begun: Path) -> None:
+    """Train; of the second state only the beginning is ever written, while the training goes on."""
+    save, calls = states.save_tensors, []
+
+    def half(path, entries):
+        calls.append(1)
+        if len(calls) == 2:
+            with files.atomic_write(path) as beside:
+                beside.write_bytes(b"PK")
+                begun.touch()
+                time.sleep(LONG)
+        save(path, entries)
+
+    states.save_tensors = half
+    dse_train_runner.main(argv)
+
+
+def test_a_kill_while_a_state_is_written_leaves_the_one_before(student_flags, checkpoints, tmp_path):
+    """States of updates 1 and 2; what was begun of the second is removed when the run goes on."""
+    flags = {"gradient_accumulation_steps": 1, "save_every": 1}
+    dse_train_runner.main(student_flags(**flags, checkpoint_dir=tmp_path / "unbroken"))
+    argv, begun = student_flags(**flags), tmp_path / "begun"
+    process = start(hang_in_the_second_state, argv, begun, log=tmp_path / "log")
+    deadline = time.monotonic() + LONG
+    while not begun.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert begun.exists(), (tmp_path / "log").read_text()
+    (whole,) = checkpoints()
+    assert Checkpoint.read(whole).trainer["partial"]["updates"] == 1
+    assert len(list(whole.parent.glob(".*_update_2.pt.*.part"))) == 1
+    dse_train_runner.main([*argv, "--resume"])
+    assert_same_run(checkpoints()[-1], checkpoints("unbroken")[-1])
+    assert not list(whole.parent.glob(".*.part"))
