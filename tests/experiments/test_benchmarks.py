@@ -280,7 +280,7 @@ def test_the_precision_reaches_the_encoders(run, monkeypatch):
 
 
 def test_each_padding_is_trained_with_its_own_batches(run, monkeypatch):
-    """Three trainers in a round, one after the other, each with batches of its padding and no other's gradients."""
+    """Three trainers in a round, one after the other, each with its own batches; none has another's gradients."""
     seen = []
     original = Trainer.train_group
 

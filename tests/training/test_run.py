@@ -116,8 +116,8 @@ def count_updates(monkeypatch, after: Callable[[int, trainer.Trainer], None]) ->
     """Call `after` with the number of each update from here on, once it is made, and the trainer."""
     update, made = trainer.Trainer.update, []
 
-    def counted(self):
-        update(self)
+    def counted(self, *of_update):
+        update(self, *of_update)
         made.append(1)
         after(len(made), self)
 
