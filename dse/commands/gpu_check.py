@@ -18,7 +18,7 @@ from dse.system.errors import InputError, RunError
 from dse.system.files import check_output_file
 
 SECTIONS = ("agreement", "precision", "golden", "dropout", "resume", "graphs", "nccl", "index", "peaks", "updates",
-            "encode", "search", "states", "launches", "transfers", "memory")  # fmt: skip
+            "encode", "search", "states", "transfers", "memory")  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

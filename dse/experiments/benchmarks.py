@@ -11,12 +11,10 @@ On CUDA the clock is read once the GPU has done its work, memory is the GPU's, a
 import argparse
 import contextlib
 import logging
-import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from timeit import repeat, timeit
 from typing import Any
 
@@ -47,7 +45,6 @@ from dse.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PEAK_SECONDS = 0.02  # of one repeat, at least
 Variants = dict[str, Callable[[], object]]  # what is measured, by name
 Turns = tuple[dict[str, float], dict[str, float], float]  # of take_turns
@@ -396,57 +393,3 @@ def features(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str
             }
             del rows, made
     return {"pairs": pairs, "texts": texts, "starts": starts}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def fastest(work: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds of the fastest of so many runs."""
-    best = float("inf")
-    for _ in range(times):
-        synchronize(device)
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def profiled(work: Callable[[], object], device: torch.device) -> tuple[Counter[str], float]:
-    """How often each event came, by name, and the seconds in which the device had something to do."""
-    # torch's own workaround where it captures graphs: ending and starting CUPTI anew crashes with them.
-    os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
-    of_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *of_gpu]) as found:
-        work()
-        synchronize(device)
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in found.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not (getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer."))
-    )
-    busy = ended = 0.0  # microseconds; kernels of several streams overlap
-    for start, end in spans:
-        busy += max(0.0, end - max(start, ended))
-        ended = max(ended, end)
-    return Counter({event.key: event.count for event in found.key_averages()}), busy / 1e6
-
-
-def count_of(counts: Counter[str], *beginnings: str) -> int:
-    """How many events have names that begin so."""
-    return sum(count for name, count in counts.items() if name.startswith(beginnings))
-
-
-@cache
-def device_peak(device: torch.device, precision: str, size: int) -> float:
-    """TFLOP/s of a device's own product of two square matrices, half as wide for fp32."""
-    width = size // 2 if precision == "fp32" else size
-    a, b = (torch.randn(width, width, device=device, dtype=_HALF.get(precision)) for _ in range(2))
-    with products(precision, device):
-        fastest(lambda: a @ b, device, 3)  # not measured
-        return 2 * width**3 / fastest(lambda: a @ b, device, 8) / 1e12

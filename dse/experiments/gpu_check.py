@@ -28,8 +28,9 @@ from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments import gpu_measures
-from dse.experiments.gpu_measures import LONGEST, Report, Sizes, made_up, student_of, teacher_of, trainer_of
-from dse.experiments.synthetic import make_pair, write_pairs, write_tiny_bert
+from dse.experiments.gpu_measures import LONGEST, Report, Sizes, student_of, teacher_of, trainer_of
+from dse.experiments.presets import as_words
+from dse.experiments.synthetic import make_pair, random_features, write_pairs, write_tiny_bert
 from dse.index import CandidateIndex
 from dse.networks import kernels
 from dse.networks.batches import Batches
@@ -49,7 +50,6 @@ from dse.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 _OUT_OF_MEMORY = 256 * 2**20  # bytes that a run gets which is to fail for lack of memory
-_LONG = 150  # seconds that no process needs
 _NCCL = "import torch; from dse.experiments import gpu_check; gpu_check.one_rank(torch.device({device!r}), {sizes!r})"
 
 
@@ -73,7 +73,7 @@ def outputs_of(model: Any, features: Any, padding: str = "packed") -> np.ndarray
 def agreement(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Embeddings and logits in float32 against the CPU's."""
     for size, bert, pairs in (("small", sizes.small, 64), ("large", sizes.large, sizes.few)):
-        separate, joint = made_up(pairs)
+        separate, joint = random_features(pairs)
         for name, features in (("concat_top_mean", separate), ("cls", separate), ("teacher", joint)):
             model: Any = teacher_of(bert, device) if name == "teacher" else student_of(bert, device, pooler_type=name)
             model.precision = "fp32"
@@ -86,7 +86,7 @@ def agreement(report: Report, device: torch.device, sizes: Sizes) -> None:
 
 def precision(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Embeddings of the other precisions against the CPU's in float32."""
-    separate, _ = made_up(sizes.few)
+    separate, _ = random_features(sizes.few)
     model = student_of(sizes.large, device)
     model.precision = "fp32"
     expected = outputs_of(model.cpu(), separate)
@@ -213,7 +213,7 @@ def _rate(report: Report, name: str, drawn: Tensor, rate: float) -> None:
 def _trained(device: torch.device, sizes: Sizes, stop: int = 0, state: Any = None) -> tuple[Any, float]:
     """A small student after an epoch of 6 updates, or after `stop` updates, and how far the training took it."""
     torch.manual_seed(1 if state is None else 2)
-    trainer = trainer_of(student_of(sizes.small, device), made_up(192)[0], rate=1e-3)
+    trainer = trainer_of(student_of(sizes.small, device), random_features(192)[0], rate=1e-3)
     if state is not None:
         trainer.model.load_state_dict(state["model"])
         trainer.load_state_dict(state["trainer"])
@@ -239,20 +239,15 @@ def resume(report: Report, device: torch.device, sizes: Sizes) -> None:
         save_tensors(path, {"model": stopped.model.state_dict(), "trainer": stopped.state_dict()})
         state = load_tensors(path, "the state is corrupt")
     resumed, _ = _trained(device, sizes, state=state)
-    done = stopped.optimizer.updates, resumed.optimizer.updates
-    report.add("stopped after update 3 of 6", str(done), held=done == (3, 6))
+    report.add("updates of the resumed one, of 6", resumed.optimizer.updates, held=resumed.optimizer.updates == 6)
     for name, found in (("two trainings with one seed", again), ("stopped and resumed", weights_of(resumed.model))):
-        equal = "yes" if np.array_equal(found, expected) else "no"
-        report.add(name, distance(found, expected), limit=1e-6, bit_equal=equal, training_moved=moved)
+        report.add(name, distance(found, expected), limit=1e-6, equal=str((found == expected).all()), trained=moved)
 
 
 def graphs(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Passes that are captured and replayed against passes that are run, 10 updates without dropout; and with it."""
-    if not gpu_measures.HAS_GRAPHS:
-        report.add("captured passes", "not run: the Trainer takes no `graphs`")
-        return
     still = {**sizes.small, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    separate, joint = made_up(320)
+    separate, joint = random_features(320)
     for role, name in (("student", "fp32"), ("student", "bf16"), ("student", "fp16"), ("teacher", "fp32")):
         with report.caught(f"{role}, {name}"):
             weights, outputs = [], []
@@ -289,11 +284,9 @@ def nccl(report: Report, device: torch.device, sizes: Sizes) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-    code = _NCCL.format(device=str(device), sizes=sizes.small)
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **place, "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=_LONG,
-    )  # fmt: skip
+    command = [sys.executable, "-c", _NCCL.format(device=str(device), sizes=sizes.small)]
+    variables = {**os.environ, **place, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=150)
     if run.returncode:
         raise RuntimeError(f"exit code {run.returncode}: {(run.stderr.strip().splitlines() or ['no output'])[-1]}")
     found = json.loads(run.stdout.splitlines()[-1])
@@ -308,7 +301,7 @@ def one_rank(device: torch.device, bert: dict[str, Any]) -> None:
 
     def updated() -> tuple[np.ndarray, Any]:
         torch.manual_seed(1)
-        trainer = trainer_of(student_of(still, device), made_up(64)[0], graphs=False, rate=1e-3)
+        trainer = trainer_of(student_of(still, device), random_features(64)[0], graphs=False, rate=1e-3)
         for group in trainer.plan.groups(0)[:2]:
             trainer.train_group(group)
         return weights_of(trainer.model), trainer.together
@@ -367,7 +360,7 @@ def limited_memory(device: torch.device) -> Iterator[None]:
 
 def memory(report: Report, device: torch.device, sizes: Sizes) -> None:
     """A stage that lacks memory ends with one line, and the process can go on."""
-    model, features = student_of(sizes.small, device), made_up(64)[0]
+    model, features = student_of(sizes.small, device), random_features(64)[0]
     before = outputs_of(model, features)
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()) as told:
         folder = Path(place)
@@ -376,8 +369,7 @@ def memory(report: Report, device: torch.device, sizes: Sizes) -> None:
             write_pairs(folder / f"{split}.tsv", sizes.rows, seed)
         flags = {"task_name": "mrpc", "data_dir": folder, "bert_model": folder / "bert", "output_dir": folder / "out",
                  "max_seq_length": 48, "num_train_epochs": 1, "log_dir": folder / "logs"}  # fmt: skip
-        argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        run = partial(_exit_code, [*argv, "--do_train", "--do_lower_case", "--overwrite_output_dir"])
+        run = partial(_exit_code, [*as_words(flags), "--do_train", "--do_lower_case", "--overwrite_output_dir"])
         with limited_memory(device):
             code = run("--train_batch_size", str(sizes.rows))
         gc.collect()

@@ -5,7 +5,7 @@ section is a function of a report, a device and sizes; gpu_check.py runs them al
 """
 
 import gc
-import inspect
+import os
 import random
 import tempfile
 import time
@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 from unittest.mock import patch
 
@@ -23,18 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from dse import index as index_module
-from dse.data.features import JointFeatures, SeparateFeatures
+from dse.data.features import in_batches
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
-from dse.experiments.benchmarks import count_of, device_peak, fastest, profiled, synchronize, useful_gflop
+from dse.experiments.benchmarks import use_of_gpu, useful_gflop
 from dse.experiments.synthetic import make_pair, random_features, write_tiny_bert
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
+from dse.networks.encoder import products
 from dse.networks.inference import TOKENS_PER_STEP, embed_texts
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, empty_network, new_network
@@ -50,20 +53,19 @@ from dse.training.reporting import markdown_table
 from dse.training.run import Run
 from dse.training.trainer import Trainer
 
-VOCABULARY, LONGEST = 30522, 128
-HAS_GRAPHS = "graphs" in inspect.signature(Trainer).parameters  # captured passes; without them there is one way
+LONGEST = 128
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED, _PADDED = ("bf16", "packed", True), ("bf16", "batch", False)
 _WAYS = (  # of an update: precision, padding, and whether passes are captured
     _PACKED, ("bf16", "packed", False), _PADDED, ("fp16", "packed", True), ("tf32", "packed", True),
     ("fp32", "packed", True),
 )  # fmt: skip
 _GOALS = {("student", "bf16", "packed", True): 0.35, ("student", "fp32", "packed", True): 0.6}  # share of the peak
-_HEADER = ("section", "what", "value", "limit", "held", "more")
 
 
 def _bert(hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "intermediate_size": 4 * hidden}  # fmt: skip
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+    return {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Report:
 
     def table(self) -> str:
         """All rows as a Markdown table."""
-        return markdown_table(_HEADER, [[cell.replace("|", "/") for cell in _cells(row)] for row in self.rows])
+        header = ("section", "what", "value", "limit", "held", "more")
+        return markdown_table(header, [[cell.replace("|", "/") for cell in _cells(row)] for row in self.rows])
 
     def failed(self) -> list[str]:
         """What did not hold, goals aside."""
@@ -148,11 +151,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     held = {None: "", True: "held", False: "FAILED" if row["goal"] is None else "missed"}[row["held"]]
     more = (f"{name.replace('_', ' ')} {show(x)}" for name, x in row["more"].items() if name != "trace")
     return row["section"], row["what"], show(row["value"]), limit, held, ", ".join(more)
-
-
-def made_up(pairs: int) -> tuple[SeparateFeatures, JointFeatures]:
-    """Pairs for a student and for a teacher."""
-    return random_features(pairs, VOCABULARY)
 
 
 def student_of(bert: dict[str, Any], device: torch.device, **architecture: Any) -> SiameseNetwork:
@@ -180,9 +178,9 @@ def text_student(device: torch.device, width: int) -> DSESiameseClassifier:
 
 def trainer_of(
     model: Any, features: Any, precision: str = "fp32", padding: str = "packed", graphs: bool = True,
-    rate: float = 1e-9, kind: type[Trainer] = Trainer,
+    rate: float = 1e-9,
 ) -> Any:  # fmt: skip
-    """A trainer of a student or teacher, 2 x 16 pairs per update; `graphs` where the Trainer knows them."""
+    """A trainer of a student or teacher, 2 x 16 pairs per update."""
     model.precision = precision
     model.zero_grad(set_to_none=True)
     binary, targets = KINDS["binary"], torch.zeros(len(features), 1, device=model.device)
@@ -193,64 +191,80 @@ def trainer_of(
         return binary.student_loss(outputs, labels, targets[rows], 0.5)
 
     plan = EpochPlan(Batches(features, padding, LONGEST), 16, 2, 0)
-    options: Any = {"graphs": graphs} if HAS_GRAPHS else {}
     model.train()
-    return kind(model, plan, loss, lambda outputs, labels: {}, make_optimizer(model, rate, 1000, 0.1), **options)
+    return Trainer(model, plan, loss, lambda outputs, labels: {}, make_optimizer(model, rate, 1000, 0.1), graphs)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fastest(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds of the fastest of so many runs."""
+    synchronize(device)
+
+    def whole() -> None:
+        work()
+        synchronize(device)
+
+    return min(repeat(whole, number=1, repeat=times))
+
+
+@cache
+def peak(device: torch.device, precision: str, size: int) -> float:
+    """TFLOP/s of the device's own product of two square matrices, half as wide for fp32."""
+    width = size // 2 if precision == "fp32" else size
+    a, b = (torch.randn(width, width, device=device, dtype=_HALF.get(precision)) for _ in range(2))
+    with products(precision, device):
+        fastest(lambda: a @ b, device, 3)  # not measured
+        return 2 * width**3 / fastest(lambda: a @ b, device, 8) / 1e12
 
 
 def peaks(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Matrix products alone, which other numbers are shares of."""
     for precision in ("bf16", "fp16", "tf32", "fp32"):
-        report.add(f"matrix products, {precision}, TFLOP/s", device_peak(device, precision, sizes.matrix))
+        report.add(f"matrix products, {precision}, TFLOP/s", peak(device, precision, sizes.matrix))
 
 
 def updates(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Updates of BERT-large: useful work (real tokens in the layers) as a share of the peak."""
-    for role, model, features in _roles(device, sizes, sizes.large):
+    for role, model, features in _roles(device, sizes):
         seconds = {}
         for way in _WAYS:
-            if way[2] or HAS_GRAPHS or way[1] == "batch":
-                with report.caught(f"{role}, {_named(way)}"):
-                    seconds[way] = _update(report, role, model, features, way, sizes)
+            with report.caught(f"{role}, {_named(way)}"):
+                seconds[way] = _update(report, role, model, features, way, sizes)
         if _PACKED in seconds and _PADDED in seconds:
             report.add(f"{role}, bf16: seconds padded / packed", seconds[_PADDED] / seconds[_PACKED], goal=1.3)
 
 
-def launches(report: Report, device: torch.device, sizes: Sizes) -> None:
-    """Launches of updates of BERT-large, and how long the device is idle; profiled, with graphs and without."""
-    for role, model, features in _roles(device, sizes, sizes.large):
-        for way in (_PACKED, ("bf16", "packed", False))[: 1 + HAS_GRAPHS]:
-            trainer = trainer_of(model, features, *way)
-            train, count = _train(trainer, trainer.plan.groups(0)[:3]), len(trainer.plan.groups(0)[:3])
-            seconds = min(fastest(train, device, 2), fastest(train, device, 2)) / count
-            counts, busy = profiled(train, device)
-            report.add(
-                f"{role}, {_named(way)}: idle share", max(0.0, 1 - busy / count / seconds), ms=1e3 * seconds,
-                device_ms=1e3 * busy / count, graphs=count_of(counts, "cudaGraphLaunch") / count,
-                launches=count_of(counts, "cudaLaunchKernel", "cuLaunchKernel") / count,
-            )  # fmt: skip
-            del trainer, train
-            gc.collect()
-
-
 def transfers(report: Report, device: torch.device, sizes: Sizes) -> None:
-    """How often an update waits for the GPU, and copies to it."""
-    for role, model, features in _roles(device, sizes, sizes.small):
-        for name, padding in (("fp32", "packed"), ("bf16", "packed"), ("fp32", "batch"), ("bf16", "batch")):
-            trainer = trainer_of(model, features, name, padding)
-            train = _train(trainer, trainer.plan.groups(0)[:1])
-            fastest(train, device, 3)
-            counts, _ = profiled(train, device)
-            waits = count_of(counts, "cudaStreamSynchronize", "cudaEventSynchronize")
-            reads, what = max(waits, count_of(counts, "Memcpy DtoH")), f"{role}, {name}, {padding}"
-            report.add(f"{what}: reads by the host", reads, limit=3, launches=count_of(counts, "cudaLaunchKernel"))
-            report.add(f"{what}: copies to the device", count_of(counts, "Memcpy HtoD"), limit=10)
+    """How often an update of BERT-large waits for the GPU and copies to it, its launches, and when the GPU is idle."""
+    for role, model, features in _roles(device, sizes):
+        for way in (*_WAYS[:3], _WAYS[-1]):
+            trainer, name = trainer_of(model, features, *way), f"{role}, {_named(way)}"
+            groups = trainer.plan.groups(0)[:3]
+            train = _train(trainer, groups)
+            train()
+            seconds = fastest(train, device, 2)
+            # torch's own workaround where it captures graphs: to end CUPTI and start it anew crashes with them.
+            os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
+            kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+            with profile(activities=kinds) as profiler:
+                train()
+                synchronize(device)
+            events: Any = profiler.events()
+            used: Any = use_of_gpu(events, seconds, len(groups))
+            waits = sum(event.name.startswith(("cudaStreamSync", "cudaEventSync")) for event in events) / len(groups)
+            report.add(f"{name}: reads by the host", max(waits, used["copies_to_host"]), limit=3, **used)
+            report.add(f"{name}: copies to the device", used["copies_to_gpu"], limit=10)
 
 
-def _roles(device: torch.device, sizes: Sizes, bert: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    separate, joint = made_up(sizes.pairs)
-    yield "student", student_of(bert, device), separate
-    yield "teacher", teacher_of(bert, device), joint
+def _roles(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Any, Any]]:
+    separate, joint = random_features(sizes.pairs)
+    yield "student", student_of(sizes.large, device), separate
+    yield "teacher", teacher_of(sizes.large, device), joint
 
 
 def _named(way: tuple[str, str, bool]) -> str:
@@ -265,9 +279,7 @@ def _train(trainer: Trainer, groups: list[Any]) -> Callable[[], None]:
     return train
 
 
-def _update(
-    report: Report, role: str, model: Any, features: Any, way: tuple[str, str, bool], sizes: Sizes
-) -> float:  # fmt: skip
+def _update(report: Report, role: str, model: Any, features: Any, way: tuple[str, str, bool], sizes: Sizes) -> float:
     """Tell of one way to make an update. Returns its seconds."""
     trainer, device = trainer_of(model, features, *way), model.device
     groups = trainer.plan.groups(0)[: sizes.updates]
@@ -284,7 +296,7 @@ def _update(
     encoder = model.encoder if isinstance(model, SiameseNetwork) else model.bert
     rate = useful_gflop(encoder.encoder, int(real), training=True) / seconds / 1e3
     report.add(
-        f"{role}, {_named(way)}: share of the peak", rate / device_peak(device, way[0], sizes.matrix),
+        f"{role}, {_named(way)}: share of the peak", rate / peak(device, way[0], sizes.matrix),
         goal=_GOALS.get((role, *way)), ms=1e3 * seconds, first_ms=1e3 * first / len(groups), tokens=real,
         useful_TFLOPs=rate, GiB=memory[0], GiB_reserved=memory[1],
     )  # fmt: skip
@@ -293,9 +305,9 @@ def _update(
 
 def encode(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Embeddings of BERT-large by tokens per step, as shares of the peak."""
-    model, features = student_of(sizes.large, device), made_up(sizes.pairs)[0]
-    texts, work = Batches(features, "packed", LONGEST), int(features.texts.lengths.sum())
-    gflop = useful_gflop(model.encoder.encoder, work, training=False)
+    model, features = student_of(sizes.large, device), random_features(sizes.pairs)[0]
+    texts = Batches(features, "packed", LONGEST)
+    gflop = useful_gflop(model.encoder.encoder, int(features.texts.lengths.sum()), training=False)
     for precision in ("bf16", "fp16", "tf32", "fp32"):
         model.precision = precision
         for places in sizes.places:
@@ -303,41 +315,34 @@ def encode(report: Report, device: torch.device, sizes: Sizes) -> None:
                 run = partial(embed_texts, model, texts, 10**6, device, "encode", show=False)
                 seconds = fastest(run, device, 2)
             goal = 0.5 if (precision, places) == ("bf16", 16384) else None
-            share = gflop / seconds / 1e3 / device_peak(device, precision, sizes.matrix)
-            report.add(
-                f"{precision}, {places} tokens: share of the peak", share, goal=goal, seconds=seconds, tokens=work
-            )
+            share = gflop / seconds / 1e3 / peak(device, precision, sizes.matrix)
+            report.add(f"{precision}, {places} tokens: share of the peak", share, goal=goal, seconds=seconds)
 
 
 def search(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Queries against stored candidates, against copying them from pageable memory for each call."""
     model = text_student(device, sizes.width)
-    sizes_of_parts = [min(BLOCK, sizes.candidates - start) for start in range(0, sizes.candidates, BLOCK)]
     parts = (
-        (torch.randn(count, sizes.width, device=device).cpu().numpy(), ["a candidate"] * count)
-        for count in sizes_of_parts
+        (torch.randn(len(texts), sizes.width, device=device).cpu().numpy(), texts)
+        for texts in in_batches(["a candidate"] * sizes.candidates, BLOCK)
     )
     index = CandidateIndex.from_embeddings(model, parts)
     for count in (1, sizes.queries):
         queries = [make_pair(random.Random(number))[1] for number in range(count)]
         before = fastest(partial(_as_before, index, queries), device, 2)
         report.add(f"queries {count}: copied for each call, seconds", before)
-        # Of an index that knows no residence, both are the same.
         for name, free in (("resident", 0.6), ("streamed", 0.0)):
             with holding(free):
                 opened = CandidateIndex(model, index.files)
                 run = partial(opened.search, queries)
                 first, seconds = fastest(run, device, 1), fastest(run, device, 3)
             goal = 5.0 if (count, name) == (1, "resident") else None
-            report.add(
-                f"queries {count}: {name}, times as fast", before / seconds, goal=goal, seconds=seconds, first=first
-            )
-            del opened, run
+            report.add(f"queries {count}: {name}, gain", before / seconds, goal=goal, seconds=seconds, first=first)
 
 
 def holding(share: float) -> Any:
     """A context in which an index keeps its candidates on the GPU up to that share of the free memory."""
-    return patch.object(index_module, "_OF_FREE_MEMORY", share, create=True)
+    return patch.object(index_module, "_OF_FREE_MEMORY", share)
 
 
 def _as_before(index: CandidateIndex, texts: list[str]) -> None:
@@ -370,7 +375,7 @@ class _Saved(Run):
 
 def states(report: Report, device: torch.device, sizes: Sizes) -> None:
     """How long a state of BERT-large holds up training, and when it is on the disk."""
-    trainer = trainer_of(student_of(sizes.large, device), made_up(sizes.pairs)[0], "bf16")
+    trainer = trainer_of(student_of(sizes.large, device), random_features(sizes.pairs)[0], "bf16")
     train = _train(trainer, trainer.plan.groups(0)[:5])
     usual = [fastest(train, device, 1) for _ in range(3)][-1]
     with tempfile.TemporaryDirectory() as place:
@@ -384,12 +389,11 @@ def states(report: Report, device: torch.device, sizes: Sizes) -> None:
             run.save()
             held = time.perf_counter() - started
             meanwhile = fastest(train, device, 1)
-            if hasattr(run, "wait"):
-                run.wait()
+            run.wait()
             written = time.perf_counter() - started
             size = max(path.stat().st_size for path in Path(place).glob("*.pt"))
             report.add(f"{turn} save: seconds that the update is held up", held, on_disk_after=written,
                        updates_usual=usual, updates_meanwhile=meanwhile, GiB=size / 2**30)  # fmt: skip
 
 
-MEASURES = (peaks, updates, encode, search, states, launches, transfers)  # profiling slows down what follows it
+MEASURES = (peaks, updates, encode, search, states, transfers)  # profiling slows down what follows it

@@ -89,7 +89,7 @@ def write_tiny_bert(folder: Path, seed: int, hidden_size: int = 64, layers: int 
     BertTokenizer(vocab=place, do_lower_case=True).save_pretrained(folder)
 
 
-def random_features(pairs: int, vocabulary: int) -> tuple[SeparateFeatures, JointFeatures]:
+def random_features(pairs: int, vocabulary: int = 30522) -> tuple[SeparateFeatures, JointFeatures]:
     """Pairs of random texts of MRPC's lengths, for a student and a teacher: 27 tokens each, between 10 and 50."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.normal(27, 8, 2 * pairs).round(), 10, 50).astype(np.int64)

@@ -11,8 +11,8 @@ import torch
 from dse import __main__ as entry
 from dse.commands import gpu_check as command
 from dse.experiments import gpu_check, gpu_measures
-from dse.experiments.benchmarks import profiled
 from dse.experiments.gpu_measures import Report, Sizes
+from dse.experiments.synthetic import random_features
 from dse.networks import kernels
 from dse.training.trainer import Trainer
 
@@ -202,14 +202,8 @@ def test_distance():
     assert gpu_check.distance([3.0, 4.0], [0.0, 4.0]) == 0.75
 
 
-def test_profiled_counts_events():
-    a = torch.ones(4, 4)
-    counts, busy = profiled(lambda: [a @ a for _ in range(5)], CPU)
-    assert (counts["aten::mm"], busy) == (5, 0.0)
-
-
 def test_random_texts_are_as_long_as_those_of_mrpc():
-    separate, joint = gpu_measures.made_up(2000)
+    separate, joint = random_features(2000)
     lengths = separate.texts.lengths
     assert (lengths.min(), lengths.max()) == (10, 50)
     assert lengths.mean() == pytest.approx(27, abs=0.5)
