@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from dse.experiments.gpu_measures import LONGEST, Report, Sizes, student_of, tea
 from dse.experiments.presets import as_words
 from dse.experiments.synthetic import make_pair, random_features, write_pairs, write_tiny_bert
 from dse.index import CandidateIndex
-from dse.networks import kernels
+from dse.networks import packed_bert
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
 from dse.networks.inference import embed_texts, infer, infer_pairs
@@ -41,6 +42,7 @@ from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, new_network
 from dse.system import parallel
 from dse.system.files import load_tensors, save_tensors
+from dse.training import trainer as training
 from dse.training.epoch_plan import EpochPlan
 from dse.training.kinds import KINDS
 from dse.training.optimization import make_optimizer
@@ -171,37 +173,32 @@ def _golden_training(
 
 
 def dropout(report: Report, device: torch.device, sizes: Sizes) -> None:
-    """The rates at which dropout's factors and the attention's own drop, in standard deviations; and its gradient."""
+    """The rates at which dropout's factors drop, in standard deviations, and gradients with the factors of the CPU."""
     for rate in (0.1, 0.5):
         (factors,) = keep_factors([(sizes.draws,)], rate, device, torch.float32)
         _rate(report, "factors", factors, rate)
         report.add(f"factors, rate {rate}: mean, off 1 by", abs(float(factors.double().mean()) - 1), limit=0.01)
-    if not kernels.has_varlen_attention(device):
-        report.add("attention", "not run: its dropout is the factors' here")
-        return
-    # With queries of 0 and the identity as values, output i has j's share, 1/64 / (1 - rate), or 0 where it is dropped.
-    width, heads, rate = 64, 4, 0.1
-    rows = max(1, sizes.draws // (width * width * heads))
-    bounds = torch.arange(rows + 1, device=device, dtype=torch.int32) * width
-    for dtype in (torch.float32, torch.bfloat16):
-        values = torch.eye(width, device=device, dtype=dtype).repeat(rows, heads)
-        zeros = torch.zeros_like(values)
-        projected = torch.cat([zeros, zeros, values], dim=1).requires_grad_()
-        output, other = (kernels.varlen_attention(projected, bounds, width, heads, rate) for _ in range(2))
-        shares = output.detach()
-        name = f"attention, {str(dtype).removeprefix('torch.')}"
-        _rate(report, name, shares, rate)
-        report.add(f"{name}: mean share, off by", abs(float(shares.double().mean()) * width - 1), limit=0.01)
-        same = float(((shares == 0) == (other == 0)).double().mean())
-        report.add(f"{name}: two calls agree, off independence by", abs(same - 0.82), limit=0.01)
-        # The gradient of the values is shares^T g, with the shares of the forward pass.
-        g = torch.randn_like(shares)
-        output.backward(g)
-        apart = [x.double().view(rows, width, heads, width).transpose(1, 2) for x in (shares, g)]
-        expected = (apart[0].transpose(2, 3) @ apart[1]).transpose(1, 2).reshape(len(g), -1)
-        found = projected.grad[:, -heads * width :] if projected.grad is not None else zeros
-        limit = 1e-5 if dtype == torch.float32 else 1e-2
-        report.add(f"{name}: gradient with the same mask", distance(found.double().cpu(), expected.cpu()), limit=limit)
+    # Both draw on the CPU; a row's factors of attention are in the places of the one group that CUDA has.
+    separate, joint = random_features(32)
+    for name, make, features in (("student", student_of, separate), ("teacher", teacher_of, joint)):
+        gradients: list[np.ndarray] = []
+        made: Any = make
+        model = made(sizes.small, device).train()
+        model.precision = "fp32"
+        for place in (torch.device("cpu"), device):
+            model.to(place).zero_grad()
+            torch.manual_seed(3)
+            with patch.object(packed_bert, "keep_factors", _drawn_on_the_cpu):
+                batch = Batches(features, "packed", LONGEST).of_few_shapes(np.arange(32)).to(place)
+                model(packed=batch).square().sum().backward()
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu().numpy()
+            )
+        report.add(f"{name}: gradients with the same factors", distance(gradients[1], gradients[0]), limit=1e-5)
+
+
+def _drawn_on_the_cpu(shapes: Any, rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [factors.to(device) for factors in keep_factors(shapes, rate, torch.device("cpu"), dtype)]
 
 
 def _rate(report: Report, name: str, drawn: Tensor, rate: float) -> None:
@@ -245,33 +242,36 @@ def resume(report: Report, device: torch.device, sizes: Sizes) -> None:
 
 
 def graphs(report: Report, device: torch.device, sizes: Sizes) -> None:
-    """Passes that are captured and replayed against passes that are run, 10 updates without dropout; and with it."""
-    still = {**sizes.small, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    """Passes that are captured and replayed against the same passes run, with dropout; and in other shapes, without."""
     separate, joint = random_features(320)
-    for role, name in (("student", "fp32"), ("student", "bf16"), ("student", "fp16"), ("teacher", "fp32")):
-        with report.caught(f"{role}, {name}"):
-            weights, outputs = [], []
-            for captured in (False, True):
-                torch.manual_seed(1)
-                model: Any = (student_of if role == "student" else teacher_of)(still, device)
-                begun = weights_of(model)
-                features: Any = separate if role == "student" else joint
-                trainer = trainer_of(model, features, name, graphs=captured, rate=2e-5)
-                for group in trainer.plan.groups(0)[:10]:
-                    trainer.train_group(group)
-                weights.append(weights_of(model))
-                outputs.append(np.concatenate([some for _, some in trainer.so_far.outputs]))
-            more: Any = {"graphs": _captured(trainer), "training_moved": distance(begun, weights[0])}
-            report.add(f"{role}, {name}: weights", distance(weights[1], weights[0]), limit=1e-6, **more)
-            limit = 1e-5 if name == "fp32" else 1e-2
-            report.add(f"{role}, {name}: outputs on the way", distance(outputs[1], outputs[0]), limit=limit)
-    trainer = trainer_of(student_of(sizes.small, device), separate, rate=1e-30)
-    group = trainer.plan.groups(0)[0]
-    for _ in range(4):
-        trainer.train_group(group)
-    distinct = len({some.tobytes() for _, some in trainer.so_far.outputs})
-    report.add("dropout: of 4 passes of the same rows, alike", 4 - distinct, limit=0)
-    report.add("graphs of these passes", count := _captured(trainer), held=count == 1 or device.type != "cuda")
+    still = {**sizes.small, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for role, make, features in (("student", student_of, separate), ("teacher", teacher_of, joint)):
+        for name in ("fp32", "bf16", "fp16"):
+            with report.caught(f"{role}, {name}"):
+                ran, _, _ = _ten_updates(make, sizes.small, features, name, device, most=0)
+                found, begun, count = _ten_updates(make, sizes.small, features, name, device)
+                more: Any = {"graphs": count, "training_moved": distance(begun, ran)}
+                report.add(f"{role}, {name}: replayed against run", distance(found, ran), limit=1e-7, **more)
+        with report.caught(f"{role}, shapes"):
+            ran, _, _ = _ten_updates(make, still, features, "fp32", device, graphs=False)
+            found, _, count = _ten_updates(make, still, features, "fp32", device)
+            report.add(f"{role}, fp32: against passes of their own shapes", distance(found, ran), limit=1e-6)
+            report.add(f"{role}: graphs", count, held=count > 0 or device.type != "cuda")
+
+
+def _ten_updates(
+    make: Any, bert: dict[str, Any], features: Any, precision: str, device: torch.device, most: int = 16,
+    graphs: bool = True,
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    """Weights after ten updates and before, and how many passes were captured, which is at most `most`."""
+    torch.manual_seed(1)
+    model = make(bert, device)
+    begun = weights_of(model)
+    trainer = trainer_of(model, features, precision, graphs=graphs, rate=2e-5)
+    with patch.object(training, "_MOST_GRAPHS", most):
+        for group in trainer.plan.groups(0)[:10]:
+            trainer.train_group(group)
+    return weights_of(model), begun, _captured(trainer)
 
 
 def _captured(trainer: Any) -> int:

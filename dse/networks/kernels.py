@@ -28,8 +28,9 @@ if torch.backends.mkldnn.is_available() and not _INTEL:
     _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # The gradient of a softmax in one pass; written out, it takes three.
 _SOFTMAX_BACKWARD: Any = getattr(torch.ops.aten, "_softmax_backward_data", None)
-# Attention over rows of any length, end to end, on CUDA: one call for a batch, no padding, its own dropout, float32 or
-# 16 bits, on every card. torch's public call for such rows (nn.attention.varlen) has neither dropout nor float32.
+# Attention over rows of any length, end to end, on CUDA: one call for a batch, no padding, float32 or 16 bits, on every
+# card; torch's public call for such rows (nn.attention.varlen) takes no float32. Its dropout is not used: with torch
+# 2.11 the backward pass drops other weights than the forward pass did, and all rows and heads drop the same ones.
 _VARLEN: Any = getattr(torch.ops.aten, "_efficient_attention_forward", None)
 # A list of tensors copied, and converted, in one call; 390 calls for a BERT-large otherwise.
 _COPY: Any = getattr(torch, "_foreach_copy_", None)
@@ -84,7 +85,7 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and not PUBLIC_ONLY and torch.backends.cuda.is_built()
 
 
-def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int, dropout: float) -> Tensor:
+def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(width)) v within each row.
 
     Args:
@@ -97,7 +98,7 @@ def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int
     """
     q, k, v = projected.view(1, len(projected), 3, heads, -1).unbind(2)
     wanted = projected.requires_grad and torch.is_grad_enabled()  # then the softmax's sums are kept
-    return _VARLEN(q, k, v, None, bounds, bounds, longest, longest, dropout, 0, wanted)[0].view(len(projected), -1)
+    return _VARLEN(q, k, v, None, bounds, bounds, longest, longest, 0.0, 0, wanted)[0].view(len(projected), -1)
 
 
 def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ apart. It pads them in groups of similar length, so that little is padded, and t
 
     rows of 9 8 8 5 4 4 tokens, say in threes  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
 
-On CUDA one call takes rows of any length as they are (kernels.varlen_attention).
+On CUDA, where nothing is dropped, one call takes rows of any length as they are (kernels.varlen_attention).
 
 With 16 bits all weights are converted in one call, once per batch, and so are their gradients. States have 16 bits
 between the steps of a layer; products, layer norms and softmax add up in 32.
@@ -101,7 +101,7 @@ def keep_factors(shapes: _Shapes, rate: float, device: torch.device, dtype: torc
 class _Keep(NamedTuple):
     """Dropout's factors for one layer; None where nothing is dropped."""
 
-    weights: _Factors  # (rows * heads, queries, length); empty where the attention drops by itself
+    weights: _Factors  # (rows * heads, queries, length)
     context: Tensor | None  # (tokens, hidden)
     output: Tensor | None  # (tokens, hidden)
 
@@ -112,20 +112,14 @@ def _draw(bert: BertModel, batch: PackedBatch, like: Tensor, last_alone: bool) -
     alone = [False] * (len(bert.encoder.layer) - 1) + [last_alone]  # by layer
     rows = [len(like), *(len(batch.starts) if first else len(like) for first in alone for _ in range(2))]
     hidden = [(count, like.shape[1]) for count in rows]
-    # Where the attention draws its own there are none.
-    groups = [batch.groups if first or not has_varlen_attention(like.device) else [] for first in alone]
-    weights = [
-        (group.rows * heads, 1 if first else group.length, group.length)
-        for first, some in zip(alone, groups, strict=True)
-        for group in some
-    ]
+    groups = batch.groups
+    weights = [(group.rows * heads, 1 if first else group.length, group.length) for first in alone for group in groups]
 
     def factors(shapes: _Shapes, rate: float) -> list[Any]:
         return keep_factors(shapes, rate, like.device, like.dtype) if bert.training and rate else [None] * len(shapes)
 
     embeddings, *outputs = factors(hidden, config.hidden_dropout_prob)
-    drawn = iter(factors(weights, config.attention_probs_dropout_prob))
-    by_layer = [[next(drawn) for _ in some] for some in groups]
+    by_layer = zip(*[iter(factors(weights, config.attention_probs_dropout_prob))] * len(groups), strict=True)
     return embeddings, [_Keep(*each) for each in zip(by_layer, outputs[::2], outputs[1::2], strict=True)]
 
 
@@ -217,9 +211,8 @@ def _layer(
 def _attend(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
     """The context, (tokens, hidden). Weight and bias are those of queries, keys and values."""
     projected, heads = linear(states, weight, bias), own.num_attention_heads
-    if has_varlen_attention(states.device):
-        rate = own.dropout.p if own.training else 0.0
-        return varlen_attention(projected, batch.bounds32, batch.groups[0].length, heads, rate)
+    if has_varlen_attention(states.device) and keep[0] is None:
+        return varlen_attention(projected, batch.bounds32, batch.groups[0].length, heads)
     contexts = [
         _Attention.apply(part, kept, group, heads)
         for part, group, kept in zip(by_group(projected, batch), batch.groups, keep, strict=True)

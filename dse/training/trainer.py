@@ -6,6 +6,7 @@ weights and `state_dict` to make the same updates as one that never stopped, fro
 
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -204,8 +205,10 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raise RunError if a weight is NaN or infinite, so that no such state is written."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
+        named = dict(self.model.named_parameters())
+        for (name, parameter), norm in zip(named.items(), norms(list(named.values())).tolist(), strict=True):
+            # The norm of large weights is infinite, too.
+            if not math.isfinite(norm) and not bool(parameter.isfinite().all()):
                 self._diverged(f"the weights of {name} are not finite after update {self.optimizer.updates}")
 
     def _diverged(self, what: str) -> NoReturn:

@@ -13,7 +13,6 @@ from dse.commands import gpu_check as command
 from dse.experiments import gpu_check, gpu_measures
 from dse.experiments.gpu_measures import Report, Sizes
 from dse.experiments.synthetic import random_features
-from dse.networks import kernels
 from dse.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -94,58 +93,23 @@ def test_no_number_does_not_hold(report):
     assert report.failed() == [": a distance"]
 
 
-@pytest.mark.parametrize("name", [name for name in gpu_check.SECTIONS if name not in ("dropout", "memory")])
+@pytest.mark.parametrize("name", [name for name in gpu_check.SECTIONS if name != "memory"])
 def test_a_section_runs_dry(name, report):
     assert dry(report, name)
     assert report.failed() == []
     assert json.loads(report.path.read_text())["rows"] == report.rows
 
 
-def attention(rate_told: float = 1.0, other_mask: bool = False):
-    """kernels.varlen_attention on the CPU for rows of one length: dropout with a mask for forward and backward."""
+def test_gradients_of_another_dropout_fail(report, monkeypatch):
+    drawn, made = gpu_check._drawn_on_the_cpu, iter(range(1000))
 
-    class Dropped(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, shares, rate):
-            ctx.mask = (torch.rand_like(shares) >= rate) / (1 - rate)
-            return shares * ctx.mask
+    def other(*shapes_and_rate):
+        torch.manual_seed(next(made))
+        return drawn(*shapes_and_rate)
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * (ctx.mask.roll(1, -1) if other_mask else ctx.mask), None
-
-    class Product(torch.autograd.Function):
-        """shares @ v, whose gradient for v takes another mask if that is planted."""
-
-        @staticmethod
-        def forward(ctx, shares, v):
-            ctx.shares = shares.roll(1, -1) if other_mask else shares
-            return shares @ v
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return torch.zeros_like(ctx.shares), ctx.shares.transpose(-1, -2) @ gradient
-
-    def of_rows(projected, bounds, longest, heads, dropout):
-        q, k, v = projected.view(len(bounds) - 1, longest, 3, heads, -1).permute(2, 0, 3, 1, 4).float()
-        shares = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        context = Product.apply(Dropped.apply(shares, dropout * rate_told), v)
-        return context.transpose(1, 2).reshape(len(projected), -1).to(projected.dtype)
-
-    return of_rows
-
-
-@pytest.mark.parametrize(("planted", "fails"), [({}, []), ({"rate_told": 1.5}, ["rate 0.1: deviations"]),
-                         ({"other_mask": True}, ["gradient with the same mask"])])  # fmt: skip
-def test_dropout(planted, fails, report, monkeypatch):
-    monkeypatch.setattr(kernels, "has_varlen_attention", lambda device: True)
-    monkeypatch.setattr(kernels, "varlen_attention", attention(**planted))
-    rows = dry(report, "dropout")
-    assert "attention, bfloat16: gradient with the same mask" in rows
-    failed = [what for what in report.failed() if "attention" in what]
-    for part in fails:
-        assert [what for what in failed if part in what]
-    assert bool(failed) == bool(fails)
+    monkeypatch.setattr(gpu_check, "_drawn_on_the_cpu", other)
+    dry(report, "dropout")
+    assert report.failed() == [f"dropout: {role}: gradients with the same factors" for role in ("student", "teacher")]
 
 
 def test_dropout_of_the_factors(report, monkeypatch):
