@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import finetune_bert
-from dse.data.features import in_batches, separate_features
+from dse.data.features import Ragged, in_batches, separate_features
 from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
@@ -33,11 +33,10 @@ from dse.experiments.gpu_measures import LONGEST, Report, Sizes, student_of, tea
 from dse.experiments.presets import as_words
 from dse.experiments.synthetic import make_pair, random_features, write_pairs, write_tiny_bert
 from dse.index import CandidateIndex
-from dse.networks import packed_bert
-from dse.networks.batches import Batches
+from dse.networks.batches import Batches, pack
 from dse.networks.config import DSEConfig
 from dse.networks.inference import embed_texts, infer, infer_pairs
-from dse.networks.packed_bert import keep_factors
+from dse.networks.packed_bert import attend_padded, keep_factors
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, new_network
 from dse.system import parallel
@@ -178,27 +177,31 @@ def dropout(report: Report, device: torch.device, sizes: Sizes) -> None:
         (factors,) = keep_factors([(sizes.draws,)], rate, device, torch.float32)
         _rate(report, "factors", factors, rate)
         report.add(f"factors, rate {rate}: mean, off 1 by", abs(float(factors.double().mean()) - 1), limit=0.01)
-    # Both draw on the CPU; a row's factors of attention are in the places of the one group that CUDA has.
-    separate, joint = random_features(32)
-    for name, make, features in (("student", student_of, separate), ("teacher", teacher_of, joint)):
-        gradients: list[np.ndarray] = []
-        made: Any = make
-        model = made(sizes.small, device).train()
-        model.precision = "fp32"
-        for place in (torch.device("cpu"), device):
-            model.to(place).zero_grad()
-            torch.manual_seed(3)
-            with patch.object(packed_bert, "keep_factors", _drawn_on_the_cpu):
-                batch = Batches(features, "packed", LONGEST).of_few_shapes(np.arange(32)).to(place)
-                model(packed=batch).square().sum().backward()
-            gradients.append(
-                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu().numpy()
-            )
-        report.add(f"{name}: gradients with the same factors", distance(gradients[1], gradients[0]), limit=1e-5)
-
-
-def _drawn_on_the_cpu(shapes: Any, rate: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    return [factors.to(device) for factors in keep_factors(shapes, rate, torch.device("cpu"), dtype)]
+    # With queries of 0 and the identity as values, output i has j's share, 1/64 / (1 - rate), or 0 where it is dropped.
+    width, heads, rate = 64, 4, 0.1
+    rows = max(1, sizes.draws // (width * width * heads))
+    tokens = Ragged(np.zeros(rows * width, np.int32), np.arange(rows + 1) * width)
+    (group,) = pack(tokens, np.arange(rows), grouped=False, few_shapes=True).to(device).groups
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.eye(width, device=device, dtype=dtype).repeat(rows, heads)
+        values = torch.cat([values, values.new_zeros(len(group.back) - len(values), heads * width)])  # and idle tokens
+        projected = torch.cat([torch.zeros_like(values)] * 2 + [values], dim=1).requires_grad_()
+        output, other = (attend_padded(projected, group, heads, rate)[: rows * width] for _ in range(2))
+        shares = output.detach()
+        name = f"attention, {str(dtype).removeprefix('torch.')}"
+        _rate(report, name, shares, rate)
+        report.add(f"{name}: mean share, off by", abs(float(shares.double().mean()) * width - 1), limit=0.01)
+        same = float(((shares == 0) == (other == 0)).double().mean())
+        report.add(f"{name}: two calls agree, off independence by", abs(same - 0.82), limit=0.01)
+        # The gradient of the values is shares^T g, with the shares of the forward pass.
+        g = torch.randn_like(shares)
+        output.backward(g)
+        apart = [x.double().view(rows, width, heads, width).transpose(1, 2) for x in (shares, g)]
+        expected = (apart[0].transpose(2, 3) @ apart[1]).transpose(1, 2).reshape(len(g), -1)
+        found: Any = projected.grad
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        of_values = found[: rows * width, -heads * width :].double().cpu()
+        report.add(f"{name}: gradient with the same mask", distance(of_values, expected.cpu()), limit=limit)
 
 
 def _rate(report: Report, name: str, drawn: Tensor, rate: float) -> None:

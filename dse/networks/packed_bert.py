@@ -5,7 +5,8 @@ apart. It pads them in groups of similar length, so that little is padded, and t
 
     rows of 9 8 8 5 4 4 tokens, say in threes  ->  3 x 9 and 3 x 5 places for 38 tokens; one block would take 54
 
-On CUDA, where nothing is dropped, one call takes rows of any length as they are (kernels.varlen_attention).
+On CUDA one call takes rows of any length as they are (kernels.varlen_attention) or, where it is to drop weights, rows
+that are padded to the longest.
 
 With 16 bits all weights are converted in one call, once per batch, and so are their gradients. States have 16 bits
 between the steps of a layer; products, layer norms and softmax add up in 32.
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import BertModel
 
@@ -101,7 +103,7 @@ def keep_factors(shapes: _Shapes, rate: float, device: torch.device, dtype: torc
 class _Keep(NamedTuple):
     """Dropout's factors for one layer; None where nothing is dropped."""
 
-    weights: _Factors  # (rows * heads, queries, length)
+    weights: _Factors  # (rows * heads, queries, length); empty where the attention draws its own
     context: Tensor | None  # (tokens, hidden)
     output: Tensor | None  # (tokens, hidden)
 
@@ -112,14 +114,19 @@ def _draw(bert: BertModel, batch: PackedBatch, like: Tensor, last_alone: bool) -
     alone = [False] * (len(bert.encoder.layer) - 1) + [last_alone]  # by layer
     rows = [len(like), *(len(batch.starts) if first else len(like) for first in alone for _ in range(2))]
     hidden = [(count, like.shape[1]) for count in rows]
-    groups = batch.groups
-    weights = [(group.rows * heads, 1 if first else group.length, group.length) for first in alone for group in groups]
+    groups = [batch.groups if first or not has_varlen_attention(like.device) else [] for first in alone]
+    weights = [
+        (group.rows * heads, 1 if first else group.length, group.length)
+        for first, some in zip(alone, groups, strict=True)
+        for group in some
+    ]
 
     def factors(shapes: _Shapes, rate: float) -> list[Any]:
         return keep_factors(shapes, rate, like.device, like.dtype) if bert.training and rate else [None] * len(shapes)
 
     embeddings, *outputs = factors(hidden, config.hidden_dropout_prob)
-    by_layer = zip(*[iter(factors(weights, config.attention_probs_dropout_prob))] * len(groups), strict=True)
+    drawn = iter(factors(weights, config.attention_probs_dropout_prob))
+    by_layer = [[next(drawn) for _ in some] for some in groups]
     return embeddings, [_Keep(*each) for each in zip(by_layer, outputs[::2], outputs[1::2], strict=True)]
 
 
@@ -211,13 +218,25 @@ def _layer(
 def _attend(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
     """The context, (tokens, hidden). Weight and bias are those of queries, keys and values."""
     projected, heads = linear(states, weight, bias), own.num_attention_heads
-    if has_varlen_attention(states.device) and keep[0] is None:
-        return varlen_attention(projected, batch.bounds32, batch.groups[0].length, heads)
+    if has_varlen_attention(states.device):
+        (group,) = batch.groups
+        if own.training and own.dropout.p:
+            return attend_padded(projected, group, heads, own.dropout.p)
+        return varlen_attention(projected, batch.bounds32, group.length, heads)
     contexts = [
         _Attention.apply(part, kept, group, heads)
         for part, group, kept in zip(by_group(projected, batch), batch.groups, keep, strict=True)
     ]
     return torch.cat([*contexts, contexts[0].new_zeros(len(states) - sum(map(len, contexts)), states.shape[1])])
+
+
+def attend_padded(projected: Tensor, group: Group, heads: int, rate: float) -> Tensor:
+    """The context, (tokens, hidden), of (tokens, 3 * hidden), through torch's own attention and dropout."""
+    places = padded(projected, group).view(group.rows, group.length, 3, heads, -1)
+    q, k, v = places.permute(2, 0, 3, 1, 4).unbind()
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # the second where the first is not
+        context = scaled_dot_product_attention(q, k, v, group.bias[:, None].to(q.dtype), rate)
+    return context.transpose(1, 2).reshape(group.rows * group.length, -1).index_select(0, group.back)
 
 
 def _attend_alone(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:

@@ -10,6 +10,7 @@ that a billion steps went before. (It decays first, p (1 - rate wd), and then ad
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,8 +85,25 @@ class BertAdam(torch.optim.Optimizer):
             # One tensor for all: adding 1 to it, as torch does for each, changes no float32 of that size.
             steps = [torch.full((), _LONG_AGO, device=parameters[0].device)] * len(parameters)
             (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
-            rates = {"lr": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
+            s = kernels_share(parameters[0].device, beta2) ** 0.5  # its v is s^2 times ours
+            rates = {"lr": rate * s, "beta1": beta1, "beta2": beta2, "eps": eps * s, "weight_decay": decay / s}
             adamw(parameters, gradients, m, v, [], steps, fused=True, amsgrad=False, maximize=False, **rates)
+
+
+@cache
+def kernels_share(device: torch.device, beta2: float) -> float:
+    """What torch's kernel takes for 1 - beta2, over 1 - beta2.
+
+    That of CUDA subtracts in float32: for 0.999 the difference is 1.3e-5 too small, and after some updates weights
+    differ by 1e-4 from those of the CPU.
+    """
+    if device.type != "cuda":
+        return 1.0
+    p, m, v = torch.zeros(3, 1, device=device).unbind()
+    step = torch.full((), _LONG_AGO, device=device)
+    none: Any = {"lr": 0.0, "beta1": 0.0, "beta2": beta2, "eps": 1.0, "weight_decay": 0.0}
+    adamw([p], [torch.ones_like(p)], [m], [v], [], [step], fused=True, amsgrad=False, maximize=False, **none)
+    return v.item() / (1 - beta2)
 
 
 def clip_each(gradients: list[torch.Tensor], norms_before: Sequence[float] | None = None) -> None:

@@ -13,6 +13,7 @@ from dse.commands import gpu_check as command
 from dse.experiments import gpu_check, gpu_measures
 from dse.experiments.gpu_measures import Report, Sizes
 from dse.experiments.synthetic import random_features
+from dse.networks import packed_bert
 from dse.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -100,16 +101,27 @@ def test_a_section_runs_dry(name, report):
     assert json.loads(report.path.read_text())["rows"] == report.rows
 
 
-def test_gradients_of_another_dropout_fail(report, monkeypatch):
-    drawn, made = gpu_check._drawn_on_the_cpu, iter(range(1000))
+def test_a_backward_pass_that_drops_others_fails(report, monkeypatch):
+    class Product(torch.autograd.Function):
+        """shares @ v, whose gradient for v takes the shares of other places."""
 
-    def other(*shapes_and_rate):
-        torch.manual_seed(next(made))
-        return drawn(*shapes_and_rate)
+        @staticmethod
+        def forward(ctx, shares, v):
+            ctx.shares = shares.roll(1, -1)
+            return shares @ v
 
-    monkeypatch.setattr(gpu_check, "_drawn_on_the_cpu", other)
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.zeros_like(ctx.shares), ctx.shares.transpose(-1, -2) @ gradient
+
+    def attention(q, k, v, bias, rate):
+        shares = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias).softmax(-1)
+        return Product.apply(torch.nn.functional.dropout(shares, rate), v)
+
+    monkeypatch.setattr(packed_bert, "scaled_dot_product_attention", attention)
     dry(report, "dropout")
-    assert report.failed() == [f"dropout: {role}: gradients with the same factors" for role in ("student", "teacher")]
+    kinds = ("float32", "bfloat16")
+    assert report.failed() == [f"dropout: attention, {kind}: gradient with the same mask" for kind in kinds]
 
 
 def test_dropout_of_the_factors(report, monkeypatch):
