@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(False, 0)
     if device.type != "cuda":
         raise InputError("gpu_check needs a CUDA device, and torch finds none here: run it on a machine that has one")
-    from dse.experiments import gpu_check, gpu_measures
+    from dse.experiments import gpu_check, gpu_measures, gpu_report
 
     about: dict[str, Any] = {"machine": machine(), "driver": driver()}
     print(
         f"{about['machine']['gpu']}, driver {about['driver']}, torch {about['machine']['versions']['torch']}",
         flush=True,
     )
-    report = gpu_measures.Report(args.output, about)
+    report = gpu_report.Report(args.output, about)
     for name in (name for name in SECTIONS if not args.only or name in args.only):
         report.run(name, partial(gpu_check.SECTIONS[name], report, device, gpu_measures.Sizes()))
     print(f"\n{report.table()}")

@@ -29,7 +29,8 @@ from dse.data.processors import Examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments import gpu_measures
-from dse.experiments.gpu_measures import LONGEST, Report, Sizes, student_of, teacher_of, trainer_of
+from dse.experiments.gpu_measures import LONGEST, Sizes, student_of, teacher_of, trainer_of
+from dse.experiments.gpu_report import Report
 from dse.experiments.presets import as_words
 from dse.experiments.synthetic import make_pair, random_features, write_pairs, write_tiny_bert
 from dse.index import CandidateIndex

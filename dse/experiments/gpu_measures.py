@@ -4,15 +4,12 @@ Encoders are of BERT's sizes with random weights, and texts are as long as MRPC'
 section is a function of a report, a device and sizes; gpu_check.py runs them all.
 """
 
-import gc
 import os
 import random
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -32,6 +29,7 @@ from dse.data.features import in_batches
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments.benchmarks import use_of_gpu, useful_gflop
+from dse.experiments.gpu_report import Report
 from dse.experiments.synthetic import make_pair, random_features, write_tiny_bert
 from dse.index import CandidateIndex, rank_scores
 from dse.models import DSESiameseClassifier
@@ -44,12 +42,9 @@ from dse.networks.student import SiameseNetwork, empty_network, new_network
 from dse.networks.teacher import Teacher
 from dse.storage.index_files import BLOCK
 from dse.storage.states import States
-from dse.system.errors import one_line
-from dse.system.files import write_json
 from dse.training.epoch_plan import EpochPlan
 from dse.training.kinds import KINDS
 from dse.training.optimization import make_optimizer
-from dse.training.reporting import markdown_table
 from dse.training.run import Run
 from dse.training.trainer import Trainer
 
@@ -85,72 +80,6 @@ class Sizes:
     width: int = 4096  # of candidates
     queries: int = 64
     rows: int = 3000  # of a training that lacks memory
-
-
-class Report:
-    """What was found, told line by line and kept in a JSON file, so that a run that is killed has told something."""
-
-    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
-        self.path, self.section, self.rows = path, "", list[dict[str, Any]]()
-        self.found: dict[str, Any] = {**about, "seconds": {}, "rows": self.rows}
-
-    def add(
-        self, what: str, value: Any, limit: float | None = None, goal: float | None = None, held: bool | None = None,
-        **more: Any,
-    ) -> None:  # fmt: skip
-        """A number that must be at most `limit`, or that should reach `goal`, or a word; `more` goes with it."""
-        if not isinstance(value, str):
-            value = float(value)
-            held = value <= limit if limit is not None else value >= goal if goal is not None else held
-        row = {"section": self.section, "what": what, "value": value, "limit": limit, "goal": goal, "held": held}
-        self.rows.append({**row, "more": {name: x if isinstance(x, str) else float(x) for name, x in more.items()}})
-        print("  ".join(filter(None, _cells(self.rows[-1]))), flush=True)
-
-    @contextmanager
-    def caught(self, what: str) -> Iterator[None]:
-        """An error that ends the block is told as a check that failed."""
-        try:
-            yield
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{one_line(error)} ({Path(frame.filename).name}:{frame.lineno})"
-            self.add(what, why, held=False, trace=traceback.format_exc())
-        gc.collect()
-        with suppress(RuntimeError):  # of a GPU whose last error stays: each later section tells it
-            torch.cuda.empty_cache()
-
-    def run(self, name: str, section: Callable[[], None]) -> None:
-        """Run a section, and write the file."""
-        self.section, started = name, time.monotonic()
-        with self.caught(name):
-            torch.manual_seed(0)
-            section()
-        self.found["seconds"][name] = round(time.monotonic() - started, 1)
-        print(f"{name}: {self.found['seconds'][name]} s", flush=True)
-        write_json(self.path, self.found)
-
-    def table(self) -> str:
-        """All rows as a Markdown table."""
-        header = ("section", "what", "value", "limit", "held", "more")
-        return markdown_table(header, [[cell.replace("|", "/") for cell in _cells(row)] for row in self.rows])
-
-    def failed(self) -> list[str]:
-        """What did not hold, goals aside."""
-        rows = [row for row in self.rows if row["held"] is False and row["goal"] is None]
-        return [f"{row['section']}: {row['what']}" for row in rows]
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text."""
-
-    def show(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else value
-
-    limit = f"goal >= {row['goal']:g}" if row["goal"] is not None else ""
-    limit = f"<= {row['limit']:g}" if row["limit"] is not None else limit
-    held = {None: "", True: "held", False: "FAILED" if row["goal"] is None else "missed"}[row["held"]]
-    more = (f"{name.replace('_', ' ')} {show(x)}" for name, x in row["more"].items() if name != "trace")
-    return row["section"], row["what"], show(row["value"]), limit, held, ", ".join(more)
 
 
 def student_of(bert: dict[str, Any], device: torch.device, **architecture: Any) -> SiameseNetwork:
@@ -237,6 +166,9 @@ def updates(report: Report, device: torch.device, sizes: Sizes) -> None:
                 seconds[way] = _update(report, role, model, features, way, sizes)
         if _PACKED in seconds and _PADDED in seconds:
             report.add(f"{role}, bf16: seconds padded / packed", seconds[_PADDED] / seconds[_PACKED], goal=1.3)
+        if isinstance(model, SiameseNetwork):
+            model.set_dropout(0.0)
+            _update(report, f"{role} without dropout", model, features, _PACKED, sizes)
 
 
 def transfers(report: Report, device: torch.device, sizes: Sizes) -> None:

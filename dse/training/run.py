@@ -113,9 +113,13 @@ class Run:
         done = [len(trainer.history), trainer.so_far.updates, trainer.optimizer.updates, plan.seed, len(plan.batches)]
         parallel.agree(done, "what they continue from (epochs, updates, updates in all, seed, pairs)")
 
+        saved = trainer.optimizer.updates  # in the last state: a step that fp16 skips makes no other
+
         def after_update() -> None:
+            nonlocal saved
             _stop_together()
-            if save_every is not None and trainer.optimizer.updates % save_every == 0:
+            if save_every is not None and saved != (now := trainer.optimizer.updates) and now % save_every == 0:
+                saved = now
                 self.save()
 
         with self._all_written():

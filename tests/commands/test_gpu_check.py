@@ -11,7 +11,8 @@ import torch
 from dse import __main__ as entry
 from dse.commands import gpu_check as command
 from dse.experiments import gpu_check, gpu_measures
-from dse.experiments.gpu_measures import Report, Sizes
+from dse.experiments.gpu_measures import Sizes
+from dse.experiments.gpu_report import Report
 from dse.experiments.synthetic import random_features
 from dse.networks import packed_bert
 from dse.training.trainer import Trainer

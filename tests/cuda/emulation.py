@@ -319,7 +319,8 @@ def install(guard: Path) -> None:
     ctypes.CDLL(str(guard))
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") makes them on the host, then copies
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a wrapper cannot be changed in place
-    torch.inference_mode = torch.no_grad
+    # The class stays, which some functions are decorated with already.
+    torch.inference_mode.__enter__, torch.inference_mode.__exit__ = torch.no_grad.__enter__, torch.no_grad.__exit__
     torch.cuda.amp.common.amp_definitely_not_available = partial(_value, False)
     for name, value in _OF_CUDA.items():
         setattr(torch.cuda, name, value)

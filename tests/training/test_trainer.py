@@ -163,3 +163,18 @@ def test_what_a_run_goes_on_from_is_compared_between_processes(monkeypatch):
     Keeper(trainer).fit(1)
     Keeper(trainer).fit(2)
     assert compared == [[0, 0, 0, 5, 4], [1, 0, 2, 5, 4]]
+
+
+def test_a_step_that_the_scaler_skips_writes_no_second_state(monkeypatch):
+    """Of five steps in fp16 the first and the third are skipped, as they are while the scale is too high."""
+    trainer, _ = trainer_of(rows=10, batch_size=2, accumulation=1)
+    step, calls = trainer.optimizer.step, []
+
+    def skipped(*arguments, **options):
+        calls.append(1)
+        return None if len(calls) in (1, 3) else step(*arguments, **options)
+
+    monkeypatch.setattr(trainer.optimizer, "step", skipped)
+    keeper = Keeper(trainer)
+    keeper.fit(1, save_every=1)
+    assert (len(calls), trainer.optimizer.updates, len(keeper.saves)) == (5, 3, 3)
