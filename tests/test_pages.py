@@ -30,7 +30,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 COMMANDS = sorted(path.stem for path in (ROOT / "dse" / "commands").glob("[a-z]*.py"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # What needs a network, GPUs or processes of its own, or has tests and CI of its own: only its flags are checked.
-NOT_RUN = ("pip", "torchrun", "pytest", "download_glue_data.py", "quickstart", "reproduce")
+NOT_RUN = ("pip", "torchrun", "pytest", "download_glue_data.py", "quickstart", "reproduce", "gpu_check")
 
 
 @pytest.fixture(params=PAGES, ids=NAMES)
@@ -47,7 +47,7 @@ def test_what_is_made_is_that_of_the_published_runs(page):
     assert page == pages.made_anew(page), "run python tests/pages.py"
 
 
-@pytest.mark.parametrize("name", ["README.md", "dse/experiments/RESULTS.md", "dse/experiments/SPEED.md"])
+@pytest.mark.parametrize("name", ["README.md", *(f"dse/experiments/{name}.md" for name in ("RESULTS", "SPEED", "GPU"))])
 def test_no_measured_number_is_typed_by_hand(name):
     """Decimals in the prose stand in what is made on the same page, or are versions and identifiers."""
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -183,7 +183,7 @@ def dropout(report: Report, device: torch.device, sizes: Sizes) -> None:
     rows = max(1, sizes.draws // (width * width * heads))
     tokens = Ragged(np.zeros(rows * width, np.int32), np.arange(rows + 1) * width)
     (group,) = pack(tokens, np.arange(rows), grouped=False, few_shapes=True).to(device).groups
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         values = torch.eye(width, device=device, dtype=dtype).repeat(rows, heads)
         values = torch.cat([values, values.new_zeros(len(group.back) - len(values), heads * width)])  # and idle tokens
         projected = torch.cat([torch.zeros_like(values)] * 2 + [values], dim=1).requires_grad_()
@@ -200,9 +200,8 @@ def dropout(report: Report, device: torch.device, sizes: Sizes) -> None:
         apart = [x.double().view(rows, width, heads, width).transpose(1, 2) for x in (shares, g)]
         expected = (apart[0].transpose(2, 3) @ apart[1]).transpose(1, 2).reshape(len(g), -1)
         found: Any = projected.grad
-        limit = 1e-5 if dtype == torch.float32 else 1e-2
         of_values = found[: rows * width, -heads * width :].double().cpu()
-        report.add(f"{name}: gradient with the same mask", distance(of_values, expected.cpu()), limit=limit)
+        report.add(f"{name}: gradient with the same mask", distance(of_values, expected.cpu()), limit)
 
 
 def _rate(report: Report, name: str, drawn: Tensor, rate: float) -> None:

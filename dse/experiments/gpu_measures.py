@@ -9,6 +9,7 @@ import random
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -49,6 +50,8 @@ from dse.training.run import Run
 from dse.training.trainer import Trainer
 
 LONGEST = 128
+# What a kernel is for, by parts of its name: "lists" are the optimizer's, norms, and conversions of all weights.
+_KERNELS = {"products": ("nvjet", "gemm", "cutlass_"), "attention": ("fmha", "softmax"), "lists": ("multi_tensor",)}
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED, _PADDED = ("bf16", "packed", True), ("bf16", "batch", False)
 _WAYS = (  # of an update: precision, padding, and whether passes are captured
@@ -191,6 +194,18 @@ def transfers(report: Report, device: torch.device, sizes: Sizes) -> None:
             waits = sum(event.name.startswith(("cudaStreamSync", "cudaEventSync")) for event in events) / len(groups)
             report.add(f"{name}: reads by the host", max(waits, used["copies_to_host"]), limit=3, **used)
             report.add(f"{name}: copies to the device", used["copies_to_gpu"], limit=10)
+            whole, spent = _by_kind(events, len(groups))
+            report.add(f"{name}: ms of the device", whole, None, None, None, **spent)
+
+
+def _by_kind(events: Any, updates: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the device in an update, in all and by what its kernels are for."""
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.device_type.name == "CUDA" and not event.is_user_annotation:
+            kinds = (kind for kind, parts in _KERNELS.items() if any(part in event.name for part in parts))
+            spent[next(kinds, "rest")] += event.time_range.elapsed_us() / 1e3 / updates
+    return sum(spent.values()), dict(spent)
 
 
 def _roles(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Any, Any]]:

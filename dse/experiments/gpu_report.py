@@ -81,34 +81,95 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return row["section"], row["what"], show(row["value"]), limit, held, ", ".join(more)
 
 
-def summary(found: dict[str, Any]) -> str:
-    """A few rows of what a check found, for the README."""
-    by_name = {(row["section"], row["what"]): row for row in found["rows"]}
-    wanted = {
-        "update of a student, bf16": ("updates", "student, bf16, packed: share of the peak"),
-        "the same with `--dropout 0`": ("updates", "student without dropout, bf16, packed: share of the peak"),
-        "the same padded, `--padding batch`": ("updates", "student, bf16, batch: share of the peak"),
-        "update of a student, tf32": ("updates", "student, tf32, packed: share of the peak"),
-        "update of a student, fp32": ("updates", "student, fp32, packed: share of the peak"),
-        "update of a teacher, bf16": ("updates", "teacher, bf16, packed: share of the peak"),
-        "encoding 4,096 texts, bf16": ("encode", "bf16, 32768 tokens: share of the peak"),
-    }
-    rows = []
-    for name, key in wanted.items():
-        row = by_name[key]
-        ms = row["more"].get("ms") or 1e3 * row["more"]["seconds"]
-        rows.append((name, f"{ms:.1f}", f"{row['value']:.0%}".replace("%", " %")))
-    one = by_name["search", "queries 1: resident, gain"]
-    rows.append(("a query against 100,000 candidates", f"{1e3 * one['more']['seconds']:.0f}", "-"))
-    return markdown_table(("BERT-large, 2 x 16 pairs of MRPC's lengths", "ms", "of the card's matrix peak"), rows)
+def _row(found: dict[str, Any], section: str, what: str) -> dict[str, Any]:
+    """A row's numbers by name, its value as `value`; {} if there is none."""
+    rows = (row for row in found["rows"] if (row["section"], row["what"]) == (section, what))
+    return next(({"value": row["value"], **row["more"]} for row in rows), {})
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
 
 
 def in_one_line(found: dict[str, Any]) -> str:
     """Which card it was, and how many checks held."""
-    checks = [row for row in found["rows"] if row["goal"] is None and row["held"] is not None]
-    held = sum(row["held"] for row in checks)
-    machine = found["machine"]
+    checks = [row["held"] for row in found["rows"] if row["goal"] is None and row["held"] is not None]
+    gpu, versions = found["machine"]["gpu"], found["machine"]["versions"]
     return (
-        f"On an {machine['gpu']} with torch {machine['versions']['torch']}, {held} of {len(checks)} checks hold, such "
-        "as embeddings, the original's trainings, resumed runs and searches against the CPU's."
+        f"On an {gpu} with torch {versions['torch']}, {sum(checks)} of {len(checks)} checks hold: embeddings, logits, "
+        "the original's trainings, resumed runs and searches agree with the CPU's."
     )
+
+
+def checks_table(found: dict[str, Any]) -> str:
+    """How many checks of each section held, and which was nearest to its limit."""
+    rows = []
+    for section in found["seconds"]:
+        checks = [row for row in found["rows"] if row["section"] == section and row["held"] is not None]
+        checks = [row for row in checks if row["goal"] is None]
+        limited = [row for row in checks if row["limit"]]
+        if checks:
+            worst = max(limited, key=lambda row: row["value"] / row["limit"], default=None)
+            told = f"{worst['what']}: {worst['value']:.1e} of {worst['limit']:g}" if worst else "-"
+            rows.append((section, f"{sum(row['held'] for row in checks)} of {len(checks)}", told))
+    return markdown_table(("section", "held", "nearest to its limit"), rows)
+
+
+def updates_table(found: dict[str, Any]) -> str:
+    """Updates of student and teacher by precision and layout."""
+    rows = []
+    ending = ": share of the peak"
+    for row in found["rows"]:
+        if row["section"] == "updates" and row["what"].endswith(ending):
+            name, more = row["what"].removesuffix(ending), row["more"]
+            used = _row(found, "transfers", f"{name}: reads by the host")
+            cells = ["-"] * 3
+            if used:
+                cells = [f"{used[count]:,.0f}" for count in ("launches", "kernels")] + [_percent(used["idle_share"])]
+            rate, memory = f"{more['useful_TFLOPs']:.0f}", f"{more['GiB_reserved']:.1f}"
+            rows.append((name, f"{more['ms']:.1f}", rate, _percent(row["value"]), memory, *cells))
+    header = ("update", "ms", "useful TFLOP/s", "of the matrix peak", "GiB", "launches", "kernels", "GPU idle")
+    return markdown_table(header, rows)
+
+
+def encoding_table(found: dict[str, Any]) -> str:
+    """Shares of the matrix peak in encoding, by precision and tokens in a step."""
+    shares = [row for row in found["rows"] if row["section"] == "encode"]
+    names = [row["what"].partition(" tokens")[0].split(", ") for row in shares]
+    places = list(dict.fromkeys(size for _, size in names))
+    rows = {precision: [precision] for precision, _ in names}
+    for row, (precision, _) in zip(shares, names, strict=True):
+        rows[precision].append(_percent(row["value"]))
+    return markdown_table(("precision", *(f"{int(size):,} tokens" for size in places)), list(rows.values()))
+
+
+def searches_table(found: dict[str, Any]) -> str:
+    """Seconds of searches, by where the candidates are."""
+    rows = []
+    for count in (1, 64):
+        before = _row(found, "search", f"queries {count}: copied for each call, seconds")["value"]
+        ways = [_row(found, "search", f"queries {count}: {way}, gain") for way in ("streamed", "resident")]
+        rows.append((str(count), *(f"{seconds:.3f}" for seconds in (before, *(way["seconds"] for way in ways)))))
+    header = ("queries", "copied for each call, s", "streamed, s", "kept on the GPU, s")
+    return markdown_table(header, rows)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A few rows, for the README."""
+    wanted = {
+        "student's update, bf16": "student, bf16, packed",
+        "with `--dropout 0`": "student without dropout, bf16, packed",
+        "with `--padding batch`": "student, bf16, batch",
+        "tf32": "student, tf32, packed",
+        "fp32": "student, fp32, packed",
+        "teacher's update, bf16": "teacher, bf16, packed",
+    }
+    rows = []
+    for name, what in wanted.items():
+        row = _row(found, "updates", f"{what}: share of the peak")
+        rows.append((name, f"{row['ms']:.0f}", _percent(row["value"])))
+    encoding = _row(found, "encode", "bf16, 32768 tokens: share of the peak")
+    rows.append(("4,096 texts encoded, bf16", f"{1e3 * encoding['seconds']:.0f}", _percent(encoding["value"])))
+    query = _row(found, "search", "queries 1: resident, gain")
+    rows.append(("a query, 100,000 candidates", f"{1e3 * query['seconds']:.0f}", "-"))
+    return markdown_table(("BERT-large, 2 x 16 pairs like MRPC's", "ms", "of the matrix peak"), rows)
