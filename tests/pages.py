@@ -19,7 +19,7 @@ from processes import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from dse.experiments import benchmarks, benchmarks_scoring, results, transfer
+from dse.experiments import benchmarks, benchmarks_scoring, gpu_report, results, transfer
 from dse.system.device import count_of
 from dse.system.files import write_json
 
@@ -62,6 +62,14 @@ MADE: dict[str, Callable[[], str]] = {
     "variants": lambda: results.variants_table(read("results")),
     "transfer": lambda: transfer.to_markdown(read("transfer")["results"]),
     "memory": benchmarks.memory_table,
+    "gpu-line": lambda: gpu_report.in_one_line(read("gpu")),
+    "gpu": lambda: gpu_report.summary(read("gpu")),
+    "gpu-checks": lambda: gpu_report.checks_table(read("gpu")),
+    "gpu-updates": lambda: gpu_report.updates_table(read("gpu")),
+    "gpu-kernels": lambda: gpu_report.kernels_table(read("gpu")),
+    "gpu-encoding": lambda: gpu_report.encoding_table(read("gpu")),
+    "gpu-searches": lambda: gpu_report.searches_table(read("gpu")),
+    "gpu-states": lambda: gpu_report.states_line(read("gpu")),
     "machine": machine_line,
     "rates": lambda: trained("training_mrpc", "training_sts-b", "inference"),
     "scoring": lambda: benchmarks_scoring.scoring_table(read("scoring"), read("scoring_dot")),
