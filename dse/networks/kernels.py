@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,24 @@ def has_varlen_attention(device: torch.device) -> bool:
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Can a pass be captured, and replayed with other numbers? The public way beside it is to run the pass."""
+    """Can calls be captured there? Otherwise they are made again."""
     return device.type == "cuda" and not PUBLIC_ONLY and torch.backends.cuda.is_built()
+
+
+def captured(compute: Callable[[], Sequence[Tensor]], pool: Any) -> Callable[[], list[Tensor]]:
+    """A function that does what `compute` does, with what is then in the same memory, and gives new tensors.
+
+    `pool` is memory that several of them share. Nothing is computed yet.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # another thread writes states
+        results = compute()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return [result.clone() for result in results]  # the next replay overwrites them
+
+    return replay
 
 
 def varlen_attention(projected: Tensor, bounds: Tensor, longest: int, heads: int) -> Tensor:

@@ -9,8 +9,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from dse.networks.batches import Inputs, PackedBatch, moved
 from dse.networks.encoder import PooledBert, products
-from dse.networks.kernels import clear, has_graphs, is_plain, norms
+from dse.networks.kernels import captured, clear, has_graphs, is_plain, norms
 from dse.system import parallel
 from dse.system.errors import RunError
 from dse.training.epoch_plan import BatchPart, EpochPlan
@@ -77,11 +78,11 @@ class CapturedPasses:
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
         self.seen: Counter[Any] = Counter()
-        self.graphs: dict[Any, tuple[Any, Tensor, Tensor, Results]] = {}
+        self.graphs: dict[Any, tuple[Callable[[], Sequence[Tensor]], Tensor, Tensor]] = {}
 
     def run(
         self, compute: Callable[..., Results], batch: PackedBatch, rows: list[Tensor], weights: list[float], size: int
-    ) -> Results:
+    ) -> Sequence[Tensor]:
         """What `compute` gives for the batch, the parts' rows and weights, and the gradient that it adds."""
         tensors = [getattr(*place) for place in batch.places()]
         key = (*(x.shape for x in tensors), *(len(own) for own in rows), *weights, size)
@@ -92,15 +93,11 @@ class CapturedPasses:
             sizes = [sum(x.numel() for x in some) for some in (tensors, rows)]
             flats = [torch.empty(size, dtype=torch.int64, device=self.device) for size in sizes]
             inputs = {"packed": batch.to(self.device, flats[0])}, moved(rows, self.device, flats[1])
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # states are written, too
-                results = compute(*inputs, weights, size)
-            self.graphs[key] = graph, flats[0], flats[1], results
-        graph, of_batch, of_rows, results = self.graphs[key]
+            self.graphs[key] = captured(partial(compute, *inputs, weights, size), self.pool), flats[0], flats[1]
+        replay, of_batch, of_rows = self.graphs[key]
         batch.to(self.device, of_batch)
         moved(rows, self.device, of_rows)
-        graph.replay()
-        return results[0].clone(), results[1].clone()  # the next replay overwrites them
+        return replay()
 
 
 class Trainer:
@@ -162,7 +159,7 @@ class Trainer:
                 done.append(self.backward(parts, len(group)))
         self.update(passes, *map(torch.cat, zip(*done, strict=True)))
 
-    def backward(self, parts: list[BatchPart], group_size: int) -> tuple[Tensor, Tensor]:
+    def backward(self, parts: list[BatchPart], group_size: int) -> Sequence[Tensor]:
         """Add the batches' parts of the gradient. Returns their losses, (parts,), and outputs, (rows, width)."""
         weights = [part.weight for part in parts]
         rows = [torch.from_numpy(part.rows) for part in parts]

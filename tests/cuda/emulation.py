@@ -294,6 +294,7 @@ _OF_CUDA: dict[str, Any] = {
     "_exchange_device": partial(_value, 0), "_maybe_exchange_device": partial(_value, 0),
     "get_device_name": partial(_value, Properties.name), "get_device_properties": partial(_value, Properties),
     "get_device_capability": partial(_value, (9, 0)), "is_bf16_supported": partial(_value, True),
+    "graph_pool_handle": _nothing, "memory_reserved": partial(_value, 0),
     "mem_get_info": partial(_value, (140 << 30, 141 << 30)), "memory_allocated": partial(_value, 0),
     "max_memory_allocated": partial(_value, 0), "reset_peak_memory_stats": _nothing, "empty_cache": _nothing,
     "is_current_stream_capturing": partial(_value, False), "manual_seed": _nothing, "manual_seed_all": _nothing,
@@ -309,12 +310,26 @@ def _plain_type(value: Any, *more: Any) -> Any:
     return torch.nn.Parameter if isinstance(value, torch.nn.Parameter) else torch.Tensor
 
 
+def _captured(compute: Any, pool: None) -> Callable[[], Any]:
+    """A pass that is run again, with what is then in the memory of its inputs, as a graph does."""
+    batch = compute.args[0]["packed"]
+
+    def replay() -> Any:
+        for record in (batch, *batch.groups):  # what was computed of the former inputs
+            for name in ("bounds32", "bias"):
+                vars(record).pop(name, None)
+        return compute()
+
+    return replay
+
+
 def install(guard: Path) -> None:
     """Emulate CUDA in this process from here on; `guard` is the library of `compile_guard`."""
     import transformers
 
     from dse.networks import kernels
     from dse.storage import student_folder
+    from dse.training import trainer
 
     ctypes.CDLL(str(guard))
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") makes them on the host, then copies
@@ -326,6 +341,7 @@ def install(guard: Path) -> None:
         setattr(torch.cuda, name, value)
     torch.Tensor.record_stream = torch.distributed.Logger.set_runtime_stats_and_log = _nothing  # it has no timer
     kernels.type = student_folder.type = _plain_type
+    trainer.has_graphs, trainer.captured = partial(_value, True), _captured
     save, run = transformers.PreTrainedModel.save_pretrained, threading.Thread.run
 
     def save_pretrained(self, folder, **options):  # safetensors copies to the host itself

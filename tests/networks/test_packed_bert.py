@@ -35,9 +35,12 @@ def assert_same(features, model: torch.nn.Module) -> None:
     model.double()
     rows = np.array([5, 1, 1, 8, 0, 10, 3, 2, 9])
     results = {}
-    for padding in ("batch", "max", "packed"):
+    for padding in ("batch", "max", "packed", "few shapes"):
         model.zero_grad()
-        outputs = model(**Batches(features, padding, 16).of_pairs(rows))
+        if padding == "few shapes":
+            outputs = model(packed=Batches(features, "packed", 16).of_few_shapes(rows))
+        else:
+            outputs = model(**Batches(features, padding, 16).of_pairs(rows))
         (outputs * torch.arange(outputs.numel()).view_as(outputs)).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         results[padding] = outputs.detach(), gradients
@@ -175,6 +178,26 @@ def test_bf16_follows_float32():
         rough.sum().backward()
         assert 0 < (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_converted_weights_are_the_modules_own_and_their_gradients_come_back():
+    """In float64, which rounds nothing; the first layer's queries, keys and values are together."""
+    bert = random_student().encoder
+    weights = packed_bert.converted_weights(bert, torch.float64)
+    own = bert.encoder.layer[0].attention.self
+    together = [own.query, own.key, own.value]
+    assert torch.equal(weights[own.query][0], torch.cat([module.weight for module in together]).double())
+    assert torch.equal(weights[own.query][1], torch.cat([module.bias for module in together]).double())
+    factors = {module: torch.randn_like(weight) for module, (weight, _) in weights.items()}
+    sum((weight * factors[module]).sum() for module, (weight, _) in weights.items()).backward()
+    for module, expected in zip(together, factors[own.query].chunk(3), strict=True):
+        assert torch.equal(module.weight.grad, expected.float())
+        assert module.weight.grad.dtype == torch.float32
+    norm = bert.encoder.layer[1].output.LayerNorm
+    assert torch.equal(norm.weight.grad, factors[norm].float())
+    assert all(module.bias.grad.abs().max() == 0 for module in together)
+    linear_and_norms = [module for module in bert.encoder.modules() if hasattr(module, "weight")]
+    assert len(weights) == len(linear_and_norms) - 2 * len(bert.encoder.layer)
 
 
 @pytest.mark.parametrize("last_alone", [False, True])
