@@ -241,8 +241,8 @@ add_resume_flags = _flags(
 )
 add_precision_flags = _flags(  # of training; `precision_of` reads them
     precision=_PRECISION,
-    fp16=_SWITCH | {"help": "--precision fp16"},
-    bf16=_SWITCH | {"help": "--precision bf16"},
+    fp16=_SWITCH | {"help": "same as --precision fp16"},
+    bf16=_SWITCH | {"help": "same as --precision bf16"},
 )
 _CALLED = "a task's name in the results, such as snli=SICK if the folder of snli holds SICK"
 add_call_flag = _flags(  # `dict(args.call)` has the names by task

@@ -120,7 +120,10 @@ def test_a_spoiled_state_of_a_teacher_is_written_again(teacher_flags, tmp_path, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(teacher_flags, tmp_path, capsys, monkeypatch):
+    update = trainer.Trainer.update
+
     def spoil(self, *of_update):
+        update(self, *of_update)
         next(iter(self.model.parameters())).data[0] = float("inf")
 
     monkeypatch.setattr(trainer.Trainer, "update", spoil)
