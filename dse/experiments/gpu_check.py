@@ -246,33 +246,33 @@ def resume(report: Report, device: torch.device, sizes: Sizes) -> None:
 
 def graphs(report: Report, device: torch.device, sizes: Sizes) -> None:
     """Passes that are captured and replayed against the same passes run, with dropout; and in other shapes, without."""
-    separate, joint = random_features(320)
+    separate, joint = random_features(32 * sizes.updates)
     still = {**sizes.small, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     for role, make, features in (("student", student_of, separate), ("teacher", teacher_of, joint)):
         for name in ("fp32", "bf16", "fp16"):
             with report.caught(f"{role}, {name}"):
-                ran, _, _ = _ten_updates(make, sizes.small, features, name, device, most=0)
-                found, begun, count = _ten_updates(make, sizes.small, features, name, device)
+                ran, _, _ = _updated(sizes, make, sizes.small, features, name, device, most=0)
+                found, begun, count = _updated(sizes, make, sizes.small, features, name, device)
                 more: Any = {"graphs": count, "training_moved": distance(begun, ran)}
                 report.add(f"{role}, {name}: replayed against run", distance(found, ran), limit=1e-7, **more)
         with report.caught(f"{role}, shapes"):
-            ran, _, _ = _ten_updates(make, still, features, "fp32", device, graphs=False)
-            found, _, count = _ten_updates(make, still, features, "fp32", device)
+            ran, _, _ = _updated(sizes, make, still, features, "fp32", device, graphs=False)
+            found, _, count = _updated(sizes, make, still, features, "fp32", device)
             report.add(f"{role}, fp32: against passes of their own shapes", distance(found, ran), limit=1e-6)
             report.add(f"{role}: graphs", count, held=count > 0 or device.type != "cuda")
 
 
-def _ten_updates(
-    make: Any, bert: dict[str, Any], features: Any, precision: str, device: torch.device, most: int = 16,
+def _updated(
+    sizes: Sizes, make: Any, bert: dict[str, Any], features: Any, precision: str, device: torch.device, most: int = 16,
     graphs: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
-    """Weights after ten updates and before, and how many passes were captured, which is at most `most`."""
+    """Weights after so many updates and before, and how many passes were captured, which is at most `most`."""
     torch.manual_seed(1)
     model = make(bert, device)
     begun = weights_of(model)
     trainer = trainer_of(model, features, precision, graphs=graphs, rate=2e-5)
     with patch.object(training, "_MOST_GRAPHS", most):
-        for group in trainer.plan.groups(0)[:10]:
+        for group in trainer.plan.groups(0)[: sizes.updates]:
             trainer.train_group(group)
     return weights_of(model), begun, _captured(trainer)
 
