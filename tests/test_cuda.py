@@ -68,10 +68,22 @@ def begin(guard, made, tmp_path_factory) -> Callable[..., Scenario]:
     return started
 
 
+PADDINGS, FLAGS = ("batch", "packed"), ("--bf16", "--fp16", "--gradient_checkpointing")
+
+
 @pytest.fixture(scope="module")
-def on_cpu(begin, made) -> dict[str, Any]:
-    """The stages on the CPU, without emulation."""
-    return begin("stages", ..., made / "data", made / "bert", "packed", [], emulated=False)()
+def begun(begin, made) -> dict[str, Scenario]:
+    """The long scenarios, begun together: the stages on the CPU and emulated, and updates of deep networks."""
+    data = made / "data", made / "bert"
+    runs = {"cpu": begin("stages", ..., *data, "packed", [], emulated=False)}
+    runs |= {role: begin("updates", role, made / "long", made / "deep", ...) for role in ("student", "teacher")}
+    runs |= {padding: begin("stages", ..., *data, padding, []) for padding in PADDINGS}
+    return runs | {flag: begin("stages", ..., *data, "packed", [flag]) for flag in FLAGS}
+
+
+@pytest.fixture(scope="module")
+def on_cpu(begun) -> dict[str, Any]:
+    return begun["cpu"]()
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -79,10 +91,10 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], names: tuple[st
         np.testing.assert_allclose(found[name], expected[name], err_msg=name, **CLOSE)
 
 
-@pytest.mark.parametrize("padding", ["batch", "packed", "max"])
-def test_stages_give_what_the_cpu_gives(padding, begin, made, on_cpu):
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_stages_give_what_the_cpu_gives(padding, begun, on_cpu):
     """Stages 2 to 5, the student's training continued: metrics of all epochs, logits, weights, and the example."""
-    run = begin("stages", ..., made / "data", made / "bert", padding, [])()
+    run = begun[padding]()
     found, expected = run["value"], on_cpu["value"]
     assert run["log"].count("device cuda:0 (an emulated GPU)") == 4
     assert run["counts"]["launch"] > 1_000
@@ -94,11 +106,11 @@ def test_stages_give_what_the_cpu_gives(padding, begin, made, on_cpu):
     np.testing.assert_allclose(*(np.array(numbers, float) for numbers in printed), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [["--bf16"], ["--fp16"], ["--gradient_checkpointing"]], ids=" ".join)
-def test_stages_in_16_bits_and_with_checkpointing(flags, begin, made, on_cpu):
+@pytest.mark.parametrize("flag", FLAGS)
+def test_stages_in_16_bits_and_with_checkpointing(flag, begun, on_cpu):
     """No device is mixed, and the losses are near those of float32: float16 leaves out the first updates."""
-    run = begin("stages", ..., made / "data", made / "bert", "packed", flags)()
-    near = {"--gradient_checkpointing": 1e-5, "--bf16": 0.02, "--fp16": 0.2}[flags[0]]
+    run = begun[flag]()
+    near = {"--gradient_checkpointing": 1e-5, "--bf16": 0.02, "--fp16": 0.2}[flag]
     np.testing.assert_allclose(run["value"]["losses"], on_cpu["value"]["losses"], rtol=0, atol=near)
 
 
@@ -121,10 +133,8 @@ def test_students_use_gives_what_the_cpu_gives(begin, on_cpu):
 
 
 @pytest.fixture(scope="module")
-def updates(begin, made) -> dict[str, list[dict[str, Any]]]:
-    waits = [begin("updates", role, made / "long", made / "deep", ...) for role in ("student", "teacher")]
-    both = [wait()["value"] for wait in waits]
-    return both[0] | both[1]
+def updates(begun) -> dict[str, list[dict[str, Any]]]:
+    return begun["student"]()["value"] | begun["teacher"]()["value"]
 
 
 @pytest.mark.parametrize("case", count.CASES, ids=" ".join)
