@@ -204,3 +204,8 @@ def small_blocks(monkeypatch):
     places = ((index_files, "BLOCK", 5), (index_module, "BLOCK", 5), (index_module, "_EMBED_AT_ONCE", 8))
     for module, name, value in (*places, (index_module, "_QUERIES", 2), (heads, "_PART", 40)):
         monkeypatch.setattr(module, name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First of all, begin what takes long in processes of its own."""
+    items.sort(key=lambda item: item.name != "test_the_scenarios_begin")

@@ -28,12 +28,12 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Scenario = Callable[[], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guard(tmp_path_factory) -> Path:
     return emulation.compile_guard(tmp_path_factory.mktemp("guard"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
     """Pairs and a BERT without dropout for the stages; longer pairs, and a deep and a shallow BERT, for the counts."""
     folder = tmp_path_factory.mktemp("cuda")
@@ -48,7 +48,7 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def begin(guard, made, tmp_path_factory) -> Callable[..., Scenario]:
     """A function that starts a scenario, emulated unless told otherwise; what it gives waits for the end."""
 
@@ -71,7 +71,7 @@ def begin(guard, made, tmp_path_factory) -> Callable[..., Scenario]:
 PADDINGS, FLAGS = ("batch", "packed"), ("--bf16", "--fp16", "--gradient_checkpointing")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def begun(begin, made) -> dict[str, Scenario]:
     """The long scenarios, begun together: the stages on the CPU and emulated, and updates of deep networks."""
     data = made / "data", made / "bert"
@@ -81,9 +81,14 @@ def begun(begin, made) -> dict[str, Scenario]:
     return runs | {flag: begin("stages", ..., *data, "packed", [flag]) for flag in FLAGS}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_cpu(begun) -> dict[str, Any]:
     return begun["cpu"]()
+
+
+def test_the_scenarios_begin(begun):
+    """The first test of all (conftest.py): they take a minute, beside the other tests."""
+    assert set(begun) == {"cpu", "student", "teacher", *PADDINGS, *FLAGS}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -132,7 +137,7 @@ def test_students_use_gives_what_the_cpu_gives(begin, on_cpu):
     assert sorted(found["rows float32"][1]) == list(range(20)), "not all candidates were found"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def updates(begun) -> dict[str, list[dict[str, Any]]]:
     return begun["student"]()["value"] | begun["teacher"]()["value"]
 
