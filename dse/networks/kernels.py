@@ -75,9 +75,13 @@ def softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
     return _SOFTMAX_BACKWARD(gradient, weights, -1, weights.dtype)
 
 
-def has_varlen_attention(device: torch.device) -> bool:
-    """Does `varlen_attention` work there? Its public way is to pad the rows."""
-    return device.type == "cuda" and not PUBLIC_ONLY and _VARLEN is not None
+def has_varlen_attention(states: Tensor, heads: int) -> bool:
+    """Does `varlen_attention` take (tokens, hidden) of so many heads there? Its public way is to pad the rows.
+
+    The kernels read 16 bytes at a time, so that a head's width must be a multiple of 8.
+    """
+    width = states.shape[1] // heads
+    return states.device.type == "cuda" and not PUBLIC_ONLY and _VARLEN is not None and width % 8 == 0
 
 
 def has_graphs(device: torch.device) -> bool:

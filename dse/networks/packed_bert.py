@@ -114,7 +114,7 @@ def _draw(bert: BertModel, batch: PackedBatch, like: Tensor, last_alone: bool) -
     alone = [False] * (len(bert.encoder.layer) - 1) + [last_alone]  # by layer
     rows = [len(like), *(len(batch.starts) if first else len(like) for first in alone for _ in range(2))]
     hidden = [(count, like.shape[1]) for count in rows]
-    groups = [batch.groups if first or not has_varlen_attention(like.device) else [] for first in alone]
+    groups = [batch.groups if first or not has_varlen_attention(like, heads) else [] for first in alone]
     weights = [
         (group.rows * heads, 1 if first else group.length, group.length)
         for first, some in zip(alone, groups, strict=True)
@@ -218,7 +218,7 @@ def _layer(
 def _attend(own: Any, weight: Tensor, bias: Tensor, states: Tensor, batch: PackedBatch, keep: _Factors) -> Tensor:
     """The context, (tokens, hidden). Weight and bias are those of queries, keys and values."""
     projected, heads = linear(states, weight, bias), own.num_attention_heads
-    if has_varlen_attention(states.device):
+    if has_varlen_attention(states, heads):
         (group,) = batch.groups
         if own.training and own.dropout.p:
             return attend_padded(projected, group, heads, own.dropout.p)

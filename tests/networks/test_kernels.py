@@ -1,5 +1,7 @@
 """Each call of torch that is not public against its public way: values, gradients, and that it is taken."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,10 @@ def test_a_packed_training_step_is_the_same_with_public_calls_alone(pooler, call
         sure = gradient.abs() > 1e-4 * scale
         torch.testing.assert_close(other_steps[name][sure], steps[name][sure], rtol=1e-2, atol=1e-7, msg=name)
     assert sum((gradient.abs() > 1e-4 * scale).sum() for gradient in gradients.values()) > 1000
+
+
+@pytest.mark.parametrize(("hidden", "device", "takes"), [(96, "cuda", True), (104, "cuda", False), (96, "cpu", False)])
+def test_the_call_for_rows_of_any_length_takes_heads_of_multiples_of_8(hidden, device, takes):
+    """4 heads of 24, and of 26, as a small BERT has them."""
+    states = SimpleNamespace(shape=(9, hidden), device=torch.device(device))
+    assert kernels.has_varlen_attention(states, 4) == takes
