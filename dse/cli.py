@@ -200,9 +200,8 @@ _PRECISION = {
 add_device_flags = _flags(**_DEVICE)
 add_precision_flag = _flags(precision=_PRECISION)
 _SENTENCES = {"type": whole_number(1), "default": 32, "help": "full-length sentences per step; more if shorter"}
-add_inference_flags = _flags(
-    batch_size=_SENTENCES, **_DEVICE, precision=_PRECISION
-)  # of the commands that use a student
+# of the commands that use a student
+add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE, precision=_PRECISION)
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},

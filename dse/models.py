@@ -10,8 +10,7 @@ embedded once per call, in steps of similar length; the other texts of a call ch
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -171,16 +170,11 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         features = SeparateFeatures(distinct, first, second, None, self.tokenizer.pad_token_id)
         return Batches(features, "packed", self.max_seq_length)
 
-    @contextlib.contextmanager
-    def _precision(self, half: bool) -> Iterator[None]:
-        before, own = self.network.precision, next(self.network.parameters()).dtype  # another dtype keeps to its own
+    def _precision(self, half: bool) -> torch.autocast:
+        kind, own = self.device.type, next(self.network.parameters()).dtype  # another dtype keeps to its own
         quantized = any("quantized" in type(module).__module__ for module in self.network.modules())  # float32 alone
-        if half and own == torch.float32 and not quantized:
-            self.network.precision = "fp16" if self.device.type == "cuda" else "bf16"
-        try:
-            yield
-        finally:
-            self.network.precision = before
+        enabled = half and own == torch.float32 and not quantized
+        return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -7,6 +7,8 @@ tf32    float32 whose products round their inputs to 10 bits of fraction, on CUD
 bf16    products and attention in bfloat16
 fp16    the same in float16, CUDA only
 auto    tf32 on CUDA, fp32 elsewhere
+
+torch.autocast around a call, which holds for its thread alone, takes the place of the precision.
 """
 
 import contextlib
@@ -52,26 +54,29 @@ class PooledBert(nn.Module):
 
     def forward(self, *args: Tensor, packed: PackedBatch | None = None, **inputs: Tensor) -> Tensor:
         """(batch, length) ids, mask and types, int64, or the same rows packed, to (batch, width), float32."""
-        if packed is None:
-            pooled = self._pool(*args, **inputs)
-        elif self._once("plain", lambda: is_plain(self.bert)):
-            pooled = self._pool_packed(packed)
-        else:
-            pooled = torch.cat([self._pool(**inputs) for inputs in padded_inputs(packed)]).index_select(0, packed.order)
-        pooled = self.dropout(pooled)
-        return pooled if self.classifier is None else self.classifier(pooled)
+        kind, half = self.bert.device.type, _HALF.get(self.precision)
+        if torch.is_autocast_enabled(kind):  # of this thread alone, so it goes before the precision
+            half = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            if packed is None:
+                pooled = self._pool(half, *args, **inputs)
+            elif self._once("plain", lambda: is_plain(self.bert)):
+                pooled = self._pool_packed(half, packed)
+            else:
+                parts = [self._pool(half, **inputs) for inputs in padded_inputs(packed)]
+                pooled = torch.cat(parts).index_select(0, packed.order)
+            pooled = self.dropout(pooled)
+            return pooled if self.classifier is None else self.classifier(pooled)
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        if self.kept is None:
-            return compute()
-        if name not in self.kept:
-            self.kept[name] = compute()
-        return self.kept[name]
+        kept = {} if self.kept is None else self.kept  # another thread may end its own inference meanwhile
+        if name not in kept:
+            kept[name] = compute()
+        return kept[name]
 
-    def _pool_packed(self, batch: PackedBatch) -> Tensor:
+    def _pool_packed(self, half: torch.dtype | None, batch: PackedBatch) -> Tensor:
         alone = self.pooler.is_berts
-        half = self.precision in _HALF
-        weights = self._once("weights", lambda: converted_weights(self.bert, _HALF[self.precision])) if half else None
+        weights = self._once(str(half), lambda: converted_weights(self.bert, half)) if half else None
         with products(self.precision, batch.ids.device):
             layers: Any = deque(layer_states(self.bert, batch, alone, weights), maxlen=self.top_layers)
         if half:
@@ -83,14 +88,16 @@ class PooledBert(nn.Module):
         pooled = [self.pooler.pool([padded(x, group) for x in states], group.mask) for group, *states in parts]
         return torch.cat(pooled).index_select(0, batch.order)
 
-    def _pool(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def _pool(
+        self, half: torch.dtype | None, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        half = torch.autocast(input_ids.device.type, _HALF.get(self.precision), enabled=self.precision in _HALF)
-        with products(self.precision, input_ids.device), half:
+        autocast = torch.autocast(input_ids.device.type, half, enabled=half is not None)
+        with products(self.precision, input_ids.device), autocast:
             outputs = self.bert(**inputs, output_hidden_states=not self.pooler.is_berts)
         # hidden_states[0] is the embedding layer; k <= number of layers keeps it out.
         alone = (outputs.last_hidden_state,)
         layers = alone if self.pooler.is_berts else outputs.hidden_states[-self.top_layers :]
-        if self.precision in _HALF:
+        if half:
             layers = [layer.float() for layer in layers]
         return self.bert.pooler(layers[0]) if self.pooler.is_berts else self.pooler.pool(layers, attention_mask)

@@ -173,7 +173,11 @@ def test_bf16_follows_float32():
     for model, features in ((random_student(), separate_rows()), (teacher_of(), joint())):
         inputs = Batches(features, "packed").of_pairs(np.arange(11))
         exact = model(**inputs)
+        encode = model if isinstance(model, Teacher) else model.embed  # without a head
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            of_autocast = encode(**inputs)
         model.precision = "bf16"
+        assert torch.equal(encode(**inputs), of_autocast)
         rough = model(**inputs)
         rough.sum().backward()
         assert 0 < (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
