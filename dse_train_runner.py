@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PROG = "dse_train_runner.py"
 logger = logging.getLogger("dse.dse_train_runner")
+_PAIRS_FITTED = 2048  # two numbers need no more
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -160,6 +161,23 @@ def make_network(args: argparse.Namespace, start: "StudentRun") -> "SiameseNetwo
     return network
 
 
+def start_from_cosine(task: Task, network: "SiameseNetwork", batches: "Batches", seed: int) -> None:
+    """Let a residual head begin with the scale and offset of cosines that fit training labels best."""
+    from dse.networks.batches import Batches
+    from dse.networks.inference import infer_pairs
+    from dse.training.epoch_plan import epoch_order
+    from dse.training.kinds import fit_cosines
+
+    rows = epoch_order(len(batches), seed, 0)[:_PAIRS_FITTED]
+    some = Batches(batches.features.block(rows), batches.padding, batches.max_seq_length)
+    cosines = infer_pairs(network, some, 128, network.device, "cosines")[:, 0]  # which an untrained head gives
+    scale, offset = fit_cosines(task, cosines, some.features.labels)
+    head: Any = network.siamese_head
+    head.start_at(scale, offset)
+    numbers = ", ".join(f"{a:.3f} * cosine {b:+.3f}" for a, b in zip(scale.tolist(), offset.tolist(), strict=True))
+    logger.info("the head begins with %s, which fits the labels of %d training pairs best", numbers, len(rows))
+
+
 def make_trainer(
     args: argparse.Namespace, task: Task, network: "SiameseNetwork", batches: "Batches", logits: "Tensor", seed: int
 ) -> "Trainer":
@@ -221,6 +239,8 @@ def run(args: argparse.Namespace) -> None:
 
     # 3. Student and trainer, where the run stands.
     network = make_network(args, training).to(device)
+    if training.bert_folder and args.siamese_head_type == "residual":
+        start_from_cosine(task, network, batches["train"], seed)
     trainer = make_trainer(args, task, network, batches["train"], logits, seed)
     training.resume(trainer)
     logger.info(

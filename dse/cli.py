@@ -219,7 +219,8 @@ add_architecture_flags = _flags(
                                   "type": whole_number(1)},
     max_seq_length={"default": 128, "help": "token ids per sentence, with [CLS] and [SEP]", "type": whole_number(4)},
     siamese_head_type={"default": "concat", "choices": HEAD_TYPES,
-                       "help": "input of the head for embeddings u and v: [u, v, u*v, |u-v|] (concat) or u.v (dot)"},
+                       "help": "head over embeddings u, v: layers on [u, v, u*v, |u-v|] (concat), these added to the "
+                               "cosine (residual), or layers on u.v (dot)"},
     additional_embedding_layer_size={"default": -1, "help": "size of a linear layer after the pooler, or -1 for none",
                                      "type": extra_size},
     fc_dims={"default": [512, 1], "help": "sizes of the head's layers; the last is 1, or 3 for three classes",

@@ -101,6 +101,8 @@ def student(bert):
         task, config = get_task(name), bert_config(bert, "bert")
         architecture = {"pooler_num_top_hidden_layers": 2, "fc_dims": (8, task.num_student_outputs), **changes}
         network = new_network(bert, DSEConfig(config, **architecture)).eval()
+        if network.config.siamese_head_type == "residual":  # its last layer is 0 before training
+            torch.nn.init.normal_(network.siamese_head.fc_layers[-1].weight)
         return DSESiameseClassifier(network, load_tokenizer(bert, True, "bert"), task, 32)
 
     return make

@@ -17,6 +17,7 @@ from dse.data.tokenizers import load_tokenizer
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
+from dse.networks.config import HEAD_TYPES
 from dse.networks.teacher import load_teacher
 from dse.system.errors import InputError
 
@@ -95,7 +96,7 @@ IN_MEMORY = {
 }
 
 
-@pytest.mark.parametrize("head", ["concat", "dot"])
+@pytest.mark.parametrize("head", HEAD_TYPES)
 @pytest.mark.parametrize(("altered", "tolerance"), IN_MEMORY.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_all_ways_to_a_score_agree(altered, tolerance, head, student):
     """Against the modules themselves, called with one text at a time and no padding."""

@@ -20,6 +20,7 @@ from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, Hit, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks import heads
+from dse.networks.config import HEAD_TYPES
 from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 @pytest.mark.parametrize("extra", [-1, 12])
 @pytest.mark.parametrize("fc_dims", [(1,), (8, 1), (8, 4, 1)])
-@pytest.mark.parametrize("head", ["concat", "dot"])
+@pytest.mark.parametrize("head", HEAD_TYPES)
 def test_scores_are_the_heads(student, head, fc_dims, extra):
     model = student(siamese_head_type=head, fc_dims=fc_dims, additional_embedding_layer_size=extra)
     scores = CandidateIndex.build(model, CANDIDATES).score(QUERIES)
@@ -363,7 +364,7 @@ FREE = {"held": 1e9, "streamed": 0}
 
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("head", ["concat", "dot"])
+@pytest.mark.parametrize("head", HEAD_TYPES)
 def test_a_gpu_finds_what_the_cpu_does(student, as_on_cuda, head, dtype, free):
     """In 70 rows, 7 steps; 40 of them are zeros, so that u . v ties."""
     model = student(siamese_head_type=head)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dse import cli
 from dse.commands import logger
-from dse.data.tasks import MULTICLASS, TASKS, Task, get_task
+from dse.data.tasks import TASKS, Task, get_task
 from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction, results
 from dse.experiments.presets import PRESETS, STAGES, VARIANTS
@@ -92,8 +92,7 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
     works = []
     for task, seed in pairs:
         data, place = Path(args.data_dir) / task.folder, Path(args.output_dir) / f"{task.name}_seed{seed}"
-        without = left_out | ({"encoder"} if task.kind == MULTICLASS else set())  # a cosine does not tell classes
-        stages = [stage for stage in STAGES if stage not in without]
+        stages = [stage for stage in STAGES if stage not in left_out]
         works.append(Experiment(preset, task, seed, data, encoder, place, stages))
         works[-1].check_settings()
     return works

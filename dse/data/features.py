@@ -120,7 +120,7 @@ class SeparateFeatures(Features):
         """Where the token ids of the given pairs are: the rows of `texts`, the first texts of all, then the second."""
         return self.texts, np.concatenate([self.first[pairs], self.second[pairs]])
 
-    def block(self, pairs: slice) -> "SeparateFeatures":
+    def block(self, pairs: slice | np.ndarray) -> "SeparateFeatures":
         """The given pairs and their texts alone."""
         both = np.stack([self.first[pairs], self.second[pairs]])
         texts, places = np.unique(both, return_inverse=True)

@@ -10,13 +10,12 @@ Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP
 sentence-transformers). AdamW with linear warm-up and decay, as its `fit` does.
 """
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
@@ -71,6 +70,7 @@ class SentenceBert:
         self.task, self.seed, self.device = task, seed, device
         self.model = sentence_transformer(bert_folder, max_seq_length, str(device))
         sizes = (self.model.get_embedding_dimension(), len(task.labels)) if task.kind == MULTICLASS else ()
+        self.embedded: dict[str, Tensor] = {}  # by text, by the model as it is
         self.loss: Any = getattr(losses, _LOSSES[task.kind])(self.model, *sizes).to(device)
 
     def prepare(self, pairs: int, epochs: int = EPOCHS) -> None:
@@ -105,6 +105,7 @@ class SentenceBert:
         from sentence_transformers import util
 
         self.loss.train()
+        self.embedded.clear()
         labels, losses = torch.tensor(examples.labels), []
         if self.task.kind == REGRESSION:
             labels = (labels - labels.min()) / (labels.max() - labels.min())
@@ -124,13 +125,19 @@ class SentenceBert:
         return sum(losses) / len(losses)
 
     @torch.inference_mode()
+    def embed(self, texts: list[str]) -> Tensor:
+        """(texts, size) embeddings, float32; a text is embedded once after each epoch."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.embedded]
+        if new:
+            embeddings = self.model.encode(new, convert_to_tensor=True, show_progress_bar=False)
+            self.embedded |= zip(new, embeddings, strict=True)
+        return torch.stack([self.embedded[text] for text in texts])
+
+    @torch.inference_mode()
     def score(self, examples: Examples) -> np.ndarray:
         """(pairs, 1) cosines, or (pairs, labels) logits, float32."""
         self.loss.eval()
-        texts = list(dict.fromkeys(chain(*examples.sides)))
-        place = {text: i for i, text in enumerate(texts)}
-        embeddings = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-        u, v = (embeddings[[place[text] for text in side]] for side in examples.sides)
+        u, v = self.embed([*examples.first, *(examples.second or [])]).chunk(2)
         if self.task.kind != MULTICLASS:
             return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
         return self.loss.classifier(torch.cat([u, v, (u - v).abs()], dim=1)).cpu().numpy()

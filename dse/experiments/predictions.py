@@ -6,15 +6,19 @@ a logit per label, or a score.
 
 import logging
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from dse.data.features import joint_features, separate_features
 from dse.data.processors import Examples
-from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs
+from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs, ranked_label
 from dse.data.tokenizers import load_tokenizer, saved_casing
+from dse.index import rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.inference import infer, infer_pairs
@@ -28,6 +32,8 @@ from dse.training.kinds import kind_of
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[[Examples], np.ndarray]  # rows to outputs (n, 1) or (n, labels), float32
+Ranker = Callable[[list[str], np.ndarray], torch.Tensor]  # texts, places of n queries to (n, texts), high for partners
+MOST_QUERIES = 400
 MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not record its own
 
 
@@ -86,6 +92,62 @@ def teacher_scorer(
         return kind_of(task).targets(logits).numpy()
 
     return score
+
+
+def find_partners(task: Task, rows: Examples, rank: Ranker) -> dict[str, float]:
+    """How well a model finds the true partner of a text among all distinct texts of a split; {} without true partners.
+
+    Partners are the texts of a positive pair: one with the label that ranks, or a score in the top tenth of the scale.
+    Each of the first MOST_QUERIES positive pairs asks once, with its first text, and is found at the rank of its
+    second. The query itself and other texts that positive pairs link to it, directly or through others, are left out; a
+    rank counts half of the texts that score the same. `mrr` is the mean of 1 / rank, `recall_at_k` the share of ranks
+    up to k.
+    """
+    texts = list(dict.fromkeys(chain(*rows.sides)))
+    place = {text: i for i, text in enumerate(texts)}
+    first, second = (np.array([place[text] for text in side]) for side in rows.sides)
+    positive = _positive(task, np.array(rows.labels)) & (first != second)
+    if not positive.any():
+        return {}
+    first, second = first[positive], second[positive]
+    links = coo_array((np.ones(len(first)), (first, second)), shape=(len(texts), len(texts)))
+    group = torch.from_numpy(connected_components(links, directed=False)[1])
+    first, second = first[:MOST_QUERIES], second[:MOST_QUERIES]
+    queries, asked = np.unique(first, return_inverse=True)
+    scores = rank(texts, queries).double().cpu()[asked]  # (pairs, texts)
+    own = scores.gather(1, torch.from_numpy(second)[:, None])
+    others = group != group[first, None]
+    ranks = 1 + ((scores > own) & others).sum(1) + ((scores == own) & others).sum(1) / 2
+    recalls = {f"recall_at_{k}": (ranks <= k).double().mean().item() for k in (1, 10)}
+    return {"mrr": (1 / ranks.double()).mean().item(), **recalls}
+
+
+def _positive(task: Task, labels: np.ndarray) -> np.ndarray:
+    if task.kind != REGRESSION:
+        return labels == task.labels.index(str(ranked_label(task)))
+    return labels >= labels.max() - 0.1 * (labels.max() - labels.min())
+
+
+def rank_by_head(model: DSESiameseClassifier) -> Ranker:
+    """A student's scores."""
+
+    @torch.inference_mode()
+    def rank(texts: list[str], queries: np.ndarray) -> torch.Tensor:
+        embeddings = model.encode(texts, convert_to="tensor")
+        outputs = model.network.siamese_head.eval().factorised()
+        return torch.cat([rank_scores(outputs(u, embeddings), model.task) for u in embeddings[queries].split(16)])
+
+    return rank
+
+
+def rank_by_cosine(embed: Callable[[list[str]], torch.Tensor]) -> Ranker:
+    """Cosines of embeddings."""
+
+    def rank(texts: list[str], queries: np.ndarray) -> torch.Tensor:
+        units = torch.nn.functional.normalize(embed(texts))
+        return units[queries] @ units.t()
+
+    return rank
 
 
 def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[str]:

@@ -33,7 +33,8 @@ TRAINED = tuple(stage for stage in MODELS if stage != "encoder")
 SPLITS = ("dev", "test")
 TIMED = ("teacher", "logits", *STUDENTS, "sentence_bert")
 _WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, threshold of dev", "pearson": "Pearson",
-          "spearman": "Spearman"}  # fmt: skip
+          "spearman": "Spearman", "mrr": "finding: MRR", "recall_at_1": "finding: recall@1",
+          "recall_at_10": "finding: recall@10"}  # fmt: skip
 Spread = dict[str, Any]  # mean, sd (None of one), n
 Records = dict[str, dict[str, Any]]  # by stage, of those that are done
 Runs = list[dict[str, Any]]  # the records with their task and seed

@@ -26,9 +26,17 @@ import finetune_bert
 import run_distillation_logits_creator
 from dse import __version__
 from dse.data.processors import Examples
-from dse.data.tasks import BINARY, REGRESSION, Task
+from dse.data.tasks import BINARY, MULTICLASS, REGRESSION, Task
 from dse.experiments.baselines import SentenceBert, mean_encoder
-from dse.experiments.predictions import Scorer, load_scorer
+from dse.experiments.predictions import (
+    Ranker,
+    Scorer,
+    find_partners,
+    load_scorer,
+    rank_by_cosine,
+    rank_by_head,
+    student_scorer,
+)
 from dse.experiments.presets import SENTENCE_BERT, STUDENTS, TEACHER, VARIANTS
 from dse.experiments.reproduction import FORMAT, Experiment
 from dse.models import DSESiameseClassifier
@@ -98,7 +106,7 @@ def _teacher(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
         "--seed", work.seed, *work.preset.flags("teacher", work.task), "--resume",
     )  # fmt: skip
     training, (score, _) = read_training(folder) or {}, load_scorer(str(folder), work.task, select_device(False, 0))
-    result = {"command": command, "history": training["history"], "metrics": measure(work.task, score, work.sets)}
+    result = {"command": command, "history": training["history"], "metrics": measure(work.task, work.sets, score)}
     return result, [folder / name for name in (*training["sha256"], TRAINING)]
 
 
@@ -120,10 +128,11 @@ def _student(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     )  # fmt: skip
     best = student_folder(work.folder, folder.name)
     newest = max(best.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    score, _ = load_scorer(str(best), work.task, select_device(False, 0))
+    model = DSESiameseClassifier.from_pretrained(best).to(select_device(False, 0))
+    metrics = measure(work.task, work.sets, student_scorer(model, work.task), rank_by_head(model))
     result = {
-        "command": command, "history": Checkpoint.read(newest).trainer["history"],
-        "metrics": measure(work.task, score, work.sets), "best_epoch": read_config(best)["origin"]["epoch"],
+        "command": command, "history": Checkpoint.read(newest).trainer["history"], "metrics": metrics,
+        "best_epoch": read_config(best)["origin"]["epoch"],
     }  # fmt: skip
     return result, sorted(path for path in best.iterdir() if path.name != "README.md")
 
@@ -138,7 +147,7 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     for epoch in range(len(history), epochs):
         started = time.monotonic()
         train = {"loss": baseline.train_epoch(work.train, epoch)}
-        metrics = measure(work.task, baseline.score, work.sets)
+        metrics = measure(work.task, work.sets, baseline.score, rank_by_cosine(baseline.embed))
         metrics = only_tuned(work.task, metrics)
         history.append({"epoch": epoch, "train": train, "metrics": metrics, "validation": metrics["dev"],
                         "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
@@ -152,12 +161,15 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
 def _encoder(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     """The cosines of the encoder as downloaded, before any training."""
     embed = encoder_as_downloaded(work)
+    rank = rank_by_cosine(embed)
+    if work.task.kind == MULTICLASS:  # a cosine does not tell classes
+        return {"metrics": measure(work.task, work.sets, rank=rank)}, []
 
     def score(rows: Examples) -> np.ndarray:
         u, v = (embed(side) for side in rows.sides)
         return torch.cosine_similarity(u, v)[:, None].cpu().numpy()
 
-    return {"metrics": only_tuned(work.task, measure(work.task, score, work.sets))}, []
+    return {"metrics": only_tuned(work.task, measure(work.task, work.sets, score, rank))}, []
 
 
 def encoder_as_downloaded(work: Experiment) -> Callable[[Iterable[str]], torch.Tensor]:
@@ -180,12 +192,12 @@ def _rates(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
         model = DSESiameseClassifier.from_pretrained(student_folder(work.folder, name)).to(device)
         embeddings = model.encode(chain(*rows.sides))
         variants[name] = partial(score_stored, model.network, embeddings, first, second, device)
-    if "encoder" in work.stages:
+    if work.task.kind != MULTICLASS:
         vectors = encoder_as_downloaded(work)(chain(*rows.sides))
         variants["encoder"] = lambda: torch.cosine_similarity(vectors[first], vectors[second]).cpu()
     turns = [{name: timeit(score, number=1) for name, score in variants.items()} for _ in range(3)]
     rates = {name: len(rows) / min(turn[name] for turn in turns) for name in variants}
-    if {"encoder", "sentence_bert"} <= set(work.stages):
+    if work.task.kind != MULTICLASS and "sentence_bert" in work.stages:
         rates["sentence_bert"] = rates["encoder"]
     return {"pairs_per_second": rates}, []
 
@@ -209,15 +221,24 @@ def only_tuned(task: Task, metrics: dict[str, dict[str, float]]) -> dict[str, di
     """The metrics of cosines by split: in a binary task, 0 is not a threshold that means something."""
     if task.kind != BINARY:
         return metrics
-    return {split: {name: n for name, n in found.items() if "tuned_" in name} for split, found in metrics.items()}
+    untuned = ("accuracy", "f1")
+    return {split: {name: n for name, n in found.items() if name not in untuned} for split, found in metrics.items()}
 
 
-def measure(task: Task, score: Scorer, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
-    """Metrics of what `score` says of each split's rows.
+def measure(
+    task: Task, sets: dict[str, Examples], score: Scorer | None = None, rank: Ranker | None = None
+) -> dict[str, dict[str, float]]:
+    """Metrics of what `score` says of each split's pairs, and of how `rank` finds partners (`find_partners`).
 
     Binary: accuracy and f1 of positive logits; `tuned_…` the same above the threshold that is best, for that metric,
     on dev. Multiclass: accuracy. Regression: pearson, spearman.
     """
+    metrics = {} if score is None else _of_pairs(task, score, sets)
+    finding = {} if rank is None else {split: find_partners(task, rows, rank) for split, rows in sets.items()}
+    return {split: metrics.get(split, {}) | finding.get(split, {}) for split in sets}
+
+
+def _of_pairs(task: Task, score: Scorer, sets: dict[str, Examples]) -> dict[str, dict[str, float]]:
     found = {split: (score(rows), np.array(rows.labels)) for split, rows in sets.items()}
     if task.kind != BINARY:
         return {split: kind_of(task).metrics(*of_split) for split, of_split in found.items()}

@@ -11,7 +11,7 @@ from dse.data.tasks import Task
 from dse.networks.poolers import POOLERS, Pooler
 from dse.system.errors import InputError
 
-HEAD_TYPES = ("concat", "dot")  # heads.HEADS has a class for each
+HEAD_TYPES = ("concat", "dot", "residual")  # heads.HEADS has a class for each
 MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packed_bert.py)
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of the encoder (encoder.py)
 PADDINGS = ("packed", "batch", "max")  # how batches are laid out (batches.py)
@@ -59,6 +59,12 @@ class DSEConfig:
         """Width of a sentence's embedding."""
         added = self.additional_embedding_layer_size
         return self.pooled_size if added == -1 else added
+
+    @property
+    def top_size(self) -> int:
+        """How many of an embedding's last columns are the top layer's; all of them if layers are not side by side."""
+        added = self.additional_embedding_layer_size != -1
+        return self.embedding_size if added or not self.pooler.side_by_side else self.bert["hidden_size"]
 
 
 def check_fc_dims(fc_dims: list[int], task: Task) -> None:

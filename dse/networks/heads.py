@@ -108,6 +108,41 @@ class ConcatHead(SiameseHead):
         return outputs
 
 
+class ResidualHead(ConcatHead):
+    """The encoder's own similarity and what the concat head adds to it: scale * cos(u, v) + concat(u, v).
+
+    The cosine is that of the pooler's top layer. The last layer of the concat head starts at 0, so that an untrained
+    head with its scale of 1 gives cosines; training begins at the scale and offset of `start_at`.
+    """
+
+    def __init__(self, config: DSEConfig) -> None:
+        super().__init__(config)
+        self.top = config.top_size
+        self.scale = nn.Parameter(torch.ones(config.fc_dims[-1]))
+        nn.init.zeros_(self.fc_layers[-1].weight)
+        nn.init.zeros_(self.fc_layers[-1].bias)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        cosines = functional.cosine_similarity(u[..., -self.top :].float(), v[..., -self.top :].float(), dim=-1)
+        return super().forward(u, v) + self.scale * cosines.unsqueeze(-1)
+
+    @torch.no_grad()
+    def start_at(self, scale: Tensor, offset: Tensor) -> None:
+        """Begin with scale * cosine + offset, (fc_dims[-1],) each."""
+        self.scale.copy_(scale)
+        self.fc_layers[-1].bias.copy_(offset)
+
+    def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
+        concat, scale = super()._factorised(first, rest), self.scale.detach().float()
+
+        def outputs(queries: Tensor, candidates: Tensor) -> Tensor:
+            scores = concat(queries, candidates)
+            units_u, units_v = (functional.normalize(x[:, -self.top :]) for x in (queries, candidates))
+            return scores.addcmul_((units_u @ units_v.t()).unsqueeze(-1), scale)
+
+        return outputs
+
+
 class DotHead(SiameseHead):
     """Linear layers on u . v, which is one matrix product for all queries and candidates."""
 
@@ -125,4 +160,4 @@ class DotHead(SiameseHead):
         return outputs
 
 
-HEADS: dict[str, type[SiameseHead]] = {"concat": ConcatHead, "dot": DotHead}
+HEADS: dict[str, type[SiameseHead]] = {"concat": ConcatHead, "dot": DotHead, "residual": ResidualHead}

@@ -159,6 +159,29 @@ def distillation_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return ((outputs.float() - targets) ** 2).sum(dim=1).mean()
 
 
+def fit_cosines(task: Task, cosines: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Scale and offset, (outputs,) each: the labels' hard loss of scale * cosine + offset is least.
+
+    That is a fit by least squares for a regression, else by (multinomial) logistic regression. Cosines are (n,). A tiny
+    penalty keeps the fit finite where cosines part the labels, or a label has no row.
+    """
+    mean, spread = float(cosines.mean()), max(float(cosines.std()), 1e-6)
+    x = torch.from_numpy((cosines - mean) / spread).float()[:, None]
+    weights = torch.zeros(2, task.num_student_outputs, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = kind_of(task).hard_loss(x * weights[0] + weights[1], torch.from_numpy(labels))
+        value = value + 1e-5 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    scale = weights[0].detach() / spread
+    return scale, weights[1].detach() - scale * mean
+
+
 def sigmoid(outputs: np.ndarray) -> np.ndarray:
     """Logits to probabilities, float64, without overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * outputs.astype(np.float64)))

@@ -182,10 +182,10 @@ def test_the_encoder_as_downloaded(finished, glue, bert):
 
     cosines = [torch.cosine_similarity(*map(embed, pair), dim=0).item() for pair in zip(*rows.sides, strict=True)]
     assert record["metrics"]["dev"]["pearson"] == pytest.approx(np.corrcoef(cosines, rows.labels)[0, 1], abs=1e-5)
-    assert set(json.loads((finished / "mrpc_seed1" / "encoder.json").read_text())["metrics"]["dev"]) == {
-        "tuned_f1", "tuned_accuracy"
-    }  # fmt: skip
-    assert not (finished / "snli_seed1" / "encoder.json").exists(), "a cosine does not tell three classes"
+    finding = {"mrr", "recall_at_1", "recall_at_10"}
+    for name, others in (("mrpc", {"tuned_f1", "tuned_accuracy"}), ("snli", set())):  # a cosine tells no three classes
+        record = json.loads((finished / f"{name}_seed1" / "encoder.json").read_text())
+        assert set(record["metrics"]["dev"]) == finding | others
 
 
 def test_variants(whole, finished, flags, calls):
@@ -337,6 +337,9 @@ class FakeSentenceBert:
         noise = np.random.default_rng(0).normal(size=len(rows)) * abs(self.epochs - 2)
         return (np.array(rows.labels) + noise)[:, None].astype(np.float32)
 
+    def embed(self, texts):
+        return torch.eye(len(texts))
+
     def save(self, path, history):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(history))
@@ -364,7 +367,9 @@ def test_sentence_bert_is_stopped_and_goes_on_and_its_best_epoch_counts(finished
     record = json.loads((tmp_path / "results" / "mrpc_seed1" / "sentence_bert.json").read_text())
     assert [each["epoch"] for each in record["history"]] == [0, 1, 2, 3]
     assert record["best_epoch"] == 1
-    assert record["metrics"]["dev"] == {"tuned_f1": 1.0, "tuned_accuracy": 1.0}
+    found = record["metrics"]["dev"]
+    assert (found["tuned_f1"], found["tuned_accuracy"]) == (1.0, 1.0)
+    assert found["mrr"] < 0.1, "all its texts are at right angles"
     assert "| MRPC | dev f1, threshold of dev |" in (tmp_path / "results" / "results.md").read_text()
     assert not (tmp_path / "results" / "mrpc_seed1" / "sentence_bert" / "state.pt").exists()
 

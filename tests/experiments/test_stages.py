@@ -14,7 +14,7 @@ def test_thresholds_come_from_dev():
         "dev": Examples(["a"] * 4, ["b"] * 4, [0, 0, 1, 1]),
         "test": Examples(["a"] * 4, ["b"] * 4, [1, 0, 0, 1]),
     }
-    found = stages.measure(get_task("mrpc"), lambda rows: np.array([[1.0], [2.0], [3.0], [4.0]], np.float32), sets)
+    found = stages.measure(get_task("mrpc"), sets, lambda rows: np.array([[1.0], [2.0], [3.0], [4.0]], np.float32))
     assert found["dev"] == {"f1": pytest.approx(2 / 3), "tuned_f1": 1.0, "accuracy": 0.5, "tuned_accuracy": 1.0}
     # above 2.5: two taken, one of them rightly, of two positives
     assert found["test"]["tuned_f1"] == pytest.approx(0.5)

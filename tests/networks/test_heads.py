@@ -1,5 +1,7 @@
 """Heads, with values by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,27 @@ def test_dot_head_by_hand():
     assert head(config, [[2.0]])(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])).tolist() == [[22.5]]
 
 
+def test_residual_head_by_hand():
+    """(3, 4) and (4, 3): their cosine is 24 / 25."""
+    config = DSEConfig({"hidden_size": 2}, "concat_top_mean", 2, "residual", fc_dims=(1, 2))
+    layers = HEADS["residual"](replace(config, pooler_num_top_hidden_layers=1))
+    assert (config.top_size, replace(config, additional_embedding_layer_size=7).top_size) == (2, 7)
+    assert replace(config, pooler_type="mean_top_mean").top_size == 2
+    u, v = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+    assert layers(u, v).tolist() == [[pytest.approx(0.96)] * 2], "untrained"
+    layers.start_at(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
+    assert layers(u, v)[0].tolist() == pytest.approx([2 * 0.96 + 0.5, 3 - 0.96])
+    # 7 + 7 + 24 + 2 = 40, + 0.5; then a tenth of it
+    with torch.no_grad():
+        for layer, weight in zip(layers.fc_layers, (1.0, 0.1), strict=True):
+            layer.weight.fill_(weight)
+            layer.bias.fill_(0.5)
+    assert layers(u, v)[0].tolist() == pytest.approx([2 * 0.96 + 4.55, 4.55 - 0.96])
+    wide = HEADS["residual"](config)  # two layers side by side: the top one's columns are the last
+    u, v = torch.tensor([[9.0, 9.0, 3.0, 4.0]]), torch.tensor([[-9.0, 9.0, 4.0, 3.0]])
+    assert wide(u, v)[0].tolist() == pytest.approx([0.96] * 2)
+
+
 @pytest.mark.parametrize("fc_dims", [(3,), (8, 3), (8, 4, 3)])
 @pytest.mark.parametrize("kind", HEAD_TYPES)
 def test_queries_in_one_product(monkeypatch, kind, fc_dims):
@@ -41,6 +64,7 @@ def test_queries_in_one_product(monkeypatch, kind, fc_dims):
     torch.manual_seed(0)
     layers = HEADS[kind](DSEConfig(bert={"hidden_size": 6}, pooler_num_top_hidden_layers=1, siamese_head_type=kind,
                                    fc_dims=fc_dims))  # fmt: skip
+    torch.nn.init.normal_(layers.fc_layers[-1].weight)
     queries, candidates = torch.randn(5, 6), torch.randn(7, 6)
     with torch.no_grad():
         expected = torch.stack([layers(u.expand(7, -1), candidates) for u in queries])

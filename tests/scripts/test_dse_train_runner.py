@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import PAIR_TASKS, STAMP, assert_same_run
@@ -14,9 +16,11 @@ from dse.data.features import separate_features
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.networks.batches import Batches
-from dse.networks.inference import infer
+from dse.networks.inference import infer, infer_pairs
 from dse.storage.checkpoint import Checkpoint
-from dse.training.kinds import measure_student
+from dse.training.epoch_plan import epoch_order
+from dse.training.kinds import fit_cosines, measure_student
+from dse.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("name", PAIR_TASKS)
@@ -64,6 +68,36 @@ def test_a_frozen_encoder_stays_as_it_was(student_flags, checkpoints, bert):
     again = weights_of(checkpoints()[-1])
     assert all(torch.equal(again[name], frozen[name]) for name in frozen)
     assert not torch.equal(again["siamese_head.fc_layers.0.weight"], trained["siamese_head.fc_layers.0.weight"])
+
+
+@pytest.mark.parametrize(("name", "pooler"), [("sts-b", "concat_top_mean"), ("mrpc", "mean_top_mean"), ("snli", "cls")])
+def test_a_residual_head_begins_as_the_encoders_cosine(
+    name, pooler, student_flags, checkpoints, student, data, monkeypatch, caplog
+):
+    """Its outputs before the first update are the cosines of the pre-trained encoder, fitted to the labels.
+
+    The cosine is that of the top layer alone, of two that are side by side. The first update has rate 0.
+    """
+    before = []
+    monkeypatch.setattr(Trainer, "update", lambda self, *_: before.append(infer_of(self)) or sys.exit())
+    monkeypatch.setattr(dse_train_runner, "_PAIRS_FITTED", 16)
+    task, rows = get_task(name), read_examples(get_task(name), data(name), "train")
+
+    def infer_of(trainer):
+        return infer_pairs(trainer.model, trainer.plan.batches, 8, trainer.device, "now")
+
+    with pytest.raises(SystemExit):
+        dse_train_runner.main(student_flags(name, siamese_head_type="residual", pooler_type=pooler, random_seed=5))
+    size = 1 if pooler.startswith("concat") else 2
+    encoder = student(name, pooler_type=pooler, pooler_num_top_hidden_layers=size)
+    u, v = (torch.from_numpy(encoder.encode(texts)) for texts in rows.sides)
+    cosines = torch.cosine_similarity(u, v)
+    fitted = epoch_order(len(rows), 5, 0)[:16]
+    scale, offset = fit_cosines(task, cosines.numpy()[fitted], np.array(rows.labels)[fitted])
+    np.testing.assert_allclose(before[0], cosines[:, None] * scale + offset, rtol=1e-3, atol=1e-3)
+    (line,) = [line for line in caplog.messages if line.startswith("the head begins with")]
+    assert line.endswith("which fits the labels of 16 training pairs best")
+    assert f"{scale[0]:.2f}"[:-1] in line
 
 
 def test_early_stopping(student_flags, checkpoints, monkeypatch, caplog):

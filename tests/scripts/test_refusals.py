@@ -274,7 +274,7 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("train", None, {"fc_dims": [8, 3]}, "the last size is 3, but mrpc (binary) needs 1"),
     ("train", None, {"fc_dims": [0, 1]}, "--fc_dims: 0 is below 1"),
     ("train", None, {"pooler_type": "mean"}, "--pooler_type: invalid choice: 'mean' (choose from"),
-    ("train", None, {"siamese_head_type": "cosine"}, "invalid choice: 'cosine' (choose from 'concat', 'dot')"),
+    ("train", None, {"siamese_head_type": "cosine"}, "invalid choice: 'cosine' (choose from 'concat', 'dot', "),
     ("train", None, {"freeze_bert": True, "siamese_head_type": "tanh"}, "invalid choice: 'tanh'"),
     ("train", None, {"pooler_num_top_hidden_layers": 3}, "3 is above the model's 2 layers: give 2 or less"),
     ("train", None, {"pooler_num_top_hidden_layers": 13}, "13 is above the model's 2 layers"),

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from dse.data.tasks import get_task
-from dse.training.kinds import KINDS, best_threshold, measure_student, teacher_metrics
+from dse.training.kinds import KINDS, best_threshold, fit_cosines, measure_student, teacher_metrics
 
 
 def sigmoid_cross_entropy(z: float, y: int) -> float:
@@ -74,6 +75,35 @@ def test_multiclass_and_regression_metrics():
     # Ranks 1, 2.5, 2.5, 4 and 1.5, 1.5, 3.5, 3.5: squares sum to 4.5 and 4, products to 3.
     assert scores["spearman"] == pytest.approx(3 / math.sqrt(4.5 * 4))
     assert KINDS["regression"].score(scores) == ("pearson", scores["pearson"])
+
+
+def test_the_fit_of_cosines():
+    """Against numpy's least squares and scikit-learn's regressions without a penalty to speak of."""
+    random = np.random.default_rng(0)
+    cosines = random.uniform(0.2, 1.0, 500).astype(np.float32)
+    scores = (4 * cosines + random.normal(size=500)).astype(np.float32)
+    scale, offset = fit_cosines(get_task("sts-b"), cosines, scores)
+    assert [scale.item(), offset.item()] == pytest.approx(np.polyfit(cosines, scores, 1), rel=1e-3)
+    labels = (random.uniform(size=500) * scores.max() < scores).astype(np.int64)
+    scale, offset = fit_cosines(get_task("mrpc"), cosines, labels)
+    regression = LogisticRegression(C=1e6).fit(cosines[:, None], labels)
+    assert [scale.item(), offset.item()] == pytest.approx([regression.coef_[0, 0], regression.intercept_[0]], rel=1e-2)
+    labels += random.integers(0, 2, 500)
+    scale, offset = fit_cosines(get_task("snli"), cosines, labels)
+    regression = LogisticRegression(C=1e6).fit(cosines[:, None], labels)
+    for found, expected in ((scale, regression.coef_[:, 0]), (offset, regression.intercept_)):
+        np.testing.assert_allclose(found - found.mean(), expected - expected.mean(), atol=2e-2)
+
+
+@pytest.mark.parametrize("cosines", [[0.5] * 4, [0.1, 0.2, 0.8, 0.9]], ids=["alike", "parting"])
+def test_a_fit_of_cosines_stays_finite(cosines):
+    """Of cosines that are all alike, that part the labels, and of a label without a row."""
+    cosines = np.array(cosines, np.float32)
+    for name in ("mrpc", "snli"):
+        scale, offset = fit_cosines(get_task(name), cosines, np.array([0, 0, 1, 1]))
+        assert bool((scale.isfinite() & offset.isfinite()).all())
+        ranked = (scale[-1 if name == "mrpc" else 1] * torch.from_numpy(cosines)).tolist()
+        assert ranked == sorted(ranked)
 
 
 def test_constant_outputs_have_no_correlation():

@@ -473,8 +473,9 @@ def train_and_stop(argv: list[str], after_epoch: int, monkeypatch) -> None:
             dse_train_runner.main(argv)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(student_flags, checkpoints, monkeypatch):
-    flags = {"epochs": 4, "gradient_accumulation_steps": 2, "batch_size": 5}
+@pytest.mark.parametrize("head", ["concat", "residual"])  # a run that goes on does not fit the cosines again
+def test_a_stopped_run_goes_on_to_the_same_bits(student_flags, checkpoints, monkeypatch, head):
+    flags = {"epochs": 4, "gradient_accumulation_steps": 2, "batch_size": 5, "siamese_head_type": head}
     dse_train_runner.main(student_flags(**flags))
     unbroken = checkpoints()[-1].rename(checkpoints()[-1].parents[2] / "unbroken.pt")
     for old in checkpoints():
