@@ -25,8 +25,9 @@ def test_the_flags_of_students():
     small, task = presets.PRESETS["small"], get_task("mrpc")
     thresholds = "0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
     of_all = f"--epochs 3 --tune_positive_thresholds {thresholds} --fc_dims 512 1"
-    dse = f"--lr 3e-5 --head_lr 1e-3 --dropout 0 --schedule_in_updates {of_all}"
+    dse = f"--siamese_head_type residual --lr 3e-5 --head_lr 1e-3 --dropout 0 --schedule_in_updates {of_all}"
     assert " ".join(small.flags("dse", task)) == dse
     assert " ".join(small.flags("labels_only", task)) == f"{dse} --distillation_coeff 0.0"
-    assert " ".join(small.flags("one_rate", task)) == f"--lr 3e-5 --dropout 0 --schedule_in_updates {of_all}"
+    assert " ".join(small.flags("one_rate", task)) == dse.replace(" --head_lr 1e-3", "")
+    assert " ".join(small.flags("concat_head", task)) == dse.removeprefix("--siamese_head_type residual ")
     assert " ".join(small.flags("defaults", task)) == of_all.removeprefix("--epochs 3 ")
