@@ -247,7 +247,7 @@ def variants_table(results: dict[str, Any]) -> str:
     for name, task in results["tasks"].items():
         columns = {(split, metric): row for split, rows in task["variants"].items() for metric, row in rows.items()}
         header = (f"{name}, student", *(f"{split} {_WORDS.get(metric, metric)}" for split, metric in columns))
-        trained = [stage for stage in (STUDENTS | VARIANTS) if any(row[stage] for row in columns.values())]
+        trained = [stage for stage in (STUDENTS | VARIANTS) if any(row.get(stage) for row in columns.values())]
         rows = [(told(stage), *(show(row[stage]) for row in columns.values())) for stage in trained]
         tables += [markdown_table(header, rows)] if columns else []
     return "\n\n".join(tables)
