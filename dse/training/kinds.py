@@ -162,8 +162,9 @@ def distillation_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 def fit_cosines(task: Task, cosines: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     """Scale and offset, (outputs,) each: the labels' hard loss of scale * cosine + offset is least.
 
-    That is a fit by least squares for a regression, else by (multinomial) logistic regression. Cosines are (n,). A tiny
-    penalty keeps the fit finite where cosines part the labels, or a label has no row.
+    That is a fit by least squares for a regression, else by (multinomial) logistic regression. Cosines are (n,). A
+    small penalty, 1e-4 * scale^2, keeps the scale low where cosines hardly differ, so that the outputs do not explode
+    once training moves them apart.
     """
     mean, spread = float(cosines.mean()), max(float(cosines.std()), 1e-6)
     x = torch.from_numpy((cosines - mean) / spread).float()[:, None]
@@ -173,7 +174,7 @@ def fit_cosines(task: Task, cosines: np.ndarray, labels: np.ndarray) -> tuple[Te
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = kind_of(task).hard_loss(x * weights[0] + weights[1], torch.from_numpy(labels))
-        value = value + 1e-5 * weights.square().sum()
+        value = value + 1e-4 * (weights[0] / spread).square().sum()
         value.backward()
         return value
 

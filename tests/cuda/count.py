@@ -32,7 +32,7 @@ from dse.data.tokenizers import load_tokenizer
 from dse.experiments.synthetic import make_pair, write_tiny_bert
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
-from dse.networks.config import DSEConfig
+from dse.networks.config import HEAD_TYPES, DSEConfig
 from dse.networks.pretrained import bert_config
 from dse.networks.student import empty_network
 from dse.storage.logits import logits_identity, save_logits
@@ -156,7 +156,7 @@ def main() -> None:
             details.append((case, updates[0]))
         print("\n| head | queries | search | launches | host reads | h2d copies | d2h copies |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
-        for head in ("concat", "dot"):
+        for head in HEAD_TYPES:
             for queries in (1, 64):
                 for which, one in search_counts(a_student(folder / "bert", head), queries, 40_960):
                     print(_row(head, queries, which, *(one["counts"].get(kind, 0) for kind in KINDS)))
