@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from dse.experiments import benchmarks, benchmarks_scoring, gpu_report, results, transfer
 from dse.system.device import count_of
 from dse.system.files import write_json
+from dse.training.reporting import markdown_table
 
 PUBLISHED = ROOT / "dse" / "experiments" / "published"
 README = ROOT / "README.md"
@@ -50,6 +51,27 @@ def minutes_line() -> str:
     return f"With a 6-layer BERT on one CPU core, steps 2 to 4 took {teacher}, {logits} and {student} minutes."
 
 
+TRIED_METRICS = {
+    "STS-B, dev Pearson": ("sts-b", "dev", "pearson"),
+    "STS-B, dev MRR": ("sts-b", "dev", "mrr"),
+    "MRPC, dev f1": ("mrpc", "dev", "tuned_f1"),
+    "MRPC, test f1": ("mrpc", "test", "tuned_f1"),
+    "MRPC, test MRR": ("mrpc", "test", "mrr"),
+}
+
+
+def tried_table() -> str:
+    """What was tried beside the recipe: a row for each way, with its seeds' mean and spread."""
+    tried, columns = read("tried"), TRIED_METRICS.values()
+
+    def cell(name: str, task: str, split: str, metric: str) -> str:
+        of_task = [run for run in tried["runs"] if (run["trial"], run["task"]) == (name, task)]
+        return results.show(results.spreads({"": [run["metrics"][split].get(metric) for run in of_task]}, set())[""])
+
+    rows = [(words, *(cell(name, *column) for column in columns)) for name, words in tried["names"].items()]
+    return markdown_table(("student", *TRIED_METRICS), rows)
+
+
 MADE: dict[str, Callable[[], str]] = {
     "quality-line": lambda: results.in_one_line(read("results")),
     "speed-line": lambda: benchmarks_scoring.in_one_line(read("scoring")),
@@ -59,6 +81,7 @@ MADE: dict[str, Callable[[], str]] = {
     "quality": lambda: results.quality_table(read("results")),
     "compared": lambda: results.compared_table(read("results")),
     "minutes": lambda: results.minutes_table(read("results")),
+    "tried": tried_table,
     "variants": lambda: results.variants_table(read("results")),
     "transfer": lambda: transfer.to_markdown(read("transfer")["results"]),
     "memory": benchmarks.memory_table,
