@@ -60,6 +60,7 @@ def stages(bert, copied, edit_json, data, tmp_path, logits):
                    "max_seq_length": 48, "batch_size": 1, "output_dir": folder, "save_every": 2}  # fmt: skip
         student = {"distillation_logits_path": logits("mrpc"), "bert_model": plain, "max_seq_length": 32,
                    "pooler_num_top_hidden_layers": 2, "fc_dims": [8, 1], "batch_size": 9, "epochs": 20,
+                   "siamese_head_type": "residual",
                    "gradient_accumulation_steps": 3, "lr": 1e-4, "store_checkpoints": True,
                    "checkpoint_dir": folder / "checkpoints"}  # fmt: skip
         return [
