@@ -387,7 +387,8 @@ def test_sentence_bert_itself(glue, bert, tmp_path, name):
         return made
 
     whole = make()
-    losses = [whole.train_epoch(rows, epoch) for epoch in (0, 1)]
+    losses, scores = zip(*((whole.train_epoch(rows, epoch), whole.score(rows)) for epoch in (0, 1)), strict=True)
+    assert np.abs(scores[0] - scores[1]).max() > 1e-4, "embeddings of the epoch before"
     begun = make()
     assert begun.train_epoch(rows, 0) == losses[0]
     begun.save(tmp_path / "state.pt", [{"epoch": 0}])

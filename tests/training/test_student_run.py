@@ -473,8 +473,8 @@ def train_and_stop(argv: list[str], after_epoch: int, monkeypatch) -> None:
             dse_train_runner.main(argv)
 
 
-@pytest.mark.parametrize("head", ["concat", "residual"])  # a run that goes on does not fit the cosines again
-def test_a_stopped_run_goes_on_to_the_same_bits(student_flags, checkpoints, monkeypatch, head):
+@pytest.mark.parametrize("head", ["concat", "residual"])
+def test_a_stopped_run_goes_on_to_the_same_bits(student_flags, checkpoints, monkeypatch, caplog, head):
     flags = {"epochs": 4, "gradient_accumulation_steps": 2, "batch_size": 5, "siamese_head_type": head}
     dse_train_runner.main(student_flags(**flags))
     unbroken = checkpoints()[-1].rename(checkpoints()[-1].parents[2] / "unbroken.pt")
@@ -484,7 +484,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(student_flags, checkpoints, monk
     train_and_stop(student_flags(**flags), 1, monkeypatch)
     stopped = checkpoints()[-1]
     torch.manual_seed(999)  # going on must not depend on what the process did before
+    caplog.clear()
     dse_train_runner.main(student_flags(**flags, trainer_checkpoint=stopped))
+    assert "the head begins with" not in caplog.text
     assert checkpoints()[-1].parent == stopped.parent
     assert len(checkpoints()) <= 2
     assert_same_run(checkpoints()[-1], unbroken)
