@@ -79,6 +79,7 @@ MADE: dict[str, Callable[[], str]] = {
     "summary": lambda: results.quality_table(read("results"), headlines_only=True),
     "introduction": lambda: results.introduction(read("results")).partition("`: ")[2],  # what was run stands below
     "quality": lambda: results.quality_table(read("results")),
+    "finding": lambda: results.finding_table(read("results")),
     "compared": lambda: results.compared_table(read("results")),
     "minutes": lambda: results.minutes_table(read("results")),
     "tried": tried_table,

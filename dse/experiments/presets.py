@@ -76,7 +76,7 @@ def as_words(flags: Flags) -> list[str]:
 # The recommended recipe: what the scripts are given where their defaults, the paper's settings, need not be kept.
 # BertAdam has no bias correction: its steps are 1 / sqrt(1 - 0.999^n) times Adam's, 3.2 times after 100 updates and
 # 1.7 times after 400, so an encoder needs a low rate. An untrained head needs a high one. Dropout is drawn for u and v
-# apart, so |u - v| in training is not the quantity that is used (RESULTS.md, "What decides the quality").
+# apart, so |u - v| in training is not the quantity that is used (TRIED.md).
 TEACHER_RECIPE: Flags = {"learning_rate": "2e-5", "num_train_epochs": 4, "train_batch_size": 16}
 STUDENT_RECIPE: Flags = {
     "siamese_head_type": "residual", "lr": "3e-5", "head_lr": "1e-3", "dropout": 0, "schedule_in_updates": True,

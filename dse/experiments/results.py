@@ -6,6 +6,7 @@ columns of a row are means over the same seeds: a seed that lacks a column which
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from operator import sub
@@ -33,8 +34,8 @@ TRAINED = tuple(stage for stage in MODELS if stage != "encoder")
 SPLITS = ("dev", "test")
 TIMED = ("teacher", "logits", *STUDENTS, "sentence_bert")
 _WORDS = {"tuned_f1": "f1, threshold of dev", "tuned_accuracy": "accuracy, threshold of dev", "pearson": "Pearson",
-          "spearman": "Spearman", "mrr": "finding: MRR", "recall_at_1": "finding: recall@1",
-          "recall_at_10": "finding: recall@10"}  # fmt: skip
+          "spearman": "Spearman", "mrr": "MRR", "recall_at_1": "recall@1", "recall_at_10": "recall@10"}  # fmt: skip
+FINDING = ("mrr", "recall_at_1", "recall_at_10")
 Spread = dict[str, Any]  # mean, sd (None of one), n
 Records = dict[str, dict[str, Any]]  # by stage, of those that are done
 Runs = list[dict[str, Any]]  # the records with their task and seed
@@ -198,22 +199,34 @@ def show(value: Spread | None, form: str = ".3f") -> str:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """results.md: what was run; quality, degradation and differences, minutes; variants, where they were made."""
+    """results.md: what was run; quality, finding, differences, minutes; variants, where they were made."""
     variants = variants_table(results) if any(task["variants"] for task in results["tasks"].values()) else ""
-    parts = [introduction(results), quality_table(results), compared_table(results), minutes_table(results), variants]
+    tables = [make(results) for make in (quality_table, finding_table, compared_table, minutes_table)]
+    parts = [introduction(results), *tables, variants]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def quality_table(results: dict[str, Any], headlines_only: bool = False) -> str:
-    """Each metric of each task, a column for each model; with `headlines_only`, one metric of each split."""
+    """Each metric of pairs of each task, a column for each model; with `headlines_only`, one metric of each split."""
+    return _metrics_table(results, list(MODELS), lambda task, metric: (
+        metric not in FINDING and (not headlines_only or metric == task["metric_with_threshold_of_dev"])
+    ))  # fmt: skip
+
+
+def finding_table(results: dict[str, Any]) -> str:
+    """How each model finds true partners (predictions.find_partners); a teacher has to read too many pairs for it."""
+    return _metrics_table(results, list(MODELS)[1:], lambda task, metric: metric in FINDING)
+
+
+def _metrics_table(results: dict[str, Any], models: list[str], wanted: Callable[[dict[str, Any], str], bool]) -> str:
     rows = [
-        (name, f"{split} {_WORDS.get(metric, metric)}", *(show(values.get(stage)) for stage in MODELS))
+        (name, f"{split} {_WORDS.get(metric, metric)}", *(show(values.get(stage)) for stage in models))
         for name, task in results["tasks"].items()
         for split, metrics in task["table"].items()
         for metric, values in metrics.items()
-        if not headlines_only or metric == task["metric_with_threshold_of_dev"]
+        if wanted(task, metric)
     ]
-    return markdown_table(("task", "metric", *MODELS.values()), rows)
+    return markdown_table(("task", "metric", *(MODELS[stage] for stage in models)), rows)
 
 
 def compared_table(results: dict[str, Any]) -> str:

@@ -150,7 +150,14 @@ def test_the_whole_comparison_and_a_second_call(whole, finished, flags, calls):
     scored = {"teacher", "dse", "labels_only", "logits_only"}
     assert set(found["tasks"]["SICK"]["pairs_per_second"]) == scored
     assert set(found["tasks"]["MRPC"]["pairs_per_second"]) == {*scored, "encoder"}
-    assert "| SICK | dev accuracy |" in (folder / "results.md").read_text()
+    text, found_by = (folder / "results.md").read_text(), found["tasks"]["MRPC"]["table"]["test"]["mrr"]
+    assert "| SICK | dev accuracy |" in text
+    models = ("dse", "labels_only", "logits_only", "sentence_bert", "encoder")
+    assert text.count(f"| MRPC | test MRR | {' | '.join(results.show(found_by[model]) for model in models)} |") == 1
+    assert found_by["dse"]["mean"] == pytest.approx(
+        np.mean([json.loads((folder / f"mrpc_seed{seed}" / "dse.json").read_text())["metrics"]["test"]["mrr"]
+                 for seed in (1, 2)])
+    )  # fmt: skip
 
     # Nothing is done twice, though the folder was moved; what was spoiled, and what was made from it, is.
     reproduce(flags)
