@@ -1,5 +1,7 @@
 """The settings of `python -m dse reproduce`."""
 
+from processes import ROOT
+
 import dse_train_runner
 import finetune_bert
 from dse.data.tasks import get_task
@@ -31,3 +33,12 @@ def test_the_flags_of_students():
     assert " ".join(small.flags("one_rate", task)) == dse.replace(" --head_lr 1e-3", "")
     assert " ".join(small.flags("concat_head", task)) == dse.removeprefix("--siamese_head_type residual ")
     assert " ".join(small.flags("defaults", task)) == of_all.removeprefix("--epochs 3 ")
+
+
+def test_the_readme_recommends_the_recipe():
+    """Its commands for a user's own pairs, thresholds aside."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = text[text.index("faq.json --data_dir") : text.index("faq_*/best")]
+    for name, value in (presets.TEACHER_RECIPE | presets.STUDENT_RECIPE).items():
+        if name != "tune_positive_thresholds":
+            assert " ".join(presets.as_words({name: value})) in commands

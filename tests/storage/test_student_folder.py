@@ -11,7 +11,9 @@ from processes import ended, start
 import dse_train_runner
 from dse import __main__ as entry
 from dse.data.tasks import Task, get_task
+from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
+from dse.networks.config import HEAD_TYPES
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import command_line
 from dse.system.errors import InputError
@@ -52,14 +54,19 @@ def test_a_new_process_gives_the_same_bits(student, tmp_path):
     np.testing.assert_array_equal(scores, model.score(PAIRS))
 
 
-def test_the_runner_leaves_the_best_epoch_and_export_makes_the_same(student_flags, checkpoints, tmp_path):
-    dse_train_runner.main(student_flags(epochs=4, lr=3e-3))
+@pytest.mark.parametrize("head", HEAD_TYPES)
+def test_the_runner_leaves_the_best_epoch_and_export_makes_the_same(student_flags, checkpoints, tmp_path, head):
+    """Checkpoint, folder and index give the same scores."""
+    dse_train_runner.main(student_flags(epochs=4, lr=3e-3, siamese_head_type=head))
     best = checkpoints()[-1].parent / Checkpoint.read(checkpoints()[-1]).best["file"]
     entry.main(["export", "--trainer_checkpoint", str(best), "--output", str(tmp_path / "exported")])
     for name in ("config.json", "README.md", "model.safetensors", "tokenizer.json"):
         assert (best.parent / "best" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes(), name
     model = DSESiameseClassifier.from_pretrained(best.parent / "best")
-    np.testing.assert_array_equal(model.score(PAIRS), DSESiameseClassifier.from_checkpoint(best).score(PAIRS))
+    scores, index = model.score(PAIRS), CandidateIndex.build(model, [second for _, second in PAIRS])
+    np.testing.assert_array_equal(scores, DSESiameseClassifier.from_checkpoint(best).score(PAIRS))
+    of_index = index.score([first for first, _ in PAIRS]).diagonal()
+    np.testing.assert_allclose(of_index, scores, rtol=0, atol=1e-5 * np.abs(scores).max())
     card = (best.parent / "best" / "README.md").read_text()
     record = Checkpoint.read(best).trainer["history"][-1]
     assert f"epoch {record['epoch']}" in card
