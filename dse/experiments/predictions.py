@@ -18,7 +18,7 @@ from dse.data.features import joint_features, separate_features
 from dse.data.processors import Examples
 from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs, ranked_label
 from dse.data.tokenizers import load_tokenizer, saved_casing
-from dse.index import rank_scores
+from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.inference import infer, infer_pairs
@@ -125,17 +125,15 @@ def find_partners(task: Task, rows: Examples, rank: Ranker) -> dict[str, float]:
 def _positive(task: Task, labels: np.ndarray) -> np.ndarray:
     if task.kind != REGRESSION:
         return labels == task.labels.index(str(ranked_label(task)))
-    return labels >= labels.max() - 0.1 * (labels.max() - labels.min())
+    least, most = labels.min(), labels.max()
+    return (labels >= most - 0.1 * (most - least)) & (labels > least)
 
 
 def rank_by_head(model: DSESiameseClassifier) -> Ranker:
     """A student's scores."""
 
-    @torch.inference_mode()
     def rank(texts: list[str], queries: np.ndarray) -> torch.Tensor:
-        embeddings = model.encode(texts, convert_to="tensor")
-        outputs = model.network.siamese_head.eval().factorised()
-        return torch.cat([rank_scores(outputs(u, embeddings), model.task) for u in embeddings[queries].split(16)])
+        return torch.from_numpy(CandidateIndex.build(model, texts).score([texts[query] for query in queries]))
 
     return rank
 

@@ -55,6 +55,8 @@ def test_partners_of_other_kinds():
     assert find_partners(get_task("sts-b"), rows, best)["mrr"] == pytest.approx((1 + 1 / 3) / 2)
     rows.labels = [5.0, 4.5, 0.0, 0.0]  # c ties with d, e and f
     assert find_partners(get_task("sts-b"), rows, best)["mrr"] == pytest.approx((1 + 1 / 2.5) / 2)
+    rows.labels = [3.0] * 4
+    assert find_partners(get_task("sts-b"), rows, best) == {}
     rows.labels = [1, 0, 2, 0]  # entailment is the second of three labels, and the first of RTE's two
     assert find_partners(get_task("snli"), rows, best)["recall_at_1"] == 1.0
     rows.labels = [0, 1, 1, 1]
