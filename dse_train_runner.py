@@ -5,8 +5,9 @@
         --store_checkpoints --fc_dims 512 1 \\
         --distillation_logits_path outputs/logits/large_uncased_finetuned_mrpc_logits.pt
 
-With --store_checkpoints the best and the newest checkpoint are kept. The same command with --resume continues a run
-that was stopped from its newest state, and ends as if it had never stopped. So does --trainer_checkpoint <newest>.
+The best epoch's student is kept in the run folder's `best`, a folder that loads without flags. --store_checkpoints also
+keeps the best and the newest checkpoint. The same command with --resume continues a run that was stopped from its
+newest state, and ends as if it had never stopped. So does --trainer_checkpoint <newest>.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_architecture_flags(parser)
     add("--experiment_name", type=cli.file_word, default="bert_distillation", help="prefix of all output names")
     cli.add_log_flags(parser)
-    add("--store_checkpoints", action="store_true", help="keep the best and the newest checkpoint")
+    add("--store_checkpoints", action="store_true", help="also keep the best and the newest checkpoint")
     add("--checkpoint_dir", default="outputs/checkpoints", help="folder for the run folders, which hold checkpoints")
     add("--plot_metrics", action="store_true", help="plot the metrics by epoch (needs matplotlib)")
     add("--plots_dir", default="outputs/plots", help="folder for the plots")

@@ -202,6 +202,9 @@ add_precision_flag = _flags(precision=_PRECISION)
 _SENTENCES = {"type": whole_number(1), "default": 32, "help": "full-length sentences per step; more if shorter"}
 # of the commands that use a student
 add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE, precision=_PRECISION)
+add_student_flag = _flags(
+    model={"required": True, "help": "a student: its folder, a run's folder, a checkpoint (.pt) or a hub name"}
+)
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},

@@ -48,10 +48,12 @@ class DSESiameseClassifier(Student, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **of_hub: Any) -> Self:  # type: ignore[override]  # the mixin names all
-        """A student in evaluation mode on the CPU, float32, from a folder of `save_pretrained`, or from the hub.
+        """A student in evaluation mode on the CPU, float32.
 
-        `of_hub` is huggingface_hub's revision, token, cache_dir and local_files_only. Raises InputError for a folder
-        that holds no student, or one that is incomplete, corrupt or of another version.
+        `name` is a folder of `save_pretrained`, the folder of a run of dse_train_runner.py (of which the best epoch
+        counts), a checkpoint's file, or a name on the hub. `of_hub` is huggingface_hub's revision, token, cache_dir and
+        local_files_only. Raises InputError for a folder that holds no student, or one that is incomplete, corrupt or of
+        another version.
         """
         return cls(**vars(read_student(name, **of_hub)))
 

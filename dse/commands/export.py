@@ -2,7 +2,7 @@
 
     python -m dse export --trainer_checkpoint CHECKPOINT --output FOLDER
 
-dse_train_runner.py --store_checkpoints makes such a folder of the best epoch itself: `best` beside the checkpoints.
+dse_train_runner.py makes such a folder of the best epoch itself: `best` in the run folder.
 """
 
 import argparse

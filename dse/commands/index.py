@@ -19,7 +19,7 @@ from dse.system.text_files import check_texts, texts_of
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="a student: `best` in a run folder, an exported folder, or a hub name")
+    cli.add_student_flag(parser)
     add("--candidates", required=True, help="file with one candidate per line; - for standard input")
     add("--output", required=True, help="folder of the index; an earlier index there is replaced")
     add("--append", action="store_true", help="add to the index at --output instead")

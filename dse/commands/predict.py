@@ -30,7 +30,7 @@ GLUE_FILES = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="folder of a teacher (finetune_bert.py) or a student (`best`), or its hub name")
+    add("--model", required=True, help="a student, as `score` takes it, or the folder of a teacher")
     cli.add_task_flags(parser)
     add("--output_dir", required=True, help="folder for the file; a file of the same name is replaced")
     add("--threshold", type=cli.threshold, help="binary: second label above this probability (default: the model's)")

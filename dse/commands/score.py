@@ -28,7 +28,7 @@ COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="a student: `best` in a run folder, an exported folder, or a hub name")
+    cli.add_student_flag(parser)
     add("--queries", required=True, help="file with one query per line; - for standard input")
     add("--candidates", required=True, help="file with one candidate per line (- for standard input), or an index")
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")

@@ -25,7 +25,7 @@ from dse.system.files import check_output_file, write_json
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
-    add("--model", required=True, help="a student: `best` in a run folder, an exported folder, or a hub name")
+    cli.add_student_flag(parser)
     add("--data_dir", default="glue_data", help="folder with a folder for each task")
     add("--bert_model", default="", help="encoder to compare with (default: the one that the student started from)")
     add("--max_rows", type=cli.whole_number(10), default=20_000, help="training rows per task at most, from the start")

@@ -25,6 +25,7 @@ from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config, find_bert, read_training
 from dse.networks.teacher import load_teacher
 from dse.storage.student_folder import FORMAT as STUDENT_FORMAT
+from dse.storage.student_folder import find_student
 from dse.system.errors import InputError
 from dse.system.files import read_json
 from dse.training.kinds import kind_of
@@ -42,10 +43,10 @@ def load_scorer(
 ) -> tuple[Scorer, float]:
     """A model's outputs on the rows of a task, and its threshold: of a student that of its training, of a teacher 0.5.
 
-    `name` is the folder of a student (or its hub name), or of a teacher that finetune_bert.py made. A step has
+    `name` is a student as `read_student` takes it, or the folder of a teacher that finetune_bert.py made. A step has
     `batch_size` pairs of full length. Raises InputError for a folder that is neither, and for other labels.
     """
-    folder = Path(name).expanduser()
+    folder = find_student(name)
     config = folder / "config.json"
     entries = read_json(config, "the model's configuration") if config.is_file() else {}
     if folder.is_dir() and entries.get("format") != STUDENT_FORMAT:

@@ -43,7 +43,7 @@ from dse.models import DSESiameseClassifier
 from dse.networks.inference import score_stored
 from dse.networks.pretrained import TRAINING, read_training
 from dse.storage.checkpoint import Checkpoint
-from dse.storage.student_folder import best_folders, read_config, told_by
+from dse.storage.student_folder import find_student, read_config
 from dse.system.device import select_device
 from dse.system.errors import InputError
 from dse.system.files import sha256_file, utc_stamp, write_json, write_text
@@ -212,8 +212,8 @@ _DO: dict[str, Callable[[Experiment, Path], tuple[Result, list[Path]]]] = {
 def student_folder(folder: Path, stage: str) -> Path:
     """The best epoch of a student, below the folder of its task and seed."""
     for run in sorted(folder.glob(f"{stage}/{stage}_*"), reverse=True):
-        if found := {epoch: path for path in best_folders(run) if (epoch := told_by(path).get("epoch")) is not None}:
-            return found[max(found)]  # `best`, or a folder beside it if `best` could not be replaced
+        if (found := find_student(run)) != run:
+            return found
     raise InputError(f"--output_dir: {folder / stage} holds no student; remove the folder")
 
 

@@ -36,9 +36,9 @@ class Checkpoint:
     version: int = 2
 
     @classmethod
-    def read(cls, path: str | Path) -> "Checkpoint":
-        """Read a checkpoint onto the CPU. Raises InputError for a missing, truncated or foreign file."""
-        path, flag = Path(path), "--trainer_checkpoint"
+    def read(cls, path: str | Path, flag: str = "--trainer_checkpoint") -> "Checkpoint":
+        """Read a checkpoint onto the CPU. Raises InputError, naming the flag, for a missing, cut or foreign one."""
+        path = Path(path)
         check_file(path, flag, "dse_train_runner.py --store_checkpoints writes it")
         entries = load_tensors(path, f"{flag}: {path} is truncated or not a checkpoint of dse_train_runner.py")
         if not isinstance(entries, dict) or entries.get("format") != cls.format:

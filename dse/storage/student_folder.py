@@ -78,13 +78,17 @@ def read_student(
     name: str | Path, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | Path | None = None, local_files_only: bool = False,
 ) -> Student:  # fmt: skip
-    """A student in evaluation mode on the CPU, float32, from a folder that `write_student` wrote, or from the hub.
+    """A student in evaluation mode on the CPU, float32.
 
-    Raises InputError for a folder that holds no student, or one that is incomplete, corrupt or of another version.
+    `name` is a folder that `write_student` wrote, a run's folder (of which the best epoch counts), a checkpoint's file,
+    or a name on the hub. Raises InputError for a folder that holds no student, or one that is incomplete, corrupt or of
+    another version.
     """
-    folder = Path(name).expanduser()
+    folder = find_student(name)
+    if folder.suffix == ".pt" and folder.is_file():
+        return Checkpoint.read(folder, "the student").student()
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{name}: is a file, not a student's folder; {_FORMAT.mend}")
+        raise InputError(f"{name}: is a file, not a student's folder or a checkpoint; {_FORMAT.mend}")
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(
@@ -149,6 +153,16 @@ def best_folders(run: Path) -> list[Path]:
     return [run / BEST, *(path for path in run.glob(f"{BEST}_epoch_*") if path.name.rpartition("_")[2].isdecimal())]
 
 
+def find_student(name: str | Path) -> Path:
+    """Where a student is: of a run's folder its best epoch, else the path itself."""
+    path = Path(name).expanduser()
+    if (path / CONFIG).exists() or not path.is_dir():
+        return path
+    epochs = {folder: told_by(folder).get("epoch") for folder in best_folders(path)}
+    # `best`, or a folder beside it if `best` could not be replaced
+    return max((folder for folder in epochs if epochs[folder] is not None), key=epochs.__getitem__, default=path)
+
+
 def save_best(student: Student, run: Path) -> None:
     """Write the best epoch's student into a run folder, in place of those of earlier epochs.
 
@@ -171,8 +185,8 @@ def save_best(student: Student, run: Path) -> None:
             return
 
 
-def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
-    """Write the best epoch's student of a run, unless it is there or that epoch's checkpoint is gone.
+def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path | None) -> None:
+    """Write the best epoch's student of a run, unless it is there or that epoch's checkpoint or state is gone.
 
     It may be missing after a stop, or because another epoch has become the best.
     """
@@ -180,7 +194,7 @@ def mend_best(run: Path, epoch: int, stamp: str, checkpoint: Path) -> None:
     found = [place for place in best_folders(run) if wanted <= told_by(place).items()]
     if found:
         _remove_older_best(run, found[0], stamp)
-    elif checkpoint.is_file():
+    elif checkpoint is not None and checkpoint.is_file():
         save_best(Checkpoint.read(checkpoint).student(), run)
 
 

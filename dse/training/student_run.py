@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dse.data.tasks import Task, task_to_dict, winning_threshold
 from dse.data.tokenizers import tokenizer_from_files, tokenizer_to_files
 from dse.networks.config import DSEConfig
@@ -141,13 +143,19 @@ class StudentRun(Run):
         elif count >= wanted:
             logger.warning("nothing to train: %d epochs are done, --epochs is %d", count, wanted)
         else:
+            self._mend_best()  # now, as the best epoch's state may not be kept
             self.fit(wanted, validate, flags["validate_every"], save_every)
-        best = self.best_epoch()
+        self._mend_best()
         if ended or count < wanted or wanted == self.epochs_before:  # else more may be wanted again: all stays
-            self.states.finish(best)
+            self.states.finish(self.best_epoch())
+
+    def _mend_best(self) -> None:
+        """Write the best epoch's student if a stop came before it."""
+        best = self.best()
         if best is not None and parallel.is_first():
-            checkpoint = self.states.files[best + 1, 0]
-            mend_best(self.states.folder, best, self.stamp, checkpoint)
+            state = self.states.files.get((best["epoch"] + 1, 0))
+            with torch.random.fork_rng(devices=[]):  # a network that is made draws numbers
+                mend_best(self.states.folder, best["epoch"], self.stamp, state)
 
     def best(self) -> Record | None:
         """The validated epoch with the best score, the first of equals; None if none was validated.
@@ -162,7 +170,7 @@ class StudentRun(Run):
         return max((record for record in self.trainer.history if "validation" in record), key=rank, default=None)
 
     def best_epoch(self) -> int | None:
-        """The best epoch so far; None if no checkpoints are kept."""
+        """The best epoch so far, whose checkpoint is kept; None if no checkpoints are."""
         best = self.best() if self.flags["store_checkpoints"] else None
         return best["epoch"] if best else None
 
@@ -197,8 +205,8 @@ class StudentRun(Run):
             name, value = kind_of(self.task).score(record["validation"])
             file = f"{flags['experiment_name']}_{utc_stamp()}_{name}_{value:.3f}_epoch_{record['epoch']}.pt"
         entries = self.save(file)
-        if file and self.best_epoch() == record["epoch"] and parallel.is_first():
-            self.wait()  # a student whose checkpoint is not there could not be mended
+        if "validation" in record and self.best() is record and parallel.is_first():
+            self.wait()  # a student whose checkpoint or state is not there could not be mended
             save_best(Checkpoint(**entries).student(trainer.model, self.tokenizer), self.states.folder)
         super().after_epoch(record)
         if flags["plot_metrics"] and parallel.is_first():

@@ -15,7 +15,7 @@ from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.networks.config import HEAD_TYPES
 from dse.storage.checkpoint import Checkpoint
-from dse.storage.student_folder import command_line
+from dse.storage.student_folder import command_line, read_config
 from dse.system.errors import InputError
 from dse.system.files import sha256_json
 
@@ -173,3 +173,32 @@ def test_a_card_where_nothing_says_what_ranks(student, tmp_path):
     model.save_pretrained(tmp_path / "student")
     card = (tmp_path / "student" / "README.md").read_text()
     assert "- candidates are ranked by the probability of the label that `rank_label` names\n" in card
+
+
+def test_a_student_is_found_wherever_one_may_be_expected(student_flags, checkpoints):
+    """A run's folder stands for its best epoch, a checkpoint for its own."""
+    dse_train_runner.main(student_flags())
+    run, texts = checkpoints()[-1].parent, ["A sentence.", "Another one."]
+    best = DSESiameseClassifier.from_pretrained(run / "best").encode(texts)
+    epoch = read_config(run / "best")["origin"]["epoch"]
+    (of_best,) = (path for path in checkpoints() if path.stem.endswith(f"_epoch_{epoch}"))
+    for place in (run, str(of_best), str(run)):
+        assert (DSESiameseClassifier.from_pretrained(place).encode(texts) == best).all()
+    (run / "best").rename(run / "best_epoch_1")  # where it is if `best` could not be replaced
+    assert (DSESiameseClassifier.from_pretrained(run).encode(texts) == best).all()
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("empty", "holds no student"),
+        ("text.pt", "the student: .*text.pt is truncated or not a checkpoint"),
+        ("text.txt", "is a file, not a student's folder or a checkpoint"),
+    ],
+)
+def test_what_is_not_a_student_is_refused(place, line, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("text.pt", "text.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(InputError, match=line):
+        DSESiameseClassifier.from_pretrained(tmp_path / place)

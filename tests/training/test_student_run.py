@@ -25,6 +25,7 @@ from dse.storage.logits import save_logits
 from dse.storage.states import States
 from dse.storage.student_folder import read_config
 from dse.system import files
+from dse.system.errors import RunError
 from dse.training import trainer
 from dse.training.kinds import Kind
 
@@ -102,17 +103,43 @@ def test_a_half_made_update_is_not_saved(update, unbroken, student_flags, checkp
 
 
 def test_states_without_checkpoints_go_when_the_run_ends(student_flags, tmp_path, monkeypatch, capsys):
+    """The best epoch's student stays, the same as beside checkpoints."""
+    dse_train_runner.main(student_flags(**SHORT_RUN, checkpoint_dir=tmp_path / "stored"))
     flags = {**SHORT_RUN, "store_checkpoints": False}
     with monkeypatch.context() as patched:
         stop_at(patched, 5)
         stopped(dse_train_runner.main, student_flags(**flags), capsys)
     (run,) = (tmp_path / "checkpoints").iterdir()
-    assert sorted(path.name[-17:] for path in run.iterdir()) == [
-        "epoch_1_update_1.pt"[-17:],
-        "epoch_1_update_2.pt"[-17:],
-    ]
+    names = sorted(path.name.partition("_state_")[2] or path.name for path in run.iterdir())
+    assert names == ["best", "epoch_1_update_1.pt", "epoch_1_update_2.pt"]
     dse_train_runner.main([*student_flags(**flags), "--resume"])
-    assert not any((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in run.iterdir()] == ["best"]
+    (stored,) = (tmp_path / "stored").glob("*/best")
+    ours, theirs = (DSESiameseClassifier.from_pretrained(folder) for folder in (run, stored))
+    assert ours.origin["epoch"] == theirs.origin["epoch"]
+    assert (ours.encode("A sentence.") == theirs.encode("A sentence.")).all()
+
+
+def test_a_run_without_checkpoints_that_was_killed_before_its_students_folder(student_flags, tmp_path, monkeypatch):
+    """The state of the best epoch gives the student when the run continues, even if no later epoch is better."""
+    flags = {**SHORT_RUN, "store_checkpoints": False, "epochs": 3}
+
+    def killed(student, run):
+        raise RunError("as if killed")
+
+    monkeypatch.setattr(Kind, "score", lambda self, metrics: ("f1", -metrics["loss"]))  # the first is the best
+    monkeypatch.setattr("dse.training.kinds.Binary.score", Kind.score)
+    rising = iter([0.1, 0.2, 0.3])
+    validate = dse_train_runner.validate
+    monkeypatch.setattr(dse_train_runner, "validate", lambda *args: {**validate(*args), "loss": next(rising)})
+    with monkeypatch.context() as patched:
+        patched.setattr("dse.training.student_run.save_best", killed)
+        with pytest.raises(SystemExit):
+            dse_train_runner.main(student_flags(**flags))
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    assert not (run / "best").exists()
+    dse_train_runner.main([*student_flags(**flags), "--resume"])
+    assert DSESiameseClassifier.from_pretrained(run / "best").origin["epoch"] == 0
 
 
 @pytest.mark.parametrize("store", [True, False])
