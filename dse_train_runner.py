@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dse import cli
 from dse.data.cache import cache_name, check_cache_path
-from dse.data.processors import read_examples
+from dse.data.processors import Examples, read_examples, with_labels
 from dse.data.tasks import Task, check_sentence_pairs, get_task, task_to_dict
 from dse.networks.config import DSEConfig, check_fc_dims
 from dse.networks.pretrained import bert_hashes, last_part, open_bert
@@ -46,7 +46,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Train the Siamese student on labels and teacher logits.")
     add, count = parser.add_argument, cli.whole_number(1)
     cli.add_task_flags(parser)
-    add("--distillation_logits_path", required=True, help="logits file that run_distillation_logits_creator.py wrote")
+    logits = "logits file that run_distillation_logits_creator.py wrote; not needed with --distillation_coeff 0"
+    add("--distillation_logits_path", default="", help=logits)
     add("--train_features_path", default="", help="cache file of the training features (default: beside the data)")
     add("--dev_features_path", default="", help="cache file of the dev features (default: beside the data)")
     cli.add_architecture_flags(parser)
@@ -86,7 +87,10 @@ def check_flags(args: argparse.Namespace, task: Task, caches: dict[str, tuple[Pa
     check_sentence_pairs(task)
     check_fc_dims(args.fc_dims, task)
     hint = "run_distillation_logits_creator.py makes it"
-    check_file(args.distillation_logits_path, "--distillation_logits_path", hint)
+    if args.distillation_logits_path:
+        check_file(args.distillation_logits_path, "--distillation_logits_path", hint)
+    elif args.distillation_coeff:
+        raise InputError(f"--distillation_logits_path: is needed unless --distillation_coeff is 0; {hint}")
     folder, flag = Path(args.checkpoint_dir, f"{args.experiment_name}_{utc_stamp()}"), "--checkpoint_dir"
     if args.trainer_checkpoint:
         folder, flag = Path(args.trainer_checkpoint).parent, "--trainer_checkpoint"
@@ -105,6 +109,17 @@ def check_flags(args: argparse.Namespace, task: Task, caches: dict[str, tuple[Pa
     paths = [path for path, chosen in caches.values() if chosen]
     if len(set(paths)) < len(paths):
         raise InputError(f"--dev_features_path: {args.dev_features_path} is used for two sets; give each its own path")
+
+
+def check_labels(args: argparse.Namespace, train: Examples) -> Examples:
+    """The rows that are trained on: without the teacher's logits those with a label. Raises InputError without any."""
+    known = sum(train.has_label())
+    if not args.distillation_logits_path or not (known or args.distillation_coeff == 1):
+        return with_labels(train, "are left out")
+    if known < len(train):
+        what = "%d of %d training rows have no label, and count in the distillation term alone"
+        logger.info(what, len(train) - known, len(train))
+    return train
 
 
 def feature_caches(args: argparse.Namespace, task: Task) -> dict[str, tuple[Path, bool]]:
@@ -131,7 +146,8 @@ def find_start(
     from dse.training.run import Identity
     from dse.training.student_run import StudentRun, find_run, take_over
 
-    flags, logits, found = run_flags(args), sha256_file(args.distillation_logits_path), None
+    path, flags, found = args.distillation_logits_path, run_flags(args), None
+    logits = sha256_file(path) if path else None
     now = Identity(task_to_dict(task), flags, files, logits=logits)
     if args.trainer_checkpoint:
         found = take_over(Path(args.trainer_checkpoint), args.experiment_name, now)
@@ -143,7 +159,7 @@ def find_start(
         return StudentRun.going_on(found, task, flags, log_file)
     layers = args.pooler_num_top_hidden_layers
     bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
-    about = Path(args.distillation_logits_path).with_suffix(".json")
+    about = Path(path).with_suffix(".json") if path else Path()
     told = read_json(about, "the description of the logits") if about.is_file() else {}
     data = {"files": files, "logits": logits, "commands": told.get("commands", []), "bert": bert_hashes(bert.folder)}
     config = DSEConfig.from_flags(args, bert.config)
@@ -167,9 +183,13 @@ def start_from_cosine(task: Task, network: "SiameseNetwork", batches: "Batches",
     from dse.networks.batches import Batches
     from dse.networks.inference import infer_pairs
     from dse.training.epoch_plan import epoch_order
-    from dse.training.kinds import fit_cosines
+    from dse.training.kinds import fit_cosines, has_label
 
-    rows = epoch_order(len(batches), seed, 0)[:_PAIRS_FITTED]
+    order = epoch_order(len(batches), seed, 0)
+    rows = order[has_label(batches.features.labels[order])][:_PAIRS_FITTED]
+    if not len(rows):
+        logger.info("the head begins with the cosine, as there are no labels to fit it to")
+        return
     some = Batches(batches.features.block(rows), batches.padding, batches.max_seq_length)
     cosines = infer_pairs(network, some, 128, network.device, "cosines")[:, 0]  # which an untrained head gives
     scale, offset = fit_cosines(task, cosines, some.features.labels)
@@ -180,10 +200,15 @@ def start_from_cosine(task: Task, network: "SiameseNetwork", batches: "Batches",
 
 
 def make_trainer(
-    args: argparse.Namespace, task: Task, network: "SiameseNetwork", batches: "Batches", logits: "Tensor", seed: int
+    args: argparse.Namespace,
+    task: Task,
+    network: "SiameseNetwork",
+    batches: "Batches",
+    logits: "Tensor | None",
+    seed: int,
 ) -> "Trainer":
     from dse.training.epoch_plan import EpochPlan, count_updates
-    from dse.training.kinds import kind_of, measure_student
+    from dse.training.kinds import has_label, kind_of, measure_student
     from dse.training.optimization import make_optimizer
     from dse.training.trainer import Trainer
 
@@ -191,12 +216,21 @@ def make_trainer(
     # The original's schedule counts batches, though updates are fewer; the paper's numbers rest on it.
     per_update = args.gradient_accumulation_steps if args.schedule_in_updates else 1
     t_total = count_updates(len(batches), args.batch_size, per_update) * args.epochs
-    targets = kind.targets(logits).to(network.device)
+    targets = None if logits is None else kind.targets(logits).to(network.device)
+    partly = not has_label(batches.features.labels).all()
     return Trainer(
         network,
         EpochPlan(batches, args.batch_size, args.gradient_accumulation_steps, seed),
-        loss=lambda outputs, labels, rows: kind.student_loss(outputs, labels, targets[rows], alpha),
-        measure=partial(measure_student, task, args.tune_positive_thresholds, targets=targets.cpu(), coefficient=alpha),
+        loss=lambda outputs, labels, rows: kind.student_loss(
+            outputs, labels, None if targets is None else targets[rows], alpha, partly
+        ),
+        measure=partial(
+            measure_student,
+            task,
+            args.tune_positive_thresholds,
+            targets=None if targets is None else targets.cpu(),
+            coefficient=alpha,
+        ),
         optimizer=make_optimizer(network, args.lr, t_total, args.warmup_proportion, args.head_lr, "siamese_head."),
     )
 
@@ -219,12 +253,13 @@ def validate(
 
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
-    task, stamp = get_task(args.task_name), utc_stamp()
+    task, stamp = get_task(args.task_name, args.dev_share), utc_stamp()
     caches = feature_caches(args, task)
     check_flags(args, task, caches)
     log_file = Path(args.log_dir) / f"{args.experiment_name}_{stamp}.log" if args.file_log else None
     cli.set_up_logging(log_file)
     examples = {split: read_examples(task, args.data_dir, split) for split in caches}
+    examples["train"] = check_labels(args, examples["train"])
     training = find_start(args, task, {split: rows.files for split, rows in examples.items()}, stamp, log_file)
 
     # 2. Teacher logits that belong to this data; device and seed; batches.
@@ -232,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
     from dse.training.epoch_plan import cached_batches
 
     of_data = logits_identity(task, examples["train"].files, len(examples["train"]))
-    logits = load_logits(args.distillation_logits_path, of_data)
+    logits = load_logits(args.distillation_logits_path, of_data) if args.distillation_logits_path else None
     device = select_device(args.disable_gpu, args.gpu_id, cli.precision_of(args))
     parallel.join(device)
     batches = cached_batches("separate", task, examples, training.tokenizer, caches, args)

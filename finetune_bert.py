@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dse import cli
 from dse.data.cache import cache_name
-from dse.data.processors import Examples, read_examples
+from dse.data.processors import Examples, read_examples, with_labels
 from dse.data.tasks import Task, get_task, task_to_dict
 from dse.data.tokenizers import tokenizer_key
 from dse.networks.pretrained import STATE, OpenedBert, bert_hashes, files_of_teacher, last_part, open_bert
@@ -162,13 +162,13 @@ def write_all_results(sets: dict[str, Path], history: list[Record] | None, measu
 
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
-    task, output_dir = get_task(args.task_name), Path(args.output_dir)
+    task, output_dir = get_task(args.task_name, args.dev_share), Path(args.output_dir)
     check_output_dir(args, task)
     log_file = Path(args.log_dir) / f"run_classifier_{task.name}_{utc_stamp()}.log" if args.file_log else None
     cli.set_up_logging(log_file)
     sets = results_dirs(output_dir, task.also_validate) if args.do_eval else {}
     splits = [*(["train"] if args.do_train else []), *sets]
-    data = {split: read_examples(task, args.data_dir, split) for split in splits}
+    data = {split: with_labels(read_examples(task, args.data_dir, split), "are left out") for split in splits}
     bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, cache_dir=args.cache_dir)
 
     # 2. The training: a new one, one that is under way, or one that is at its end.

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dse import cli
-from dse.data.cache import check_cache_path
+from dse.data.cache import cache_name, check_cache_path
 from dse.data.processors import read_examples
-from dse.data.tasks import check_sentence_pairs, get_task
+from dse.data.tasks import Task, check_sentence_pairs, get_task
+from dse.networks.config import MAX_SEQ_LENGTH
 from dse.networks.pretrained import last_part, open_bert, read_training, weight_files
 from dse.system import parallel
 from dse.system.device import describe_device, select_device
@@ -32,12 +33,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog=PROG, description="Write the teacher's logits for the training pairs.")
     add = parser.add_argument
     cli.add_task_flags(parser)
-    add("--train_features_path", required=True, help="feature cache that finetune_bert.py wrote; made if missing")
-    add("--bert_checkpoint_dir", required=True, help="the teacher: a folder that finetune_bert.py made")
-    add("--do_lower_case", action="store_true", help="lower-case the text, for an uncased model")
+    cache = "feature cache that finetune_bert.py wrote; made if missing (default: the one beside the data)"
+    add("--train_features_path", default="", help=cache)
+    teacher = "the teacher: a folder that finetune_bert.py made, or another BERT cross-encoder's folder or hub name"
+    add("--bert_checkpoint_dir", required=True, help=teacher)
+    add("--do_lower_case", action="store_true", help="lower-case the text; not needed if the teacher's folder says so")
     cli.add_device_flags(parser)
     add("--output_dir", default="outputs/logits", help="folder for the logits file")
-    add("--max_seq_length", type=cli.whole_number(4), default=128, help="token ids per pair, with [CLS] and [SEP]s")
+    length = "token ids per pair, with [CLS] and [SEP]s (default: the teacher's, else 128)"
+    add("--max_seq_length", type=cli.whole_number(4), help=length)
     add("--batch_size", type=cli.whole_number(1), default=256, help="full-length pairs per step; more if shorter")
     add("--save_every", type=cli.whole_number(1), help="steps between two writes of .partial (default: once a minute)")
     cli.add_precision_flags(parser)
@@ -45,17 +49,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def follow_teacher(args: argparse.Namespace, task: Task) -> None:
+    """Fill in what was not given from how the teacher was trained, if its folder says so: casing, length, cache."""
+    folder = Path(args.bert_checkpoint_dir)
+    trained = (read_training(folder) or {"run": {}})["run"]
+    args.do_lower_case = args.do_lower_case or trained.get("do_lower_case", False)
+    length = trained.get("max_seq_length")
+    if args.max_seq_length not in (None, length) and length is not None:
+        logger.warning("--max_seq_length: %d, but the teacher was trained with %d", args.max_seq_length, length)
+    args.max_seq_length = args.max_seq_length or length or MAX_SEQ_LENGTH
+    if not args.train_features_path:
+        bert = last_part(trained.get("bert_model", args.bert_checkpoint_dir))
+        name = cache_name("train", bert, args.max_seq_length, task.name, "joint")
+        args.train_features_path = str(Path(args.data_dir) / name)
+
+
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
-    task = get_task(args.task_name)
+    task = get_task(args.task_name, args.dev_share)
     check_sentence_pairs(task)
+    cli.set_up_logging()
+    follow_teacher(args, task)
     path = Path(args.output_dir) / f"{last_part(args.bert_checkpoint_dir)}_logits.pt"
     check_writable(args.output_dir, "--output_dir", path.with_suffix(".partial").name)
     check_cache_path(args.train_features_path, "joint")
-    cli.set_up_logging()
     examples = read_examples(task, args.data_dir, "train")
     of_teacher = (args.bert_checkpoint_dir, "--bert_checkpoint_dir", args.do_lower_case, args.max_seq_length)
-    bert = open_bert(*of_teacher, hub=False)
+    bert = open_bert(*of_teacher)
 
     # 2. Features and teacher.
     import torch

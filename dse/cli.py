@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from dse.data.tasks import DEFAULT_DEV_SHARE
 from dse.networks.config import HEAD_TYPES, MOST_DROPOUT, PADDINGS, PRECISIONS
 from dse.networks.poolers import POOLERS
 from dse.system import parallel, signals
@@ -155,6 +156,7 @@ extra_size = _whole((lambda n: n == -1 or n > 0, "is not a size: give 1 or more,
 share = _number(_SHARE)
 # near 1, at the 16 bits of its random numbers, nothing would be left
 dropout_rate = _number(_SHARE, (lambda x: x <= MOST_DROPOUT, "would drop everything: give a lower rate"))
+inner_share = _number((lambda x: 0 < x < 1, "is outside (0, 1): give a share above 0 and below 1"))
 threshold = _number((lambda x: 0 < x < 1, "is outside (0, 1): give a probability above 0 and below 1"))
 positive = _number(_POSITIVE)
 whole_epochs = _number(_POSITIVE, (float.is_integer, "is not a whole number of epochs"))  # a float, as in the original
@@ -208,6 +210,10 @@ add_student_flag = _flags(
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},
+    dev_share={
+        "type": inner_share,
+        "help": f"of the training pairs, for dev, if a task of your own has no dev file (default: {DEFAULT_DEV_SHARE})",
+    },
 )
 add_log_flags = _flags(
     file_log=_SWITCH | {"help": "also log to a file, and write a JSON line per epoch beside it"},

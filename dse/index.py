@@ -2,7 +2,7 @@
 
     index = CandidateIndex.build(model, sentences, folder)      embeds, once
     index = CandidateIndex.open(folder, model)                  maps the folder's files, reads nothing yet
-    index.search("a query", top_k=10)                           [Hit(score, row, text), …], best first
+    index.search("a query", top_k=10)                           [Hit(score, row, text, id), …], best first
 
 The query is the pair's first text. Nothing but the candidates' texts and embeddings is stored (storage/index_files.py);
 each head knows how to score one query against many of them at once (networks/heads.py). A GPU keeps the embeddings
@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,14 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dse.data.features import batches_of
-from dse.data.tasks import Task, ranked_label
-from dse.models import DSESiameseClassifier
+from dse.data.tasks import ranked_label
+from dse.models import DSESiameseClassifier, Hit, check_probabilities, make_hits, rank_scores
 from dse.networks.heads import at_once
 from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
 from dse.storage.student_folder import fingerprint
 from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
-from dse.training.kinds import kind_of
 
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
@@ -39,21 +38,13 @@ _OF_FREE_MEMORY = 0.6  # that embeddings may take of a GPU's; the rest is for sc
 _LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
 
 
-class Hit(NamedTuple):
-    """A candidate that a search found."""
-
-    score: float  # of a regression, else the log-odds of the rank label: its probability is sigmoid(score)
-    row: int  # from 0, in the order in which the candidates were given
-    text: str
-
-
 class CandidateIndex:
     """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`."""
 
     def __init__(self, model: DSESiameseClassifier, files: IndexFiles, keep: Any = None) -> None:
         self.model, self.files, self.folder, self.width = model, files, files.folder, files.content["width"]
         self._keep = keep  # a temporary folder, removed with the last reference to it
-        self._embeddings = _Embeddings()
+        self.embeddings = _Embeddings()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -67,28 +58,27 @@ class CandidateIndex:
         dtype: str = "float32",
         batch_size: int = 32,
         show_progress: bool | None = None,
+        ids: Iterable[str] | None = None,
     ) -> Self:
         """Embed candidates and store them, in constant memory.
 
         Args:
             sentences: any iterable of strings, e.g. a file's lines; rows are numbered in their order.
+            ids: an own string for each of them, which hits have too.
             folder: where it is written, whole or not at all; an index already there is replaced. None: a temporary
                 folder, which is removed with the index.
             dtype: "float32", or "float16" for half the space (embeddings rounded to 11 bits).
 
         Raises InputError for a folder with other files in it.
         """
-        return cls.from_embeddings(model, _embedded(model, sentences, batch_size, show_progress), folder, dtype)
+        return cls.from_embeddings(model, _embedded(model, sentences, batch_size, show_progress, ids), folder, dtype)
 
     @classmethod
     def from_embeddings(
-        cls,
-        model: DSESiameseClassifier,
-        parts: Iterable[Part],
-        folder: str | Path | None = None,
+        cls, model: DSESiameseClassifier, parts: Iterable[Part], folder: str | Path | None = None,
         dtype: str = "float32",
-    ) -> Self:
-        """As `build`, from parts: embeddings (n, embedding_size) as `model.encode` gives them, and their n texts."""
+    ) -> Self:  # fmt: skip
+        """As `build`, from parts: embeddings (n, embedding_size) as `model.encode` gives them, n texts, maybe n ids."""
         keep: Any = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name, "index") if folder is None else Path(folder)
         width = model.network.config.embedding_size
@@ -105,9 +95,18 @@ class CandidateIndex:
             raise InputError(f"{folder}: this index was made by another model; build it again, or give its own model")
         return cls(model, files)
 
-    def append(self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None) -> None:
-        """Add candidates after the existing ones; a stop in between leaves the index as it was."""
-        parts = _embedded(self.model, sentences, batch_size, show_progress)
+    def append(
+        self, sentences: Iterable[str], batch_size: int = 32, show_progress: bool | None = None,
+        ids: Iterable[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Add candidates after the existing ones; a stop in between leaves the index as it was.
+
+        Raises InputError for candidates with ids if those that are there have none, and the other way round.
+        """
+        if self.files.has_ids != (ids is not None):
+            found = "have ids; give some" if self.files.has_ids else "have no ids; give none"
+            raise InputError(f"{self.folder}: the candidates that are there {found}")
+        parts = _embedded(self.model, sentences, batch_size, show_progress, ids)
         self.files = self.files.append(fingerprint(self.model), parts)
 
     def save(self, folder: str | Path) -> None:
@@ -115,87 +114,108 @@ class CandidateIndex:
         self.files.save(Path(folder))
 
     @torch.inference_mode()
-    def score(self, queries: str | Sequence[str], rank_label: str | None = None) -> np.ndarray:
+    def score(
+        self, queries: str | Sequence[str], rank_label: str | None = None, rows: Sequence[int] | None = None
+    ) -> np.ndarray:
         """How each candidate ranks for a query: by the probability of the rank label, or the score of a regression.
 
         Args:
             rank_label: the label whose probability counts; None: the task's own, else entailment, else the second one
                 of a binary task.
+            rows: of these candidates alone, such as the best of another search.
 
         Returns:
             float32, (candidates,) for one query, (queries, candidates) for several: `rank_scores` of what `model.score`
             gives for the pairs (query, candidate), to rounding.
 
-        Raises TypeError for anything but text, InputError for a label that the task lacks, or if one must be given.
+        Raises TypeError for anything but text, InputError for a label that the task lacks, or if one must be given,
+        IndexError for a row that is not there.
         """
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        scores = np.empty((len(texts), len(self)), np.float32)
-        for row, start, some in self._blocks(texts, rank_label, show=False):
-            scores[row : row + some.shape[0], start : start + some.shape[1]] = self._finite(some.cpu()).numpy()
+        wanted = None if rows is None else np.asarray(rows, np.int64)
+        scores = np.empty((len(texts), len(self) if wanted is None else len(wanted)), np.float32)
+        for row, start, some in _blocks(self, texts, rank_label, False, wanted):
+            scores[row : row + some.shape[0], start : start + some.shape[1]] = _finite(some.cpu(), self.folder).numpy()
         return scores[0] if isinstance(queries, str) else scores
 
     @torch.inference_mode()
     def search(
         self, queries: str | Sequence[str], top_k: int = 10, rank_label: str | None = None,
-        show_progress: bool | None = False,
+        show_progress: bool | None = False, exclude: Sequence[int] = (), min_score: float | None = None,
+        probabilities: bool = False,
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
         """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
 
-        `rank_label` is as in `score`. Memory does not grow with the candidates, but for what a GPU holds of them.
+        Args:
+            rank_label: as in `score`.
+            exclude: rows that are never found, such as the query's own.
+            min_score: hits below it are left out.
+            probabilities: the hits' scores, and `min_score`, are probabilities of the rank label.
+
+        Memory does not grow with the candidates, but for what a GPU holds of them. Raises as `score` does, ValueError
+        for other wrong arguments.
         """
         if top_k < 1:
             raise ValueError(f"top_k: {top_k} is below 1")
+        check_probabilities(self.model.task, probabilities)
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        kept, least = min(top_k, len(self)), torch.iinfo(torch.int64).min
+        left_out = np.unique(np.asarray(exclude, np.int64))
+        left_out = left_out[(left_out >= 0) & (left_out < len(self))]
+        kept, least = min(top_k, len(self) - len(left_out)), torch.iinfo(torch.int64).min
         best = torch.full((len(texts), kept), least, device=self.model.device)
-        for row, start, some in self._blocks(texts, rank_label, show_progress):
-            of_some = best[row : row + len(some)]
-            of_some.copy_(torch.cat([of_some, _keys(some, start)], dim=1).topk(kept).values)
+        for row, start, some in _blocks(self, texts, rank_label, show_progress):
+            of_some, keys = best[row : row + len(some)], _keys(some, start)
+            keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
+            of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
         scores, rows = _scores_and_rows(best.cpu())  # waits for a GPU, once
-        found = zip(self._finite(scores).tolist(), rows.tolist(), strict=True)
-        hits = [[Hit(score, row, self.text(row)) for score, row in zip(*each, strict=True)] for each in found]
+        found = zip(_finite(scores, self.folder), rows.tolist(), strict=True)
+        hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
         return hits[0] if isinstance(queries, str) else hits
 
     def text(self, row: int) -> str:
         """The candidate of a row."""
-        return self.files.text(row)
+        return self.files.string(row)
+
+    def id(self, row: int) -> str | None:
+        """The id of a row; None if candidates have none."""
+        return self.files.string(row, "id") if self.files.has_ids else None
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
         """The embeddings of rows `start` to `stop`, as stored, (stop - start, width), without comparing CRCs."""
         return self.files.arrays[VECTORS][start:stop]
 
-    def block(self, start: int) -> Tensor:
-        """Up to BLOCK embeddings from row `start` on, a multiple of BLOCK, float32, on the model's device."""
-        return _stored(self.files, start).to(self.model.device, torch.float32)
 
-    def _blocks(self, texts: list[str], label: str | None, show: bool | None) -> Iterator[tuple[int, int, Tensor]]:
-        """Block by block: the first query's place, the first candidate's row, and scores (queries, candidates)."""
-        task = self.model.task
-        ranked_label(task, label)  # refused before anything is embedded
-        queries = self.model.encode(texts, convert_to="tensor", show_progress=False)
-        outputs = self.model.network.siamese_head.factorised()
-        blocks = self._embeddings.blocks(self.files, self.model.device, max(self.model.network.config.fc_dims))
-        hidden = None if show is None else not show
-        with tqdm(
-            None, "score", len(texts) * len(self), unit="pair", unit_scale=True, disable=hidden, leave=False
-        ) as bar:
-            for start, candidates in blocks:
-                for row in range(0, len(texts), _QUERIES):
-                    scores = rank_scores(outputs(queries[row : row + _QUERIES], candidates), task, label)
-                    yield row, start, scores
-                    bar.update(scores.numel())
+def _blocks(
+    index: CandidateIndex, texts: list[str], label: str | None, show: bool | None, rows: np.ndarray | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Block by block: the first query's place, the first candidate's, and scores (queries, candidates).
 
-    def _finite(self, scores: Tensor) -> Tensor:
-        """The scores, which are on the host. Raises InputError if any is NaN or infinite."""
-        if not bool(scores.isfinite().all()):
-            raise InputError(f"{self.folder}: the student's scores are NaN or infinite; train it again")
-        return scores
+    `rows` are the candidates; None: all.
+    """
+    task = index.model.task
+    ranked_label(task, label)  # refused before anything is embedded
+    queries = index.model.encode(texts, convert_to="tensor", show_progress=False)
+    outputs = index.model.network.siamese_head.factorised()
+    device, count = index.model.device, len(index) if rows is None else len(rows)
+    if rows is None:
+        blocks = index.embeddings.blocks(index.files, device, max(index.model.network.config.fc_dims))
+    else:
+        some = ((start, index.files.rows(rows[start : start + BLOCK])) for start in range(0, count, BLOCK))
+        blocks = ((start, torch.from_numpy(stored).to(device, torch.float32)) for start, stored in some)
+    hidden = None if show is None else not show
+    with tqdm(None, "score", len(texts) * count, unit="pair", unit_scale=True, disable=hidden, leave=False) as bar:
+        for start, candidates in blocks:
+            for row in range(0, len(texts), _QUERIES):
+                scores = rank_scores(outputs(queries[row : row + _QUERIES], candidates), task, label)
+                yield row, start, scores
+                bar.update(scores.numel())
 
 
-def rank_scores(outputs: Tensor, task: Task, rank_label: str | None = None) -> Tensor:
-    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float; raises as `ranked_label` does."""
-    label = ranked_label(task, rank_label)
-    return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
+def _finite(scores: Tensor, folder: Path) -> Tensor:
+    """The scores, which are on the host. Raises InputError if any is NaN or infinite."""
+    if not bool(scores.isfinite().all()):
+        raise InputError(f"{folder}: the student's scores are NaN or infinite; train it again")
+    return scores
 
 
 def _keys(scores: Tensor, start: int) -> Tensor:
@@ -304,9 +324,14 @@ def _streamed(files: IndexFiles, device: torch.device, rows: int) -> Iterator[tu
 
 
 def _embedded(
-    model: DSESiameseClassifier, sentences: Iterable[str], batch_size: int, show: bool | None
-) -> Iterator[Part]:
+    model: DSESiameseClassifier, sentences: Iterable[str], batch_size: int, show: bool | None,
+    ids: Iterable[str] | None,
+) -> Iterator[Part]:  # fmt: skip
+    own = None if ids is None else checked_texts(ids, "ids")
     with tqdm(desc="embed", unit="sentence", disable=None if show is None else not show, leave=False) as bar:
         for texts in batches_of(checked_texts(sentences, "sentences"), _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE):
-            yield model.encode(texts, batch_size, show_progress=False), texts
+            embeddings = model.encode(texts, batch_size, show_progress=False)
+            yield (embeddings, texts) if own is None else (embeddings, texts, list(itertools.islice(own, len(texts))))
             bar.update(len(texts))
+    if own is not None and next(own, None) is not None:
+        raise ValueError("ids: more than sentences; give one for each")

@@ -4,16 +4,17 @@
     model.encode(sentences)          embeddings, one row per sentence
     model.score(pairs)               the head's outputs, as in training
     model.predict(pairs)             labels, or scores for regression
+    model.rank(query, documents)     the best of a few documents (index.py: of very many)
 
 A text is cut off after the student's `max_seq_length` tokens, `[CLS]` and `[SEP]` included. Each distinct text is
 embedded once per call, in steps of similar length; the other texts of a call change its numbers by rounding only.
 After Barkan et al., "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,25 +22,30 @@ from huggingface_hub import ModelHubMixin
 from torch.nn import functional
 
 from dse.data.features import SeparateFeatures, tokenize_texts
-from dse.data.tasks import MULTICLASS, REGRESSION, ranked_label
+from dse.data.tasks import MULTICLASS, REGRESSION, Task, ranked_label
 from dse.networks.batches import Batches
 from dse.networks.inference import embed_texts, infer_pairs
-from dse.networks.student import Student
+from dse.networks.student import SiameseNetwork, Student
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import read_student, write_student
 from dse.system.text_files import checked_texts, elements
 from dse.training.kinds import kind_of
 
 Pair = tuple[str, str] | Mapping[str, str]  # a mapping has the keys text and text_pair
+_RANKED_AT_ONCE = 4096
+
+
+class Hit(NamedTuple):
+    """A candidate that ranks high for a query."""
+
+    score: float  # of a regression, else the log-odds of the rank label: its probability is sigmoid(score)
+    row: int  # from 0, in the order in which the candidates were given
+    text: str
+    id: str | None = None  # that its candidates were given
 
 
 class DSESiameseClassifier(Student, ModelHubMixin):
     """A student on texts. `Student` has its fields; `push_to_hub` is huggingface_hub's."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.network.device
 
     def to(self, device: torch.device | str) -> Self:
         """Move the network to a device. Returns the student."""
@@ -76,6 +82,8 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         convert_to: str = "numpy",
         show_progress: bool | None = None,
         half: bool = False,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
     ) -> Any:
         """Embed sentences.
 
@@ -87,6 +95,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             show_progress: whether to show a progress bar; None: if the output is a terminal.
             half: compute with 16 bits (float16 on CUDA, bfloat16 on CPU) and return float16. Embeddings then differ
                 by about 0.5 % of the largest number in them.
+            convert_to_tensor, normalize_embeddings: as sentence-transformers calls convert_to="tensor", normalize.
 
         Returns:
             (sentences, embedding_size) in the order given, float32, or float16 with `half`; for one string
@@ -95,17 +104,18 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         Raises TypeError for anything but text (mappings, sets, tables and bytes included), ValueError for a string that
         UTF-8 cannot hold and for other wrong arguments.
         """
+        convert_to = "tensor" if convert_to_tensor else convert_to
         if convert_to not in ("numpy", "tensor", "list"):
             raise ValueError(f"convert_to: {convert_to!r} is not one of numpy, tensor, list")
         _check_batch_size(batch_size)
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
-        batches = self._batches(texts, [])
-        with self._precision(half):
+        batches = _batches(self, texts, [])
+        with _precision(self.network, half):
             distinct = embed_texts(self.network, batches, batch_size, self.device, "encode", show_progress)
         in_order = distinct[batches.features.first].reshape(len(texts), self.network.config.embedding_size)  # or (0, 0)
         embeddings: Any = torch.from_numpy(in_order)
-        if normalize:
+        if normalize or normalize_embeddings:
             embeddings = functional.normalize(embeddings, eps=torch.finfo(torch.float32).tiny)
         embeddings = embeddings.to(torch.float16 if half else torch.float32)
         embeddings = embeddings.to(self.device) if convert_to == "tensor" else embeddings.numpy()
@@ -127,7 +137,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         Raises TypeError for anything but pairs of texts, ValueError for wrong arguments.
         """
         _check_batch_size(batch_size)
-        batches, width = self._batches(*_sides(pairs)), self.network.config.fc_dims[-1]
+        batches, width = _batches(self, *_sides(pairs)), self.network.config.fc_dims[-1]
         outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
         return outputs[:, 0] if width == 1 else outputs
 
@@ -153,8 +163,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         task, kind = self.task, kind_of(self.task)
         if probabilities not in (False, True, "all"):
             raise ValueError(f"probabilities: got {probabilities!r}, expected False, True or 'all'")
-        if task.kind == REGRESSION and probabilities:
-            raise ValueError(f"probabilities: {task.name} is a regression, which has none; leave it out")
+        check_probabilities(task, bool(probabilities))
         outputs = self.score(pairs, batch_size, show_progress)
         if task.kind == REGRESSION:
             return outputs
@@ -166,17 +175,59 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         both = probabilities == "all" or task.kind == MULTICLASS
         return of_labels if both else of_labels[:, task.labels.index(ranked_label(task))]
 
-    def _batches(self, firsts: list[str], seconds: list[str]) -> Batches:
-        distinct, places = tokenize_texts(firsts + seconds, self.tokenizer, self.max_seq_length)
-        first, second = places[: len(firsts)], places[len(firsts) :]
-        features = SeparateFeatures(distinct, first, second, None, self.tokenizer.pad_token_id)
-        return Batches(features, "packed", self.max_seq_length)
+    @torch.inference_mode()
+    def rank(
+        self, query: str, documents: Iterable[str], top_k: int | None = None, rank_label: str | None = None,
+        probabilities: bool = False, batch_size: int = 32,
+    ) -> list[Hit]:  # fmt: skip
+        """The best documents for a query, best first, of equals the earlier one first; all without `top_k`.
 
-    def _precision(self, half: bool) -> torch.autocast:
-        kind, own = self.device.type, next(self.network.parameters()).dtype  # another dtype keeps to its own
-        quantized = any("quantized" in type(module).__module__ for module in self.network.modules())  # float32 alone
-        enabled = half and own == torch.float32 and not quantized
-        return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
+        `rank_label` and `probabilities` are as in `CandidateIndex.search`, which keeps embeddings for more queries.
+        """
+        check_probabilities(self.task, probabilities)
+        texts = list(checked_texts(documents, "documents"))
+        embeddings = self.encode([query, *texts], batch_size, convert_to="tensor")
+        outputs = self.network.siamese_head.factorised()
+        parts = [outputs(embeddings[:1], some) for some in embeddings[1:].split(_RANKED_AT_ONCE)]
+        scores = rank_scores(torch.cat(parts, dim=1), self.task, rank_label)[0].cpu()
+        rows = scores.argsort(descending=True, stable=True)[:top_k]
+        return make_hits(scores[rows], rows.tolist(), texts.__getitem__, lambda row: None, None, probabilities)
+
+
+def _batches(student: Student, firsts: list[str], seconds: list[str]) -> Batches:
+    distinct, places = tokenize_texts(firsts + seconds, student.tokenizer, student.max_seq_length)
+    first, second = places[: len(firsts)], places[len(firsts) :]
+    features = SeparateFeatures(distinct, first, second, None, student.tokenizer.pad_token_id)
+    return Batches(features, "packed", student.max_seq_length)
+
+
+def _precision(network: SiameseNetwork, half: bool) -> torch.autocast:
+    kind, own = network.device.type, next(network.parameters()).dtype  # another dtype keeps to its own
+    quantized = any("quantized" in type(module).__module__ for module in network.modules())  # float32 alone
+    enabled = half and own == torch.float32 and not quantized
+    return torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=enabled)
+
+
+def rank_scores(outputs: torch.Tensor, task: Task, rank_label: str | None = None) -> torch.Tensor:
+    """What ranks candidates, of the head's outputs: (..., outputs) to (...), float; raises as `ranked_label` does."""
+    label = ranked_label(task, rank_label)
+    return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
+
+
+def make_hits(
+    scores: torch.Tensor, rows: Sequence[int], text: Callable[[int], str], id_of: Callable[[int], str | None],
+    min_score: float | None = None, probabilities: bool = False,
+) -> list[Hit]:  # fmt: skip
+    """The hits of a query, of scores (n,) and their rows, best first, without those below `min_score`."""
+    values = (scores.double().sigmoid() if probabilities else scores).tolist()
+    found = [(score, row) for score, row in zip(values, rows, strict=True) if min_score is None or score >= min_score]
+    return [Hit(score, row, text(row), id_of(row)) for score, row in found]
+
+
+def check_probabilities(task: Task, wanted: bool) -> None:
+    """Raise ValueError if probabilities are wanted of a regression."""
+    if wanted and task.kind == REGRESSION:
+        raise ValueError(f"probabilities: {task.name} is a regression, which has none; leave it out")
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -415,3 +415,88 @@ def test_a_gpu_is_given_no_corrupt_block(student, as_on_cuda, tmp_path, free):
         with pytest.raises(InputError, match="corrupt in rows 20 to 22"):
             index.search(QUERIES[0])
     assert [(len(stream.work), stream.done) for stream in streams] == [(2, 2)] * 2
+
+
+IDS = [f"id-{row} é" for row in range(len(CANDIDATES))]
+
+
+def test_ids_are_kept_appended_and_found(student, tmp_path):
+    model = student()
+    index = CandidateIndex.build(model, CANDIDATES[:9], tmp_path / "index", ids=IDS[:9])
+    index.append(iter(CANDIDATES[9:]), ids=iter(IDS[9:]))
+    opened = CandidateIndex.open(tmp_path / "index", model)
+    for some in (index, opened):
+        assert [some.id(row) for row in range(len(CANDIDATES))] == IDS
+        assert [(hit.text, hit.id) for hit in some.search(QUERIES[0], 30)] == [
+            (CANDIDATES[hit.row], IDS[hit.row]) for hit in some.search(QUERIES[0], 30)
+        ]
+    opened.save(tmp_path / "copy")
+    assert CandidateIndex.open(tmp_path / "copy", model).id(22) == IDS[22]
+
+
+def test_ids_for_some_of_the_candidates_are_refused(student, tmp_path):
+    model, folder = student(), tmp_path / "index"
+    for ids in (IDS[:4], IDS[:12]):
+        with pytest.raises(ValueError, match=r"ids: (\d for \d texts|more than sentences)"):
+            CandidateIndex.build(model, CANDIDATES[:9], folder, ids=ids)
+    assert not folder.exists()
+    index = CandidateIndex.build(model, CANDIDATES[:9], folder, ids=IDS[:9])
+    with pytest.raises(InputError, match="there have ids; give some"):
+        index.append(["another"])
+    with pytest.raises(ValueError, match="ids: more than sentences"):
+        index.append(["another"], ids=["a", "b"])
+    assert len(CandidateIndex.open(folder, model)) == 9
+    with pytest.raises(InputError, match="there have no ids; give none"):
+        CandidateIndex.build(model, CANDIDATES[:3]).append(["another"], ids=["a"])
+    with pytest.raises(TypeError, match="ids, number 0: got int"):
+        CandidateIndex.build(model, ["a"], ids=[1])
+
+
+def test_a_shortlist_is_scored_as_all_are(student):
+    """In the order given, a row as often as it is given."""
+    index, rows = CandidateIndex.build(student(), CANDIDATES), [7, 0, 22, 7]
+    np.testing.assert_allclose(index.score(QUERIES, rows=rows), index.score(QUERIES)[:, rows], rtol=1e-5, atol=1e-6)
+    assert index.score(QUERIES[0], rows=np.array(rows)).shape == (4,)
+    assert index.score(QUERIES, rows=[]).shape == (3, 0)
+    for row in (23, -1):
+        with pytest.raises(IndexError, match=f"row {row}: there are 23 candidates"):
+            index.score(QUERIES[0], rows=[0, row])
+
+
+def test_rows_that_are_excluded_are_not_found(student):
+    index, scores = (
+        CandidateIndex.build(student(), CANDIDATES),
+        CandidateIndex.build(student(), CANDIDATES).score(QUERIES),
+    )
+    out = [2, 3, 21, 3, 99]
+    for of_query, hits in zip(scores, index.search(QUERIES, 30, exclude=out), strict=True):
+        assert [hit.row for hit in hits] == [row for row in np.argsort(-of_query, kind="stable") if row not in out]
+    assert index.search(QUERIES[0], exclude=range(23)) == []
+
+
+def test_least_scores_and_probabilities(student):
+    index = CandidateIndex.build(student("rte"), CANDIDATES)
+    scores = index.score(QUERIES[0])
+    least = float(np.median(scores))
+    assert {hit.row for hit in index.search(QUERIES[0], 30, min_score=least)} == set(np.flatnonzero(scores >= least))
+    hits = index.search(QUERIES[0], 30, probabilities=True, min_score=1 / (1 + np.exp(-least)) - 1e-9)
+    assert len(hits) == (scores >= least).sum()
+    for hit in hits:
+        assert hit.score == pytest.approx(1 / (1 + np.exp(-scores[hit.row])), rel=1e-6)
+    with pytest.raises(ValueError, match="sts-b is a regression, which has none"):
+        CandidateIndex.build(student("sts-b"), CANDIDATES).search("a query", probabilities=True)
+
+
+@pytest.mark.parametrize("task", ["rte", "snli", "sts-b"])
+def test_documents_rank_as_in_an_index(student, task, monkeypatch):
+    monkeypatch.setattr("dse.models._RANKED_AT_ONCE", 4)
+    model = student(task)
+    ranked = model.rank(QUERIES[0], CANDIDATES)
+    found = CandidateIndex.build(model, CANDIDATES).search(QUERIES[0], 30)
+    assert [(hit.row, hit.text) for hit in ranked] == [(hit.row, hit.text) for hit in found]
+    np.testing.assert_allclose([hit.score for hit in ranked], [hit.score for hit in found], rtol=1e-5, atol=1e-6)
+    assert model.rank(QUERIES[0], iter(CANDIDATES), top_k=3) == ranked[:3]
+    if task == "rte":
+        label = model.rank(QUERIES[0], CANDIDATES, rank_label="not_entailment", probabilities=True)
+        assert [hit.row for hit in label] == [hit.row for hit in ranked][::-1]
+        assert label[-1].score == pytest.approx(1 - 1 / (1 + np.exp(-ranked[0].score)), rel=1e-6)

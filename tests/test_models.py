@@ -291,3 +291,10 @@ def test_pairs_as_mappings(student):
     mappings = [{"text_pair": b, "text": a} for a, b in pairs]
     np.testing.assert_array_equal(model.score(mappings), model.score(pairs))
     np.testing.assert_array_equal(model.score([mappings[0], pairs[1]]), model.score(pairs))
+
+
+def test_arguments_named_as_in_sentence_transformers(student):
+    model = student()
+    units = model.encode(TEXTS, convert_to_tensor=True, normalize_embeddings=True)
+    assert isinstance(units, torch.Tensor)
+    np.testing.assert_array_equal(units.numpy(), model.encode(TEXTS, normalize=True))

@@ -1,21 +1,24 @@
-"""The one reader of the tasks' TSV files. It uses neither torch nor tokenizers, so that bad data is refused early."""
+"""The one reader of the tasks' files. It uses neither torch nor tokenizers, so that bad data is refused early."""
 
 import contextlib
+import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dse.data.tasks import REGRESSION, TASKS, Task
+from dse.data.tasks import DEFAULT_DEV_SHARE, REGRESSION, TASKS, Task
 from dse.system.errors import InputError
 from dse.system.files import sha256_file
-from dse.system.text_files import read_lines
+from dse.system.text_files import Row, form_of, read_table
 
 logger = logging.getLogger(__name__)
 _Columns = tuple[int | str | None, ...]  # numbers or names of the columns of text a, text b and the label
+NO_LABEL, NO_SCORE = -1, math.nan  # of rows of a user's own task whose label is empty
+_USUAL_DEV, _ROWS_SHOWN = "dev.tsv", 50
 _HEADER_HINT = 'put the names of the columns there (or, in a task of your own, give "header": false)'
 
 
@@ -24,13 +27,14 @@ class Examples:
     """The rows of a split, in file order.
 
     `second` is None for single sentences. `labels` holds positions in `task.labels`, or scores for regression; None
-    without labels. `files` says what was read: {"file": name below data_dir, "sha256": of its bytes}.
+    without labels. Rows of a user's training file may lack theirs: NO_LABEL, or NO_SCORE. `files` says what was read:
+    {"file": name below data_dir, "sha256": of its bytes}, and of which rows, if not of all.
     """
 
     first: list[str] = field(default_factory=list)
     second: list[str] | None = None
     labels: list[Any] | None = None
-    files: list[dict[str, str]] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -40,18 +44,34 @@ class Examples:
         """The first texts and, of pairs, the second ones."""
         return [self.first] if self.second is None else [self.first, self.second]
 
+    def has_label(self) -> list[bool]:
+        """Of each row: does it have a label?"""
+        return [
+            label not in (None, NO_LABEL) if isinstance(label, int) else label == label for label in self.labels or []
+        ]
+
+    def of_rows(self, rows: list[int], about: dict[str, Any]) -> "Examples":
+        """The given rows alone; `about` is what `files` says of them."""
+        columns = [column and [column[row] for row in rows] for column in (self.first, self.second, self.labels)]
+        return Examples(columns[0] or [], *columns[1:], [{**entry, **about} for entry in self.files])
+
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     """Read a split in file order: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
     `data_dir` is the folder of the task's files; for allnli the parent of SNLI and MNLI. In a user's own task, all rows
-    must have as many cells as line 1. Raises InputError, naming file and line, for a missing or empty file, a row with
-    too few columns, a wrong label or score, bytes that are not UTF-8, and a header that is a row of data.
+    must have as many cells as line 1; without a dev file, a share of train serves as dev. Raises InputError, naming
+    file and line, for a missing or empty file, a row with too few columns, a wrong label or score, bytes that are not
+    UTF-8, and a header that is a row of data.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"--data_dir: {data_dir} is not a folder; expected the folder of {task.name}'s files")
-    name = dict(task.also_validate).get(split) or getattr(task, split)
+    own, name = task.name not in TASKS, dict(task.also_validate).get(split) or getattr(task, split)
+    if own and task.dev is None and split in ("train", "dev"):
+        if not (data_dir / _USUAL_DEV).is_file():
+            return _without_dev_file(task, _read_file(task, data_dir, "train", str(task.train)), split)
+        name = name or _USUAL_DEV
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
     if task.parts:  # one after the other
@@ -63,13 +83,68 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
             for column, more in zip(whole, columns_of_part, strict=True):
                 column += more
         return Examples(*whole)
+    rows = _read_file(task, data_dir, split, name)
+    return rows if not own or split in ("train", "test") else with_labels(rows, "are left out")
+
+
+def with_labels(examples: Examples, what: str) -> Examples:
+    """The rows that have a label. Logs `what` happens to the others. Raises InputError if there is none."""
+    kept = [row for row, known in enumerate(examples.has_label()) if known]
+    if len(kept) == len(examples):
+        return examples
+    name = ", ".join(entry["file"] for entry in examples.files)
+    if not kept:
+        raise InputError(f"{name}: no row has a label; only a student with --distillation_coeff 1 needs none")
+    logger.warning("%s: %d of %d rows have no label, and %s", name, len(examples) - len(kept), len(examples), what)
+    return examples.of_rows(kept, {"labelled": len(kept)})
+
+
+def _dev_rows(task: Task, examples: Examples) -> list[int]:
+    """The rows that serve as dev: a share of the labelled pairs, the same for each label, or each tenth of the scores.
+
+    A hash of the pair's texts decides, so that the order of the file does not matter, and equal pairs stay together.
+    """
+    share, labels, known = task.dev_share or DEFAULT_DEV_SHARE, examples.labels or [], examples.has_label()
+    rows_of: dict[tuple[str, ...], list[int]] = {}
+    for row, texts in enumerate(zip(*examples.sides, strict=True)):
+        rows_of.setdefault(texts, []).append(row)
+    label_of = {texts: labels[rows[0]] for texts, rows in rows_of.items() if all(known[row] for row in rows)}
+    strata: dict[Any, list[tuple[str, ...]]] = {}
+    tenths = max(1, min(10, round(share * len(label_of))))
+    for place, texts in enumerate(sorted(label_of, key=label_of.__getitem__)):
+        stratum = tenths * place // len(label_of) if task.kind == REGRESSION else label_of[texts]
+        strata.setdefault(stratum, []).append(texts)
+    dev: list[int] = []
+    for pairs in strata.values():
+        count = max(1, round(share * len(pairs)))
+        if count < len(pairs):  # else there is nothing left to learn from
+            chosen = sorted(pairs, key=lambda texts: hashlib.sha256("\0".join(texts).encode()).digest())[:count]
+            dev += [row for texts in chosen for row in rows_of[texts]]
+    return sorted(dev)
+
+
+def _without_dev_file(task: Task, examples: Examples, split: str) -> Examples:
+    """Train or dev of a training file, a part of which serves as dev."""
+    dev, name = _dev_rows(task, examples), examples.files[0]["file"]
+    if split == "train":
+        rest = sorted(set(range(len(examples))) - set(dev))
+        logger.info("%s: %d of %d rows are left out, which serve as dev", name, len(dev), len(examples))
+        return examples.of_rows(rest, {"without": dev})
+    if not dev:
+        raise InputError(f"{name}: too few labelled pairs to split a dev set off; give more, or a dev file")
+    shown = ", ".join(map(str, dev[:_ROWS_SHOWN])) + ", ..." * (len(dev) > _ROWS_SHOWN)
+    logger.info("%s: %d of %d rows serve as dev: %s (from 0)", name, len(dev), len(examples), shown)
+    return examples.of_rows(dev, {"rows": dev})
+
+
+def _read_file(task: Task, data_dir: Path, split: str, name: str) -> Examples:
     columns: _Columns = (task.text_a, task.text_b, task.label)
     header, own = task.header, task.name not in TASKS
     if split == "test":
         text_a = task.text_a if task.test_text_a is None else task.test_text_a
         columns = text_a, task.text_b if task.test_text_b is None else task.test_text_b, task.test_label
         header = header or not own  # GLUE's test sets have one, CoLA's too
-    rows = _read_tsv(data_dir / name, task, columns, header)
+    rows = _read_rows(data_dir / name, task, columns, header)
     if header and own and split != "train":
         _compare_headers(task, data_dir / (task.train or ""), data_dir / name, columns)
     return rows
@@ -85,64 +160,76 @@ def labelled_test(task: Task, data_dir: Path) -> Examples | None:
     return None
 
 
-def _read_tsv(path: Path, task: Task, columns: _Columns, header: bool) -> Examples:
-    own = task.name not in TASKS
-    lines = _without_blank_end(read_lines(path, f"the data of {task.name}"))
-    if (line_1 := next(lines, None)) is None:
+def _read_rows(path: Path, task: Task, columns: _Columns, header: bool) -> Examples:
+    own, header = task.name not in TASKS, header or form_of(path) == "jsonl"
+    rows = read_table(path, f"the data of {task.name}")
+    if (line_1 := next(rows, None)) is None:
         raise InputError(f"{path}: is empty; expected one pair per line")
-    names = line_1.split("\t")
-    place_a, place_b, place_label = places = _find_columns(path, names, columns, own)
+    names = [str(name) for name in line_1[1]]
+    places = _find_columns(path, names, columns, own)
     if header and isinstance(columns[2], int):  # a column that is found by its name is in a header
-        _check_header_label(task, path, names, place_label)
-    used = [place for place in places if place is not None]
+        _check_header_label(task, path, names, places[2])
+    examples, uneven = _read_cells(path, task, rows if header else chain([line_1], rows), names, places)
+    if uneven:
+        what = (
+            "%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from the left, "
+        )
+        logger.warning(what + "and the last one from the right", path, uneven, len(examples), len(names))
+    examples.files = [{"file": path.name, "sha256": sha256_file(path)}]
+    checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
+    _check_texts(path, examples, [names[place] for place in places[:2] if checked and place is not None])
+    return examples
+
+
+def _read_cells(
+    path: Path, task: Task, rows: Iterable[Row], names: list[str], places: list[Any]
+) -> tuple[Examples, int]:
+    """The rows, without `files`, and how many have other numbers of cells than line 1, which has `names`."""
+    width, own, used = len(names), task.name not in TASKS, [place for place in places if place is not None]
     # in GLUE's files, a last column must not be one of those before it
-    needed = len(names) if own else max(used) + (2 if -1 in used else 1)
-    first, second, labels = [], [], []
+    needed = width if own else max(used) + (2 if -1 in used else 1)
+    first, second, labels = list[str](), list[str](), list[Any]()
     skipped, uneven, text = 0, 0, ""
-    for number, line in enumerate(lines if header else chain([line_1], lines), 2 if header else 1):
-        cells = line.split("\t")
+    for number, cells in rows:
         if len(cells) < needed and task.skip_short_rows:
             skipped += 1
             continue
-        if len(cells) < needed or (own and len(cells) > needed):
+        if len(cells) != needed and (own or len(cells) < needed):
             expected = f"{needed} cells expected, as in line 1" if own else f"at least {needed} columns expected"
             hint = " (is a tab within a text, or is the column of row names not in the header?)" * (len(cells) > needed)
-            raise InputError(f"{path}, line {number}: {expected}, found {len(cells)}{hint}: {line[:80]!r}")
-        uneven += len(cells) != len(names)
-        if cells[place_a] != text:  # NLI repeats its premises: one string serves all
-            text = cells[place_a]
+            shown = "\t".join(map(str, cells))[:80]
+            raise InputError(f"{path}, line {number}: {expected}, found {len(cells)}{hint}: {shown!r}")
+        uneven += len(cells) != width
+        texts = [cells[place] for place in places[:2] if place is not None]
+        if own and not any(cells):
+            raise InputError(f"{path}, line {number}: all cells are empty; remove the line")
+        if None in texts:
+            raise InputError(
+                f"{path}, line {number}: {names[places[texts.index(None)]]!r} is missing or null; expected a text"
+            )
+        if texts[0] != text:  # NLI repeats its premises: one string serves all
+            text = texts[0]
         first.append(text)
-        if place_b is not None:
-            second.append(cells[place_b])
-        if place_label is not None:
-            if (label := _label(task, cell := cells[place_label])) is None:
-                wanted = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
-                found = f"{'label' if task.labels else 'score'} {cell!r}"
-                raise InputError(f"{path}, line {number}: {found} is not {wanted}")
-            labels.append(label)
+        second += texts[1:]
+        if places[2] is not None:
+            labels.append(_known_label(path, number, task, cells[places[2]]))
     if skipped:
         logger.info("%s: %d rows with fewer than %d columns skipped", path, skipped, needed)
     if not first:
         found = f"no row has the {needed} columns that {task.name} needs" if skipped else "has no rows of data"
         raise InputError(f"{path}: {found}; expected one pair per line")
-    if uneven:
-        logger.warning("%s: %d of %d rows have more or fewer cells than line 1, which has %d; columns are counted from "
-                       "the left, and the last one from the right", path, uneven, len(first), len(names))  # fmt: skip
-    about = {"file": path.name, "sha256": sha256_file(path)}
-    rows = Examples(first, None if place_b is None else second, None if place_label is None else labels, [about])
-    checked = header and own and not any(isinstance(column, str) for column in columns)  # names are found, or refused
-    _check_texts(path, rows, [names[place] for place in places[:2] if checked and place is not None])
-    return rows
+    return Examples(first, None if places[1] is None else second, None if places[2] is None else labels), uneven
 
 
-def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
-    """The lines except for blank ones at the end."""
-    blank = 0
-    for line in lines:
-        if line:
-            yield from repeat("", blank)
-            yield line
-        blank = 0 if line else blank + 1
+def _known_label(path: Path, number: int, task: Task, cell: str | None) -> int | float:
+    """A label; NO_LABEL or NO_SCORE for an empty cell of a user's own task. Raises InputError for any other text."""
+    if not cell and task.name not in TASKS and cell not in task.labels:
+        return NO_SCORE if task.kind == REGRESSION else NO_LABEL
+    if (label := _label(task, str(cell))) is None:
+        wanted = f"one of {task.name}'s: {', '.join(task.labels)}" if task.labels else "a number"
+        found = f"{'label' if task.labels else 'score'} {cell!r}"
+        raise InputError(f"{path}, line {number}: {found} is not {wanted}")
+    return label
 
 
 def _check_header_label(task: Task, path: Path, names: list[str], place: int) -> None:
@@ -171,14 +258,15 @@ def _check_texts(path: Path, rows: Examples, names: list[str]) -> None:
 def _compare_headers(task: Task, train: Path, other: Path, columns: _Columns) -> None:
     """Warn where the columns that are read have other names in `other` than in the train file."""
     try:
-        ours, theirs = (next(read_lines(path, "the header"), "").split("\t") for path in (other, train))
+        ours, theirs = (next(read_table(path, "the header"), (0, []))[1] for path in (other, train))
     except InputError:  # where there is no train file
         return
     both = zip(columns, (task.text_a, task.text_b, task.label), strict=True)
     numbers = [(own, trained) for own, trained in both if isinstance(own, int) and isinstance(trained, int)]
     if any(ours[own : own + 1 or None] != theirs[trained : trained + 1 or None] for own, trained in numbers):
+        shown, in_train = (" | ".join(map(str, names))[:200] for names in (ours, theirs))
         logger.warning("%s, line 1: the header is %r, but in %s it is %r: does each file have a header, and are the "
-                       "columns the same?", other, " | ".join(ours)[:200], train, " | ".join(theirs)[:200])  # fmt: skip
+                       "columns the same?", other, shown, train, in_train)  # fmt: skip
 
 
 def _find_columns(path: Path, names: list[str], columns: _Columns, own: bool) -> list[Any]:

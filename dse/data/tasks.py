@@ -10,7 +10,7 @@ JSON file. This module uses neither torch nor tokenizers, so that bad data is re
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ DEFAULT_METRICS = {  # of fine-tuning
     REGRESSION: ("pearson", "spearmanr", "corr"),
 }
 SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # the student's, by which checkpoints are ranked
+DEFAULT_DEV_SHARE = 0.1
 DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
 
 
@@ -51,6 +52,7 @@ class Task:
     skip_short_rows: bool = False
     parts: tuple[str, ...] = ()  # made of these tasks, each in its folder below data_dir
     rank_label: str | None = None  # whose probability ranks candidates; None: the usual one (`ranked_label`)
+    dev_share: float | None = None  # of the training pairs, for dev, if there is no dev file
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -93,12 +95,17 @@ TASKS = {
 }  # fmt: skip
 
 
-def get_task(name: str) -> Task:
-    """The task of that name (any case), or of the JSON file at that path. Raises InputError."""
+def get_task(name: str, dev_share: float | None = None) -> Task:
+    """The task of that name (any case), or of the JSON file at that path, with that --dev_share. Raises InputError."""
     if name.lower() in TASKS:
+        if dev_share is not None:
+            raise InputError(f"--dev_share: {name} has a dev file; leave the flag out")
         return TASKS[name.lower()]
     if name.lower().endswith(".json"):
-        return _task_from_json(Path(name))
+        task = _task_from_json(Path(name))
+        if dev_share is not None and task.dev is not None:
+            raise InputError(f"--dev_share: {name} names a dev file, {task.dev}; leave the flag or the file out")
+        return task if dev_share is None else replace(task, dev_share=dev_share)
     known = ", ".join(TASKS)
     raise InputError(f"--task_name: unknown task {name!r}; known: {known}, or a JSON file that describes your own")
 
@@ -132,6 +139,8 @@ def task_to_dict(task: Task, ranks: bool = False) -> dict[str, Any]:
     line = json.loads(json.dumps(asdict(task)))
     if not ranks or task.rank_label is None:
         del line["rank_label"]
+    if task.dev_share is None:
+        del line["dev_share"]  # so that the line is what it was before there was one
     return line
 
 
@@ -153,8 +162,9 @@ _COLUMNS = {
     "test_text_b": int | str | None, "test_label": int | str | None,
 }  # fmt: skip
 _JSON_TYPES: dict[str, Any] = {
-    "name": str, "kind": str, "labels": list, "train": str, "dev": str, "test": str | None, **_COLUMNS, "header": bool,
-    "metrics": list, "skip_short_rows": bool, "rank_label": int | str | None,
+    "name": str, "kind": str, "labels": list, "train": str, "dev": str | None, "dev_share": float,
+    "test": str | None, **_COLUMNS, "header": bool, "metrics": list, "skip_short_rows": bool,
+    "rank_label": int | str | None,
 }  # fmt: skip
 
 
@@ -180,7 +190,8 @@ def _task_from_json(path: Path) -> Task:
         line[key] = tuple(map(str, line.get(key, ())))
     if line.get("rank_label") is not None:
         line["rank_label"] = str(line["rank_label"])
-    task = Task(**line)
+    share = DEFAULT_DEV_SHARE if line.get("dev") is None else None
+    task = Task(**{"dev": None, "dev_share": share, **line})
     _check_own_task(path, task)
     return task
 
@@ -196,6 +207,8 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f"{path}: a {kind} task needs {wanted}, found {labels}")
     if task.rank_label not in (None, *labels):
         raise InputError(f"{path}: rank_label {task.rank_label!r} is not one of the labels {labels}")
+    if task.dev_share is not None and (task.dev is not None or not 0 < task.dev_share < 1):
+        raise InputError(f"{path}: dev_share {task.dev_share} must be above 0 and below 1, in a task without dev")
     known = DEFAULT_METRICS[kind] + ("mcc",) * (kind == BINARY)
     if not set(task.metrics) <= set(known):
         raise InputError(f"{path}: metrics {list(task.metrics)}: a {kind} task can have {', '.join(known)}")

@@ -49,7 +49,8 @@ TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
 def naive_outputs(query: str, index: CandidateIndex) -> Tensor:
     """The head as it is trained, [u, v, u * v, |u - v|] made for every pair, a block of candidates at a time."""
     head, u = index.model.network.siamese_head, index.model.encode(query, convert_to="tensor")
-    blocks = (index.block(start) for start in range(0, len(index), BLOCK))
+    stored = (torch.from_numpy(index.files.block(start)) for start in range(0, len(index), BLOCK))
+    blocks = (some.to(u.device, torch.float32) for some in stored)
     return torch.cat([head(u.expand_as(v), v) for v in blocks])
 
 

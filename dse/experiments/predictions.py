@@ -21,6 +21,7 @@ from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
+from dse.networks.config import MAX_SEQ_LENGTH
 from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config, find_bert, read_training
 from dse.networks.teacher import load_teacher
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 Scorer = Callable[[Examples], np.ndarray]  # rows to outputs (n, 1) or (n, labels), float32
 Ranker = Callable[[list[str], np.ndarray], torch.Tensor]  # texts, places of n queries to (n, texts), high for partners
 MOST_QUERIES = 400
-MAX_SEQ_LENGTH = 128  # finetune_bert.py's default, for a teacher that does not record its own
 
 
 def load_scorer(

@@ -11,6 +11,7 @@ from dse.data.tasks import Task
 from dse.networks.poolers import POOLERS, Pooler
 from dse.system.errors import InputError
 
+MAX_SEQ_LENGTH = 128  # the scripts' default
 HEAD_TYPES = ("concat", "dot", "residual")  # heads.HEADS has a class for each
 MOST_DROPOUT = 65535 / 65536  # packed batches draw 16 bits per element (packed_bert.py)
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of the encoder (encoder.py)

@@ -96,6 +96,11 @@ class Student:
     threshold: float = DEFAULT_THRESHOLD  # binary: above it, strictly, a pair has the second label
     origin: dict[str, Any] = field(default_factory=dict)  # of its training: epoch, metrics, commands (script, flags)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.device
+
 
 def empty_network(config: DSEConfig) -> SiameseNetwork:
     """A network without pre-trained weights, to load a state dict into."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from dse.data.tasks import Task
+from dse.data.tasks import BINARY, Task
 from dse.networks.encoder import PooledBert
 from dse.networks.poolers import POOLERS
 from dse.networks.pretrained import bert_config, load_bert
@@ -33,14 +33,15 @@ class Teacher(PooledBert):
 def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
     """A cross-encoder, float32, from the folder of a BERT; the task's labels name its logits.
 
-    With `fine_tuned` its classifier is used as it is; raises InputError if finetune_bert.py did not make it for this
-    task. Otherwise a new classifier, N(0, initializer_range) and bias 0, takes the place of any in the folder.
+    With `fine_tuned` its classifier is used as it is; raises InputError if it is not one for this task's labels. In a
+    binary task, one logit z, as other programs train it, becomes (0, z). Otherwise a new classifier,
+    N(0, initializer_range) and bias 0, takes the place of any in the folder.
     """
     config, labels = bert_config(folder, "the teacher"), list(task.labels) or ["score"]
     if config.get("type_vocab_size", 2) < 2 and task.text_b is not None:
         raise InputError(f"{folder}: type_vocab_size is 1, but a teacher of pairs needs 2: use another BERT")
-    if fine_tuned:
-        _check_teacher_task(folder, config, task, labels)
+    if fine_tuned and (labels := _labels_of(folder, config, task, labels))[1:] == [] and task.kind == BINARY:
+        logger.info("%s gives one logit, which is taken for that of %r", folder, task.labels[1])
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model, new = load_bert(BertForSequenceClassification, folder, num_labels=len(labels), **names)
     model.config.finetuning_task = task.name
@@ -50,12 +51,28 @@ def load_teacher(folder: Path, task: Task, fine_tuned: bool) -> Teacher:
     if not fine_tuned:
         nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
+    if len(labels) < task.num_logits:
+        model.classifier = _with_zero_before(model.classifier)
     return Teacher(model)
 
 
-def _check_teacher_task(folder: Path, config: dict[str, Any], task: Task, labels: list[str]) -> None:
-    """Raise InputError for labels in another order, whose logits would mean something else."""
+@torch.no_grad()
+def _with_zero_before(classifier: nn.Linear) -> nn.Linear:
+    """The logits (0, z) in place of z: the same log-odds."""
+    both = nn.Linear(classifier.in_features, 2)
+    for name, values in both.named_parameters():
+        values[0], values[1] = 0.0, getattr(classifier, name)[0]
+    return both
+
+
+def _labels_of(folder: Path, config: dict[str, Any], task: Task, labels: list[str]) -> list[str]:
+    """The labels of a teacher's logits: the task's or, of one logit in a binary task, the second one.
+
+    Raises InputError for labels in another order, whose logits would mean something else.
+    """
     names = [name for _, name in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    if len(names) == 1 and task.kind == BINARY:
+        return labels[1:]
     if names and len(names) != len(labels):
         needs = f"{len(labels)}: {', '.join(labels)}"
         raise InputError(f"{folder}: gives {len(names)} logits, but {task.name} needs {needs}")
@@ -66,3 +83,4 @@ def _check_teacher_task(folder: Path, config: dict[str, Any], task: Task, labels
         raise InputError(f"{folder}: its labels in order are {names}, but those of {task.name} are {labels}")
     if config.get("finetuning_task") not in (None, task.name):
         logger.warning("%s was fine-tuned on %s, but is used for %s", folder, config["finetuning_task"], task.name)
+    return labels

@@ -1,9 +1,9 @@
 """The files of an index of candidates, independent of any model.
 
 A folder holds vectors.bin (rows of float32 or float16, little-endian), ends.bin (int64: where each text ends),
-texts.bin (UTF-8, end to end) and index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows
-in each file. A block is compared with its CRC when it is first read. Appending writes after what is there and then
-replaces index.json, so a stop in between leaves the index as it was.
+texts.bin (UTF-8, end to end), the same two files of ids if the rows have some, and index.json: the model's hash, the
+number of rows, and a CRC-32 of each block of rows in each file. A block is compared with its CRC when it is first read.
+Appending writes after what is there and then replaces index.json, so a stop in between leaves the index as it was.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,16 +25,20 @@ from dse.system.text_files import checked_texts, elements
 
 BLOCK = 4096  # rows that are scored, and checked, at once
 _INDEX, _LOCK = "index.json", ".lock"  # locked while an append writes, or another index takes the folder's place
-_FILES = VECTORS, _ENDS, _TEXTS = ("vectors.bin", "ends.bin", "texts.bin")
+VECTORS = "vectors.bin"
+_STRINGS = {"text": ("ends.bin", "texts.bin"), "id": ("id_ends.bin", "ids.bin")}  # of each row: ends, and UTF-8
 _DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _INT64 = np.dtype("<i8")
+_PARTS = "a list of (embeddings, texts) or (embeddings, texts, ids) parts"
 _ATTEMPTS = 5  # to open one that is replaced meanwhile
 _FORMAT = FolderFormat(
-    "index of candidates", "dse index", 1, _INDEX, (*_FILES, _LOCK), "build the index again with `python -m dse index`"
-)
+    "index of candidates", "dse index", 1, _INDEX, (VECTORS, *chain(*_STRINGS.values()), _LOCK),
+    "build the index again with `python -m dse index`",
+)  # fmt: skip
 check_index_place, _read_content = _FORMAT.check_place, _FORMAT.read
 
-Part = tuple[np.ndarray, list[str]]  # embeddings (n, width), and their n texts
+# Embeddings (n, width), their n texts and, in every part or in none, n ids.
+Part = tuple[np.ndarray, list[str]] | tuple[np.ndarray, list[str], list[str]]
 
 
 class IndexFiles:
@@ -59,6 +64,11 @@ class IndexFiles:
     def __len__(self) -> int:
         return self.content["count"]
 
+    @property
+    def has_ids(self) -> bool:
+        """Do the rows have ids?"""
+        return "id" in _kinds(self.content)
+
     @classmethod
     def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
         """Write an index, whole or not at all. Raises InputError for a folder with other files, or NaN embeddings."""
@@ -66,6 +76,10 @@ class IndexFiles:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
         check_index_place(folder, str(folder))
         content = {"model": model, "dtype": dtype, "width": width, "count": 0, "text_bytes": 0, "sums": []}
+        parts = iter(elements(parts, "parts", _PARTS))
+        if (first := next(parts, None)) is not None:
+            parts = chain([first], parts)
+            content |= {"id_bytes": 0} if isinstance(first, tuple | list) and len(first) == 3 else {}
         with contextlib.ExitStack() as held, replace_folder(folder) as beside:
             _extend(beside, content, parts)
             files = cls(beside, content)
@@ -110,73 +124,102 @@ class IndexFiles:
     def block(self, start: int, file: str = VECTORS, places: slice | None = None) -> np.ndarray:
         """Up to BLOCK rows of a file from row `start` on, a multiple of BLOCK, compared with their CRC once.
 
-        `places` is where they are in texts.bin. Raises InputError if they are corrupt.
+        `places` is where they are in a file of strings. Raises InputError if they are corrupt.
         """
         content = self.arrays[file][places or slice(start, start + BLOCK)]
         if (start, file) not in self._checked:
-            if zlib.crc32(content.data) != self.content["sums"][start // BLOCK][_FILES.index(file)]:
+            if zlib.crc32(content.data) != self.content["sums"][start // BLOCK][list(self.arrays).index(file)]:
                 rows = f"{start} to {min(start + BLOCK, len(self)) - 1}"
                 raise InputError(f"{self.folder / file}: corrupt in rows {rows} (CRC-32 differs); {_FORMAT.mend}")
             self._checked.add((start, file))
         return content
 
-    def text(self, row: int) -> str:
-        """The text of a row. Raises IndexError for a row that is not there."""
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """The embeddings of any rows, int, as stored, (rows, width). Raises IndexError for a row that is not there."""
+        for row in rows[(rows < 0) | (rows >= len(self))]:
+            raise IndexError(f"row {row}: there are {len(self)} candidates")
+        for start in np.unique(rows // BLOCK * BLOCK).tolist():
+            self.block(start)  # compared
+        return self.arrays[VECTORS][rows]
+
+    def string(self, row: int, kind: str = "text") -> str:
+        """The text or the id of a row. Raises IndexError for a row that is not there."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row}: there are {len(self)} candidates")
-        start = row // BLOCK * BLOCK
-        first = int(self.arrays[_ENDS][start - 1]) if start else 0
-        ends = self.block(start, _ENDS)
-        texts = self.block(start, _TEXTS, slice(first, int(ends[-1])))
+        (ends_file, file), start = _STRINGS[kind], row // BLOCK * BLOCK
+        first = int(self.arrays[ends_file][start - 1]) if start else 0
+        ends = self.block(start, ends_file)
+        strings = self.block(start, file, slice(first, int(ends[-1])))
         begin = int(ends[row - start - 1]) if row > start else first
-        return texts[begin - first : int(ends[row - start]) - first].tobytes().decode()
+        return strings[begin - first : int(ends[row - start]) - first].tobytes().decode()
 
 
 def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> None:
-    """Write embeddings and texts behind what `content` counts, count them in, and then replace index.json."""
+    """Write embeddings and strings behind what `content` counts, count them in, and then replace index.json."""
+    kinds = _kinds(content)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(folder / name, "ab")) for name in _FILES]
-        for file, (dtype, shape) in zip(files, _shapes(content).values(), strict=True):
+        shapes = _shapes(content)
+        files = [stack.enter_context(open(folder / name, "ab")) for name in shapes]
+        for file, (dtype, shape) in zip(files, shapes.values(), strict=True):
             file.truncate(dtype.itemsize * math.prod(shape))  # what an append left that did not end
-        for part in elements(parts, "parts", "a list of (embeddings, texts) parts"):
-            if not (isinstance(part, tuple | list) and len(part) == 2):
-                raise TypeError(f"parts: got {type(part).__name__}, expected (embeddings, texts), as in [(E, texts)]")
-            vectors, texts = np.asarray(part[0]), list(checked_texts(part[1], "parts, texts"))
-            if vectors.shape != (len(texts), content["width"]):
-                raise ValueError(f"embeddings: {vectors.shape}, expected {(len(texts), content['width'])}")
-            with np.errstate(over="ignore"):
-                stored = np.ascontiguousarray(vectors, dtype=_DTYPES[content["dtype"]])
-            if not np.isfinite(stored).all():
-                raise InputError(
-                    f"{folder}: some embeddings are NaN, infinite or, for float16, above 65504; "
-                    "store float32, or train the student again"
-                )
-            encoded = [text.encode() for text in texts]
-            ends = content["text_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
-            start = 0
-            while start < len(texts):
+        for part in elements(parts, "parts", _PARTS):
+            stored, strings = _checked_part(part, content)
+            start, pieces = 0, [stored]
+            for kind, encoded in zip(kinds, strings, strict=True):
+                ends = content[f"{kind}_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
+                pieces += [ends, encoded]
+            while start < len(stored):
                 place = content["count"] % BLOCK
                 if place == 0:
-                    content["sums"].append([0] * len(_FILES))
-                some, sums = slice(start, min(start + BLOCK - place, len(texts))), content["sums"][-1]
-                pieces = (stored[some], ends[some], b"".join(encoded[some]))
-                for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
+                    content["sums"].append([0] * len(files))
+                some, sums = slice(start, min(start + BLOCK - place, len(stored))), content["sums"][-1]
+                for i, (file, whole) in enumerate(zip(files, pieces, strict=True)):
+                    piece = b"".join(whole[some]) if isinstance(whole, list) else whole[some]
                     file.write(piece)
                     sums[i] = zlib.crc32(piece, sums[i])
                 content["count"] += some.stop - start
-                content["text_bytes"] += len(pieces[-1])
                 start = some.stop
+            for kind, encoded in zip(kinds, strings, strict=True):
+                content[f"{kind}_bytes"] += sum(map(len, encoded))
         for file in files:
             file.flush()
             os.fsync(file.fileno())
     write_text(folder / _INDEX, _FORMAT.text(content))
 
 
+def _checked_part(part: Any, content: dict[str, Any]) -> tuple[np.ndarray, list[list[bytes]]]:
+    """A part's embeddings as they are stored, and its texts and ids as UTF-8."""
+    expected = "(embeddings, texts, ids)" if "id_bytes" in content else "(embeddings, texts)"
+    if not isinstance(part, tuple | list) or len(part) != 1 + len(_kinds(content)):
+        found = f"{len(part)} entries" if isinstance(part, tuple | list) else type(part).__name__
+        raise TypeError(f"parts: got {found}, expected {expected}, as in [(E, texts)]")
+    vectors, strings = np.asarray(part[0]), [list(checked_texts(some, "parts, texts and ids")) for some in part[1:]]
+    if vectors.shape != (len(strings[0]), content["width"]):
+        raise ValueError(f"embeddings: {vectors.shape}, expected {(len(strings[0]), content['width'])}")
+    if len(strings[-1]) != len(strings[0]):
+        raise ValueError(f"ids: {len(strings[-1])} for {len(strings[0])} texts; give one for each")
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(vectors, dtype=_DTYPES[content["dtype"]])
+    if not np.isfinite(stored).all():
+        raise InputError(
+            "some embeddings are NaN, infinite or, for float16, above 65504; store float32, or train the student again"
+        )
+    return stored, [[text.encode() for text in some] for some in strings]
+
+
+def _kinds(content: dict[str, Any]) -> list[str]:
+    """The kinds of strings that the rows have."""
+    return [kind for kind in _STRINGS if f"{kind}_bytes" in content]
+
+
 def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of each file."""
+    """Type and shape of each file, in the order of their CRCs."""
     rows, dtype = content["count"], _DTYPES[content["dtype"]]
-    shapes = (dtype, (rows, content["width"])), (_INT64, (rows,)), (np.dtype("u1"), (content["text_bytes"],))
-    return dict(zip(_FILES, shapes, strict=True))
+    shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {VECTORS: (dtype, (rows, content["width"]))}
+    for kind in _kinds(content):
+        ends, strings = _STRINGS[kind]
+        shapes |= {ends: (_INT64, (rows,)), strings: (np.dtype("u1"), (content[f"{kind}_bytes"],))}
+    return shapes
 
 
 @contextlib.contextmanager

@@ -229,7 +229,9 @@ def model_card(student: Student) -> str:
         parts.append("\n".join(f"| {name} | {value} |" for name, value in rows))
     if commands := origin.get("commands"):
         lines = "\n".join(command_line(script, flags, full_paths=False) for script, flags in commands)
-        parts.append(f"## Commands\n\n```\n{lines}\n```\n\nSHA-256 of the logits: {origin.get('logits_sha256')}")
+        parts.append(f"## Commands\n\n```\n{lines}\n```")
+        if sha256 := origin.get("logits_sha256"):
+            parts.append(f"SHA-256 of the logits: {sha256}")
     return "\n\n".join(parts) + "\n"
 
 

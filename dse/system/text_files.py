@@ -1,16 +1,27 @@
-"""Lines of UTF-8 files, of pipes and of standard input; texts that Python code passes."""
+"""Lines and tables of UTF-8 files, of pipes and of standard input; texts that Python code passes.
+
+A table's form follows from its name: .csv (RFC 4180: commas, quotation marks around cells that need them), .jsonl (a
+JSON object per line), and TSV without quoting for all other names. A name that ends in .gz is unpacked as it is read.
+"""
 
 import codecs
 import contextlib
+import csv
+import gzip
+import json
 import logging
+import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from dse.system.errors import InputError
 
 logger = logging.getLogger(__name__)
+Row = tuple[int, list[str | None]]  # the number of its line, or of its last one, and its cells; None: a JSON null
 _TEXTS = "the texts, a UTF-8 file with one per line, or - for standard input"
 
 
@@ -21,18 +32,96 @@ def read_lines(path: str | Path, what: str, keep_mark: bool = False, flag: str =
     """
     name, number = (f"{flag}: standard input" if path == "-" else path), 0
     try:
-        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else _opened(path) as stream:
             for raw in stream:
                 if not (number or keep_mark):
                     raw = raw.removeprefix(codecs.BOM_UTF8)
                 for row in raw.splitlines():  # of bytes, which ends lines at these three alone
                     number += 1
                     yield row.decode()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{name}: is not a whole gzip file; pack it again, or drop .gz from its name") from error
     except OSError as error:
         raise InputError(f"{name}: cannot read {what} ({error.strerror}); see {flag}") from error
     except UnicodeDecodeError as error:
         byte = f"0x{error.object[error.start]:02x}"
         raise InputError(f"{name}, line {number}: byte {byte} is not valid UTF-8; save the text as UTF-8") from error
+
+
+def _opened(path: str | Path) -> Any:
+    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
+
+
+def form_of(path: str | Path) -> str:
+    """The form of a table: "csv", "jsonl" or "tsv".
+
+    >>> [form_of(name) for name in ("pairs.CSV.gz", "pairs.jsonl", "pairs.ndjson", "pairs.txt")]
+    ['csv', 'jsonl', 'jsonl', 'tsv']
+    """
+    ending = Path(str(path).lower().removesuffix(".gz")).suffix[1:]
+    return {"csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl"}.get(ending, "tsv")
+
+
+def read_table(path: str | Path, what: str, flag: str = "--data_dir") -> Iterator[Row]:
+    """The rows of a table, as `read_lines` gives its lines; the first one is its header, if it has one.
+
+    JSON lines have one: the keys of the first object; the cells of each row are in their order, numbers and truth
+    values as JSON writes them. Blank lines are left out, in TSV at the end alone. Raises InputError, with the line, for
+    what is not CSV, or not JSON of that kind.
+    """
+    lines = read_lines(path, what, flag=flag)
+    if (form := form_of(path)) == "tsv":
+        for number, line in enumerate(_without_blank_end(lines), 1):
+            yield number, [*line.split("\t")]
+    else:
+        yield from (_csv_rows if form == "csv" else _json_rows)(path, lines)
+
+
+def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
+    """The lines except for blank ones at the end."""
+    blank = 0
+    for line in lines:
+        if line:
+            yield from repeat("", blank)
+            yield line
+        blank = 0 if line else blank + 1
+
+
+def _csv_rows(path: str | Path, lines: Iterator[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    rows = csv.reader((line + "\n" for line in lines), strict=True)
+    try:
+        for cells in rows:
+            if cells:
+                yield rows.line_num, [*cells]
+    except csv.Error as error:
+        mend = 'quote cells with commas or quotation marks, and write "" for a quotation mark in them'
+        raise InputError(f"{path}, line {rows.line_num}: is not CSV ({error}); {mend}") from error
+
+
+def _json_rows(path: str | Path, lines: Iterator[str]) -> Iterator[Row]:
+    keys: dict[str, None] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entries = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: is not JSON ({error}); expected an object per line") from error
+        if not isinstance(entries, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, found {line[:80]!r}")
+        if not keys:
+            keys = dict.fromkeys(entries)
+            yield number, [*keys]
+        yield number, [_json_cell(entries.get(key), f"{path}, line {number}: {key!r}") for key in keys]
+
+
+def _json_cell(value: Any, place: str) -> str | None:
+    if isinstance(value, dict | list):
+        raise InputError(f"{place}: expected a string, a number, true, false or null, found {str(value)[:80]}")
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{place}: half of a surrogate pair, which UTF-8 cannot hold: {value[:80]!a}")
+    return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
 def check_texts(path: str, flag: str) -> None:

@@ -14,6 +14,7 @@ Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), int6
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore
 from torch import Tensor
 from torch.nn import functional
 
+from dse.data.processors import NO_LABEL
 from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, SCORES, Task
 from dse.training.reporting import show_number
 
@@ -37,16 +39,28 @@ class Kind:
 
     def teacher_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy of (n, labels) logits; of a regression, mean squared error of (n, 1) scores."""
-        return functional.cross_entropy(logits.float(), labels)
+        return Kind.hard_loss(self, logits, labels)
 
-    def hard_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The student's loss against the labels, mean over pairs."""
-        return self.teacher_loss(outputs, labels)
+    def hard_loss(self, outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """The student's loss against the labels, mean over pairs, or as torch's losses reduce it."""
+        return functional.cross_entropy(outputs.float(), labels, reduction=reduction)
 
-    def student_loss(self, outputs: Tensor, labels: Tensor, targets: Tensor, coefficient: float) -> Tensor:
-        """The distillation loss of a batch; `targets` are as outputs. With a coefficient of 0 they are not used."""
-        hard = self.hard_loss(outputs, labels)
-        return (1 - coefficient) * hard + coefficient * distillation_loss(outputs, targets) if coefficient else hard
+    def partly_labelled_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """As `hard_loss`, with 0 for pairs without label, which count in the mean."""
+        known = has_label(labels)
+        return (self.hard_loss(outputs, torch.where(known, labels, 0), "none") * known).mean()
+
+    def student_loss(
+        self, outputs: Tensor, labels: Tensor, targets: Tensor | None, coefficient: float, partly: bool = False
+    ) -> Tensor:
+        """The distillation loss of a batch; `targets` are as outputs. With a coefficient of 0 they are not used.
+
+        `partly`: some pairs have no label, and count in the distillation term alone.
+        """
+        hard = (self.partly_labelled_loss if partly else self.hard_loss)(outputs, labels)
+        if targets is None or not coefficient:
+            return hard
+        return (1 - coefficient) * hard + coefficient * distillation_loss(outputs, targets)
 
     def targets(self, logits: Tensor) -> Tensor:
         """What the student's outputs are pulled towards: the teacher's logits in the form of outputs."""
@@ -96,8 +110,9 @@ class Binary(Kind):
 
     name = BINARY
 
-    def hard_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(outputs[:, 0].float(), labels.float())
+    def hard_loss(self, outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        targets = labels.float()
+        return functional.binary_cross_entropy_with_logits(outputs[:, 0].float(), targets, reduction=reduction)
 
     def targets(self, logits: Tensor) -> Tensor:
         return logits[:, 1:] - logits[:, :1]
@@ -130,8 +145,11 @@ class Regression(Kind):
 
     name = REGRESSION
 
+    def hard_loss(self, outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        return functional.mse_loss(outputs[:, 0].float(), labels, reduction=reduction)
+
     def teacher_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.mse_loss(logits[:, 0].float(), labels)
+        return self.hard_loss(logits, labels)
 
     def metrics(self, outputs: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] = _HALF) -> Metrics:
         return dict(zip(("pearson", "spearman"), correlations(outputs[:, 0], labels), strict=True))
@@ -152,6 +170,12 @@ KINDS = {kind.name: kind for kind in (Binary(), Kind(), Regression())}
 def kind_of(task: Task) -> Kind:
     """The kind of a task."""
     return KINDS[task.kind]
+
+
+def has_label(labels: Any) -> Any:
+    """Of each label, an array or a tensor: is it one, not NO_LABEL or NO_SCORE (processors.py)?"""
+    floating = labels.is_floating_point() if isinstance(labels, Tensor) else labels.dtype.kind == "f"
+    return labels == labels if floating else labels != NO_LABEL
 
 
 def distillation_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -210,15 +234,16 @@ def measure_student(
 
     With `targets`, the teacher's logits of the same rows as `Kind.targets` gives them, there are `distillation_loss`
     and `total_loss`, means over pairs, and `teacher_agreement` too: the share of pairs with the teacher's label, or the
-    Pearson correlation with the teacher's scores.
+    Pearson correlation with the teacher's scores. Rows without label count in these alone.
     """
-    kind, z, y = kind_of(task), torch.from_numpy(outputs), torch.from_numpy(labels)
-    metrics = {"loss": kind.hard_loss(z, y).item()}
+    kind, z, y, known = kind_of(task), torch.from_numpy(outputs), torch.from_numpy(labels), has_label(labels)
+    of_known = outputs[known], labels[known]
+    metrics = {"loss": kind.hard_loss(*map(torch.from_numpy, of_known)).item()} if known.any() else {}
     if targets is not None:
         metrics["distillation_loss"] = distillation_loss(z, targets).item()
-        metrics["total_loss"] = kind.student_loss(z, y, targets, coefficient).item()
+        metrics["total_loss"] = kind.student_loss(z, y, targets, coefficient, not known.all()).item()
         metrics["teacher_agreement"] = kind.agreement(outputs, kind.decisions(targets.numpy()))
-    return metrics | kind.metrics(outputs, labels, thresholds)
+    return metrics | kind.metrics(*of_known, thresholds) if known.any() else metrics
 
 
 def tell_agreement(
@@ -226,8 +251,13 @@ def tell_agreement(
 ) -> None:
     """Log how far outputs agree with labels; warn if they agree less than a guess would.
 
-    Outputs and labels are as in kinds.py, in a student's form; `who` and `whose` name the model and the labels.
+    Outputs and labels are as in kinds.py, in a student's form; `who` and `whose` name the model and the labels. Rows
+    without label do not count.
     """
+    known = has_label(labels)
+    if not known.any():
+        return
+    outputs, labels = outputs[known], labels[known]
     value = kind_of(task).agreement(outputs, labels, threshold)
     if task.kind == REGRESSION:
         logger.info("%s: Pearson correlation with %s %s", who, whose, show_number(value))

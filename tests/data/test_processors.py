@@ -4,6 +4,7 @@ Each table is extended by a line: a name, the input, and what is expected of it.
 refusal (a string), or what is read (a list); with a warning, the pair of what is read and a part of the warning.
 """
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from helpers import NAMED, REAL, check_outcome, names_of, outcome, own_task
 
 from dse.data.processors import read_examples
-from dse.data.tasks import get_task
+from dse.data.tasks import Task, get_task
 from dse.system.errors import InputError
 
 NUMBERED = {**NAMED, "text_a": 0, "text_b": 1, "label": -1}
@@ -94,7 +95,10 @@ FILES = [
     ("a blank line in the middle", NAMED, HEADER + "how\tso\tyes\n\nwho\tme\tno\n", "line 3: 3 cells expected"),
     ("nothing but blank lines", NAMED, "\n\n", "train.tsv: is empty"),
     ("a header and blank lines", NAMED, HEADER + "\n\n", "train.tsv: has no rows of data"),
-    ("rows are counted past blank lines", ALONE, "how\tyes\n\t\n", "line 2: label '' is not one of"),
+    ("rows are counted past blank lines", ALONE, "how\tyes\n\t\n", "line 2: all cells are empty; remove the line"),
+    ("rows without label", NAMED, HEADER + "how\tso\t\nwho\tme\tno\n", [("how", "so", -1), ("who", "me", 0)]),
+    ("an empty label of the task's", {**NAMED, "labels": ["", "yes"]}, HEADER + "how\tso\t\n", [("how", "so", 0)]),
+    ("GLUE: no label", "wnli", WNLI + "0\ta\tb\t\n", "line 2: label '' is not one of wnli's: 0, 1"),
     ("GLUE: a blank last line", "wnli", WNLI + "0\ta\tb\t1\n\n", [("a", "b", 1)]),
     ("a byte-order mark", NAMED, "\ufeff" + HEADER + "how\tso\tyes\nwho\tme\tno\n", TWO),
 ]  # fmt: skip
@@ -308,3 +312,122 @@ def test_a_label_in_the_last_column_is_not_one_of_the_texts(tmp_path):
     write(tmp_path / "train.tsv", "index\tq\ts\tlabel\n0\tq\tentailment\n")
     with pytest.raises(InputError, match="at least 4 columns expected, found 3"):
         read_examples(get_task("rte"), tmp_path, "train")
+
+
+CSV = {**NAMED, "train": "t.csv"}
+JSONL = {**NAMED, "train": "t.jsonl"}
+# (name, task, content of its training file, expected)
+FORMS = [
+    ("CSV", CSV, 'q,a,good\r\nhow,so,yes\r\nwho,me,no\r\n', TWO),
+    ("CSV: commas, quotation marks and line ends in texts", CSV, 'a,good,q\n"so, ""so""\nso",yes,how\n',
+     [("how", 'so, "so"\nso', 1)]),
+    ("CSV: blank lines", CSV, "q,a,good\n\nhow,so,yes\n\nwho,me,no\n\n", TWO),
+    ("CSV: tabs are text", CSV, "q,a,good\nhow\tto,so,yes\n", [("how\tto", "so", 1)]),
+    ("CSV: semicolons", CSV, "q;a;good\nhow;so;yes\n", "line 1: no column 'q' in the header, which has q;a;good"),
+    ("CSV: an open quote", CSV, 'q,a,good\nhow,"so,yes\n', "t.csv, line 2: is not CSV (unexpected end of data)"),
+    ("CSV: text after a quote", CSV, 'q,a,good\nhow,"so" so,yes\n', "t.csv, line 2: is not CSV ("),
+    ("CSV: a cell too many", CSV, "q,a,good\nhow,so, so,yes\n", "line 2: 3 cells expected, as in line 1, found 4"),
+    ("CSV: a mark", CSV, "\ufeffq,a,good\nhow,so,yes\n", [("how", "so", 1)]),
+    ("CSV without a header", {**BARE, "train": "t.csv"}, "how,so,yes\nwho,me,no\n", TWO),
+    ("JSONL", JSONL, '{"q": "how", "a": "so", "good": "yes"}\n{"good": "no", "q": "who", "more": 1, "a": "me"}\n', TWO),
+    ("JSONL: labels that are numbers", {**JSONL, "labels": [0, 1]}, '{"q": "how", "a": "so", "good": 1}\n',
+     [("how", "so", 1)]),
+    ("JSONL: labels that are truth values", {**JSONL, "labels": ["false", "true"]},
+     '{"q": "how", "a": "so", "good": true}\n', [("how", "so", 1)]),
+    ("JSONL: scores", {**JSONL, "kind": "regression", "labels": []},
+     '{"q": "how", "a": "so", "good": 4.5}\n{"q": "how", "a": "so", "good": 1e-3}\n',
+     [("how", "so", 4.5), ("how", "so", 0.001)]),
+    ("JSONL: no label", JSONL, '{"q": "how", "a": "so", "good": null}\n{"q": "who", "a": "me"}\n',
+     [("how", "so", -1), ("who", "me", -1)]),
+    ("JSONL: no text", JSONL, '{"q": "how", "a": "so", "good": "no"}\n{"q": "how", "good": "no"}\n',
+     "t.jsonl, line 2: 'a' is missing or null; expected a text"),
+    ("JSONL: no key", JSONL, '{"q": "how", "good": "no"}\n', "t.jsonl, line 1: no column 'a' in the header"),
+    ("JSONL: a list", JSONL, '{"q": ["how"], "a": "so", "good": "no"}\n', "line 1: 'q': expected a string, a number"),
+    ("JSONL: not an object", JSONL, '["how", "so", "yes"]\n', "line 1: expected a JSON object, found"),
+    ("JSONL: not JSON", JSONL, "{'q': 'how'}\n", "t.jsonl, line 1: is not JSON ("),
+    ("JSONL: half a character", JSONL, '{"q": "\\ud800", "a": "so", "good": "no"}\n', "line 1: 'q': half of a"),
+    ("JSONL by numbers", {**JSONL, "text_a": 0, "text_b": 1, "label": 2}, '{"q": "how", "a": "so", "good": "yes"}\n',
+     [("how", "so", 1)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "task", "content", "expected"), FORMS, ids=names_of(FORMS))
+def test_forms_of_files(name, task, content, expected, packed, tmp_path, caplog):
+    """By the name's ending, which .gz may follow."""
+    file = task["train"] + (".gz" if packed else "")
+    (tmp_path / file).write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+
+    def rows():
+        examples = read_examples(get_task(str(own_task(tmp_path, **{**task, "train": file}))), tmp_path, "train")
+        return list(zip(examples.first, examples.second, examples.labels, strict=True))
+
+    expected = (
+        expected.replace("t.csv", "t.csv.gz").replace("t.jsonl", "t.jsonl.gz")
+        if packed and isinstance(expected, str)
+        else expected
+    )
+    check_outcome(outcome(rows, caplog), expected)
+
+
+@pytest.mark.parametrize(
+    "content", [b"q\ta\tgood\n", gzip.compress(b"q\ta\tgood\n" + b"how\tso\tno\n" * 99)[:-9], b"\x1f\x8b\x08"]
+)
+def test_what_is_not_gzip(content, tmp_path):
+    (tmp_path / "t.tsv.gz").write_bytes(content)
+    with pytest.raises(InputError, match=r"t\.tsv\.gz: is not a whole gzip file; pack it again"):
+        read_examples(get_task(str(own_task(tmp_path, **NAMED, train="t.tsv.gz"))), tmp_path, "train")
+
+
+def split_task(tmp_path, rows: list[tuple[str, str, str]], **line) -> Task:
+    lines = ["q\ta\tgood", *("\t".join(row) for row in rows)]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    return get_task(str(own_task(tmp_path, **{**NAMED, **line})))
+
+
+def test_a_share_of_train_serves_as_dev(tmp_path, caplog):
+    """The same share of each label; equal pairs stay together; rows without label stay in train."""
+    rows = [(f"q{i % 150}", f"a{i % 150}", ["no", "yes", ""][(i % 150) % 3]) for i in range(200)]
+    task = split_task(tmp_path, rows)
+    with caplog.at_level("INFO", "dse"):
+        train, dev = (read_examples(task, tmp_path, split) for split in ("train", "dev"))
+    pairs = [set(zip(part.first, part.second, strict=True)) for part in (train, dev)]
+    assert not pairs[0] & pairs[1]
+    assert (len(pairs[0]), len(pairs[1])) == (140, 10)
+    assert [sum(int(q[1:]) % 3 == place for q, _ in pairs[1]) for place in range(3)] == [5, 5, 0]
+    assert len(train) + len(dev) == 200
+    chosen = dev.files[0]["rows"]
+    assert [rows[row][0] for row in chosen] == dev.first
+    assert train.files[0]["without"] == chosen
+    assert f"{len(chosen)} of 200 rows serve as dev: {', '.join(map(str, chosen))} (from 0)" in caplog.text
+    split_task(tmp_path, rows[::-1])
+    assert sorted(read_examples(task, tmp_path, "dev").first) == sorted(dev.first)
+    half = get_task(str(own_task(tmp_path, **NAMED)), dev_share=0.5)
+    assert len(set(read_examples(half, tmp_path, "dev").first)) == 50
+    (tmp_path / "dev.tsv").write_text("q\ta\tgood\nhow\tso\tyes\n")
+    assert read_examples(task, tmp_path, "dev").first == ["how"]
+    assert len(read_examples(task, tmp_path, "train")) == 200
+
+
+def test_dev_has_scores_of_every_size(tmp_path):
+    rows = [(f"q{i}", f"a{i}", str(i / 40)) for i in range(200)]
+    task = split_task(tmp_path, rows, kind="regression", labels=[])
+    scores = sorted(read_examples(task, tmp_path, "dev").labels)
+    assert [int(score / 0.5) for score in scores] == [tenth for tenth in range(10) for _ in range(2)]
+
+
+def test_too_few_pairs_for_a_dev_set(tmp_path):
+    task = split_task(tmp_path, [("q", "a", "no"), ("r", "b", "yes"), ("s", "c", "")])
+    assert len(read_examples(task, tmp_path, "train")) == 3
+    with pytest.raises(InputError, match=r"train\.tsv: too few labelled pairs to split a dev set off"):
+        read_examples(task, tmp_path, "dev")
+
+
+def test_rows_of_dev_without_label_are_left_out(tmp_path, caplog):
+    task = split_task(tmp_path, [("q", "a", "no")])
+    (tmp_path / "dev.tsv").write_text("q\ta\tgood\nhow\tso\tyes\nwho\tme\t\n")
+    assert read_examples(task, tmp_path, "dev").first == ["how"]
+    assert "dev.tsv: 1 of 2 rows have no label, and are left out" in caplog.text
+    (tmp_path / "dev.tsv").write_text("q\ta\tgood\nwho\tme\t\n")
+    with pytest.raises(InputError, match=r"dev\.tsv: no row has a label"):
+        read_examples(task, tmp_path, "dev")

@@ -1,6 +1,7 @@
 """dse_train_runner.py: every task of pairs, outputs, and what repeats bit for bit."""
 
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -8,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PAIR_TASKS, STAMP, assert_same_run
+from helpers import NAMED, PAIR_TASKS, STAMP, assert_same_run, own_task
 from safetensors.torch import load_file
 
 import dse_train_runner
 from dse.data.features import separate_features
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
+from dse.experiments.synthetic import make_pair
 from dse.networks.batches import Batches
 from dse.networks.inference import infer, infer_pairs
 from dse.storage.checkpoint import Checkpoint
+from dse.storage.logits import logits_identity, save_logits
 from dse.training.epoch_plan import epoch_order
 from dse.training.kinds import fit_cosines, measure_student
 from dse.training.trainer import Trainer
@@ -150,3 +153,60 @@ def test_a_bare_tensor_of_logits_is_taken_with_a_warning(student_flags, copied, 
     (folder / "mrpc_logits.json").unlink()
     dse_train_runner.main(student_flags(distillation_logits_path=folder / "mrpc_logits.pt", epochs=1))
     assert "no mrpc_logits.json beside it" in caplog.text
+
+
+def test_labels_alone_need_no_logits(student_flags, checkpoints, tmp_path):
+    """The same student as with logits, which then only give two more metrics."""
+    flags = {"distillation_coeff": 0, "siamese_head_type": "residual"}
+    dse_train_runner.main(student_flags(**flags, checkpoint_dir=tmp_path / "with"))
+    argv = student_flags(**flags, checkpoint_dir=tmp_path / "without")
+    place = argv.index("--distillation_logits_path")
+    del argv[place : place + 2]
+    dse_train_runner.main(argv)
+    one, two = (checkpoints(folder)[-1] for folder in ("with", "without"))
+    assert all(torch.equal(weights, weights_of(two)[name]) for name, weights in weights_of(one).items())
+    assert Checkpoint.read(two).data["logits"] is None
+    assert "SHA-256 of the logits" not in (two.parent / "best" / "README.md").read_text()
+    train = Checkpoint.read(two).trainer["history"][-1]["train"]
+    assert "loss" in train
+    assert "teacher_agreement" not in train
+    dse_train_runner.main([*argv, "--trainer_checkpoint", str(two), "--epochs", "3"])
+    assert len(Checkpoint.read(checkpoints("without")[-1]).trainer["history"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_rows_without_label(kind, student_flags, checkpoints, tmp_path, caplog, refused):
+    """They count in the distillation term alone; a share of those with a label serves as dev."""
+    rng, lines = random.Random(0), ["q\ta\tgood"]
+    for row in range(60):
+        positive, *pair = make_pair(rng)
+        label = "" if row % 3 == 0 else ["no", "yes"][positive] if kind == "binary" else str(positive + row / 100)
+        lines.append("\t".join([*pair, label]))
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    task = get_task(
+        str(own_task(tmp_path, **{**NAMED, "kind": kind, "labels": ["no", "yes"][: 2 * (kind == "binary")]}))
+    )
+    rows = read_examples(task, tmp_path, "train")
+    assert len(rows) == 56
+    values = torch.randn(56, task.num_logits, generator=torch.Generator().manual_seed(0))
+    save_logits(tmp_path / "logits.pt", values, logits_identity(task, rows.files, 56))
+    flags = {"task_name": tmp_path / "mine.json", "data_dir": tmp_path, "fc_dims": [8, 1]}
+    flags |= {"distillation_logits_path": tmp_path / "logits.pt", "siamese_head_type": "residual"}
+    with caplog.at_level("INFO", "dse"):
+        dse_train_runner.main(student_flags("mrpc", **flags))
+    assert "20 of 56 training rows have no label, and count in the distillation term alone" in caplog.text
+    assert "which fits the labels of 36 training pairs best" in caplog.text
+    assert "4 of 60 rows serve as dev" in caplog.text
+    checkpoint = Checkpoint.read(checkpoints()[-1])
+    assert len(checkpoint.data["files"]["dev"][0]["rows"]) == 4
+    assert all(np.isfinite(value) for value in checkpoint.trainer["history"][-1]["train"].values())
+    lines[1:] = [line.rpartition("\t")[0] + "\t" for line in lines[1:]]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "dev.tsv").write_text("q\ta\tgood\nhow\tso\t" + ("yes" if kind == "binary" else "1") + "\n")
+    rows = read_examples(task, tmp_path, "train")
+    save_logits(tmp_path / "logits.pt", torch.randn(60, task.num_logits), logits_identity(task, rows.files, 60))
+    line = refused(dse_train_runner.main, student_flags("mrpc", **flags))
+    assert "train.tsv: no row has a label; only a student with --distillation_coeff 1 needs none" in line
+    with caplog.at_level("INFO", "dse"):
+        dse_train_runner.main(student_flags("mrpc", **flags, distillation_coeff=1))
+    assert "the head begins with the cosine, as there are no labels to fit it to" in caplog.text

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import STAMP, as_flags, flip, results_of, stopped
 from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
 
 import finetune_bert
 import run_distillation_logits_creator
@@ -198,3 +199,46 @@ def test_a_teacher_that_contradicts_the_labels_is_told_of(kind, teacher_flags, d
         assert (logits.argmax(dim=1).numpy() == labels).mean() < 0.5
     else:
         assert np.corrcoef(logits[:, 0].numpy(), labels)[0, 1] < 0
+
+
+def test_casing_length_and_cache_are_the_teachers(data, teacher_flags, copied, tmp_path, caplog):
+    """Without flags for them, the file is the same as with them; another length is warned of."""
+    folder = copied(data("mrpc"), "mine")
+    finetune_bert.main(teacher_flags(data_dir=folder, do_eval=False))
+    flags = {"task_name": "mrpc", "data_dir": folder, "bert_checkpoint_dir": tmp_path / "teacher"}
+    with caplog.at_level("INFO", "dse"):
+        run_distillation_logits_creator.main(as_flags({**flags, "output_dir": tmp_path / "short"}))
+    assert f"from the cache {folder / 'train_tiny_bert_48_mrpc'}" in caplog.text
+    given = {"do_lower_case": True, "max_seq_length": 48, "train_features_path": tmp_path / "features"}
+    run_distillation_logits_creator.main(as_flags({**flags, **given, "output_dir": tmp_path / "long"}))
+    files = [(tmp_path / name / "teacher_logits.pt").read_bytes() for name in ("short", "long")]
+    assert files[0] == files[1]
+    assert json.loads((tmp_path / "short" / "teacher_logits.json").read_text())["max_seq_length"] == 48
+    assert "--max_seq_length:" not in caplog.text
+    run_distillation_logits_creator.main(as_flags({**flags, "max_seq_length": 24, "output_dir": tmp_path / "other"}))
+    assert "--max_seq_length: 24, but the teacher was trained with 48" in caplog.text
+
+
+@pytest.mark.parametrize("logits", [1, 2])
+def test_a_teacher_that_was_made_elsewhere(logits, bert, data, tmp_path, caplog):
+    """A cross-encoder of transformers, or of sentence-transformers, which has one logit for a binary task."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(bert, num_labels=logits).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    tokenizer = load_tokenizer(bert, True, "bert")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "elsewhere")
+    flags = {"task_name": "mrpc", "data_dir": data("mrpc"), "bert_checkpoint_dir": tmp_path / "elsewhere"}
+    flags |= {"do_lower_case": True, "max_seq_length": 48, "train_features_path": tmp_path / "features"}
+    with caplog.at_level("INFO", "dse"):
+        run_distillation_logits_creator.main(as_flags({**flags, "output_dir": tmp_path}))
+    written = torch.load(tmp_path / "elsewhere_logits.pt", weights_only=True)
+    rows = read_examples(get_task("mrpc"), data("mrpc"), "train")
+    inputs = tokenizer(rows.first, rows.second, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+    if logits == 1:
+        expected = torch.cat([torch.zeros_like(expected), expected], dim=1)
+        assert "gives one logit, which is taken for that of '1'" in caplog.text
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
+    assert written[:, 1].std() > 0.01

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from filelock import FileLock, Timeout
 from helpers import CANDIDATES, QUERIES, pair_scores
+from processes import ended, start
 
 from dse.index import CandidateIndex
 from dse.storage import index_files
+from dse.storage.index_files import IndexFiles
 from dse.system.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -44,11 +47,11 @@ def test_a_stop_leaves_the_index_as_it_was(student, tmp_path):
     )
 
 
-@pytest.mark.parametrize("file", ["vectors.bin", "ends.bin", "texts.bin", "index.json"])
+@pytest.mark.parametrize("file", ["vectors.bin", "ends.bin", "texts.bin", "id_ends.bin", "ids.bin", "index.json"])
 def test_a_changed_byte_is_found(student, tmp_path, file):
     """Each byte in turn of the small files, some of the big one."""
     model = student()
-    CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
+    CandidateIndex.build(model, CANDIDATES, tmp_path / "index", ids=CANDIDATES[::-1])
     path = tmp_path / "index" / file
     whole = path.read_bytes()
     for place in range(0, len(whole), max(1, len(whole) // 40)):
@@ -264,3 +267,44 @@ def test_an_open_index_stays_what_it_was(student, tmp_path):
     opened.save(tmp_path / "saved")
     for one in (built, opened, CandidateIndex.open(tmp_path / "saved", model)):
         assert sorted(hit.text for hit in one.search("one", 9)) == ["one", "two"]
+
+
+def parts_of(texts: list[str]):
+    """Parts of two rows, whose ids and embeddings follow from their texts."""
+    for first in range(0, len(texts), 2):
+        some = texts[first : first + 2]
+        yield np.array([[float(text)] * 4 for text in some]), some, [f"id of {text}" for text in some]
+
+
+def write_rows(folder: str, append: bool, texts: list[str]) -> None:
+    index_files.BLOCK = 5  # in another process, too
+    if append:
+        IndexFiles.open(Path(folder)).append("a model", parts_of(texts))
+    else:
+        IndexFiles.create(Path(folder), "a model", 4, "float32", parts_of(texts))
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_a_kill_leaves_the_old_index_or_the_new_one(append, tmp_path):
+    """Killed at ten moments: texts, ids and embeddings are those of one of the two, and of the same."""
+    folder, log = tmp_path / "index", tmp_path / "log"
+    old, more = ([str(number) for number in numbers] for numbers in (range(11), range(100, 160)))
+    new = old + more if append else more
+    write_rows(folder, False, old)
+    for _ in range(2):  # the first one starts the server, too
+        began, found = time.monotonic(), list[bool]()
+        ended(start(write_rows, str(folder), append, more, log=log), log)
+        seconds = time.monotonic() - began
+    for moment in range(10):
+        write_rows(folder, False, old)
+        process = start(write_rows, str(folder), append, more, log=log)
+        time.sleep(seconds * moment / 8)
+        process.kill()
+        process.join()
+        files = IndexFiles.open(folder)
+        texts, ids = ([files.string(row, kind) for row in range(len(files))] for kind in ("text", "id"))
+        assert texts in (old, new)
+        assert ids == [f"id of {text}" for text in texts]
+        assert files.rows(np.arange(len(files)))[:, 3].tolist() == [float(text) for text in texts]
+        found.append(texts == new)
+    assert found[0] is False

@@ -9,7 +9,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score
 
 from dse.data.tasks import get_task
-from dse.training.kinds import KINDS, best_threshold, fit_cosines, measure_student, teacher_metrics
+from dse.training.kinds import (
+    KINDS,
+    best_threshold,
+    fit_cosines,
+    has_label,
+    measure_student,
+    teacher_metrics,
+    tell_agreement,
+)
 
 
 def sigmoid_cross_entropy(z: float, y: int) -> float:
@@ -45,6 +53,54 @@ def test_regression_losses():
 def test_a_coefficient_of_0_leaves_the_teacher_out():
     loss = KINDS["regression"].student_loss(torch.ones(1, 1), torch.ones(1), torch.full((1, 1), math.inf), 0.0)
     assert loss.item() == 0.0
+
+
+# (kind, outputs, labels, targets, rows with a label)
+PARTLY = [
+    ("binary", [[2.0], [-1.0], [3.0]], [1, -1, 0], [[1.0], [0.5], [0.0]]),
+    ("multiclass", [[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]], [2, -1, 0],
+     [[0.0, 2.0, 3.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]),
+    ("regression", [[1.0], [4.0], [2.0]], [2.0, math.nan, 2.5], [[1.0], [1.0], [0.0]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "outputs", "labels", "targets"), PARTLY, ids=[row[0] for row in PARTLY])
+def test_pairs_without_label_count_in_the_distillation_term_alone(kind, outputs, labels, targets):
+    z, y, t = map(torch.tensor, (outputs, labels, targets))
+    known = torch.tensor([True, False, True])
+    assert has_label(y).equal(known)
+    z.requires_grad_()
+    hard = KINDS[kind].hard_loss(z[known], y[known]) * 2 / 3  # of two pairs in three
+    soft = ((z - t) ** 2).sum() / 3
+    loss = KINDS[kind].student_loss(z, y, t, 0.25, partly=True)
+    assert loss.item() == pytest.approx(0.75 * hard.item() + 0.25 * soft.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(gradient[1], 0.25 * 2 * (z - t)[1].detach() / 3)
+    assert gradient.isfinite().all()
+    every = torch.where(known, y, 0).to(y)
+    assert KINDS[kind].student_loss(z, every, t, 0.25, partly=True).item() == pytest.approx(
+        KINDS[kind].student_loss(z, every, t, 0.25).item(), rel=1e-6
+    )
+
+
+def test_metrics_are_of_pairs_with_label(caplog):
+    task, outputs = get_task("mrpc"), np.array([[2.0], [9.0], [-1.0], [1.0]], np.float32)
+    labels, targets = np.array([1, -1, 0, 0]), torch.tensor([[1.0], [-9.0], [-1.0], [2.0]])
+    found = measure_student(task, [0.5], outputs, labels, targets, 0.5)
+    known = labels >= 0
+    alone = measure_student(task, [0.5], outputs[known], labels[known])
+    assert {name: found[name] for name in alone} == alone
+    assert found["distillation_loss"] == pytest.approx((1 + 18**2 + 0 + 1) / 4)
+    assert found["teacher_agreement"] == 0.75
+    assert found["total_loss"] == pytest.approx(0.5 * alone["loss"] * 3 / 4 + 0.5 * found["distillation_loss"])
+    none = measure_student(task, [0.5], outputs, np.full(4, -1), targets, 1.0)
+    assert set(none) == {"distillation_loss", "total_loss", "teacher_agreement"}
+    with caplog.at_level("INFO", "dse"):
+        tell_agreement(task, outputs, labels, "the teacher", "the labels")
+        tell_agreement(task, outputs, np.full(4, -1), "the teacher", "the labels")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the teacher agrees with the labels in 66.7 % of 3 rows"
+    ]
 
 
 def test_binary_metrics_by_hand():
