@@ -207,6 +207,12 @@ add_inference_flags = _flags(batch_size=_SENTENCES, **_DEVICE, precision=_PRECIS
 add_student_flag = _flags(
     model={"required": True, "help": "a student: its folder, a run's folder, a checkpoint (.pt) or a hub name"}
 )
+add_columns_flags = _flags(
+    text_column={
+        "help": "column of the candidates, if their file is a table (default: text, of .csv and .jsonl files)"
+    },
+    id_column={"help": "column of their ids (default: id, if there is one)"},
+)
 add_task_flags = _flags(
     task_name={"required": True, "help": "GLUE task, or a JSON file that describes your own"},
     data_dir={"required": True, "help": "folder of the task's files"},

@@ -2,7 +2,8 @@
 
     python -m dse index --model FOLDER --candidates FILE --output FOLDER
 
-Each line of a UTF-8 file is a candidate, even an empty one; rows are numbered from 0 in file order.
+Each line of a UTF-8 file is a candidate, even an empty one, or each row of a table (.csv, .jsonl), whose ids are kept.
+Rows are numbered from 0 in file order.
 """
 
 import argparse
@@ -20,7 +21,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
     cli.add_student_flag(parser)
-    add("--candidates", required=True, help="file with one candidate per line; - for standard input")
+    add("--candidates", required=True, help="file with one candidate per line, or a table; - for standard input")
+    cli.add_columns_flags(parser)
     add("--output", required=True, help="folder of the index; an earlier index there is replaced")
     add("--append", action="store_true", help="add to the index at --output instead")
     add("--half", action="store_true", help="store 16 bits: half the space, scores off by less than 0.1 %%")
@@ -38,13 +40,13 @@ def run(args: argparse.Namespace) -> None:
 
     check_index_place(Path(args.output), "--output")
     model = load_student(args)
-    texts = texts_of(args.candidates, "--candidates")
+    texts, ids = texts_of(args.candidates, "--candidates", args.text_column, args.id_column)
     if args.append:
         index = CandidateIndex.open(args.output, model)
         before = len(index)
-        index.append(texts, args.batch_size)
+        index.append(texts, args.batch_size, ids=ids)
         logger.info("%d candidates added to the %d in %s", len(index) - before, before, args.output)
     else:
         dtype = "float16" if args.half else "float32"
-        index = CandidateIndex.build(model, texts, args.output, dtype, args.batch_size)
+        index = CandidateIndex.build(model, texts, args.output, dtype, args.batch_size, ids=ids)
         logger.info("%d candidates, embeddings of size %d, %s: %s", len(index), index.width, dtype, args.output)

@@ -7,25 +7,18 @@ too, if matplotlib is installed. It skips what is done there and sound, so you c
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from dse import cli
 from dse.commands import logger
 from dse.data.tasks import TASKS, Task, get_task
-from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments import reproduction, results
 from dse.experiments.presets import PRESETS, STAGES, VARIANTS
-from dse.experiments.reproduction import Encoder, Experiment, Left
-from dse.networks.config import check_fits_bert
-from dse.networks.pretrained import bert_config, bert_hashes, find_bert
-from dse.system import parallel, signals
-from dse.system.errors import InputError, RunError
+from dse.experiments.reproduction import Experiment, Left, open_encoder
+from dse.system import parallel
+from dse.system.errors import InputError
 from dse.system.files import check_writable
 from dse.training.reporting import duration
-
-GOES_ON = "the same command continues with what is left"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -69,22 +62,10 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
     return found
 
 
-def read_encoder(args: argparse.Namespace) -> Encoder:
-    """The encoder of --bert_model. Raises InputError if it is too small for the preset."""
-    preset, folder = PRESETS[args.preset], find_bert(args.bert_model, "--bert_model")
-    try:
-        check_fits_bert(bert_config(folder, "--bert_model"), preset.max_seq_length, preset.top_layers)
-    except InputError as error:
-        needs = f"{preset.max_seq_length} positions and {preset.top_layers} layers"
-        raise InputError(f"--bert_model: {folder} has less than the preset {args.preset} needs, {needs}") from error
-    lower_case = saved_casing(folder, "--bert_model") is not False
-    tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
-    return Encoder(folder.resolve(), {**bert_hashes(folder), "tokenizer": tokenizer_key(tokenizer)}, lower_case)
-
-
 def make_works(args: argparse.Namespace) -> list[Experiment]:
     """Every task with every seed. Raises InputError for what cannot work."""
-    pairs, preset, encoder = chosen(args), PRESETS[args.preset], read_encoder(args)
+    pairs, preset = chosen(args), PRESETS[args.preset]
+    encoder = open_encoder(args.bert_model, preset, f"the preset {args.preset}")
     left_out = set() if args.variants else set(VARIANTS)
     if not reproduction.has_sentence_transformers():
         left_out.add("sentence_bert")
@@ -96,21 +77,6 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
         works.append(Experiment(preset, task, seed, data, encoder, place, stages))
         works[-1].check_settings()
     return works
-
-
-@contextlib.contextmanager
-def own_advice(place: Path) -> Iterator[None]:
-    """Tell what ends a stage early in this command's terms, since a script's advice names its own flags."""
-    try:
-        yield
-    except signals.Stopped as stop:
-        stop.advice = f"{place} is not done: {GOES_ON}"
-        raise
-    except InputError as error:
-        mend = "move it away, and it begins anew, or name another --output_dir"
-        raise InputError(f"--output_dir: {place} cannot be made ({error}); {mend}") from error
-    except RunError as error:
-        raise RunError(f"{place} is not done ({error}): {GOES_ON}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -143,8 +109,7 @@ def run(args: argparse.Namespace) -> None:
         time = duration(reproduction.seconds_left(works, left[done:]))
         logger.info("%d of %d stages left, about %s; now: %s of %s with seed %d",
                     len(left) - done, len(every), time, stage, work.task.name, work.seed)  # fmt: skip
-        with own_advice(work.folder / stage):
-            stages.do(work, stage)
+        stages.do_for_command(work, stage, "--output_dir")
         write(left[done + 1 :])
 
     # 3. The tables.

@@ -4,7 +4,8 @@
 
 Each line of a UTF-8 file is a query or candidate, even an empty one. The output has a row per query and hit, best
 first: query_row and row count lines from 0, and rank counts from 1. The score is the log-odds of the rank label, or the
-score of a regression. In TSV, a tab or line end in a text becomes a space; JSON lines keep texts as they are.
+score of a regression; a last column, id, has the ids of candidates that have some. In TSV, a tab or line end in a text
+becomes a space; JSON lines keep texts as they are.
 """
 
 import argparse
@@ -30,7 +31,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     cli.add_student_flag(parser)
     add("--queries", required=True, help="file with one query per line; - for standard input")
-    add("--candidates", required=True, help="file with one candidate per line (- for standard input), or an index")
+    add("--candidates", required=True, help="file with one candidate per line (- for standard input), table, or index")
+    cli.add_columns_flags(parser)
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
     usual = "the task's rank_label, else entailment, else a binary task's second label"
     add("--rank_label", help=f"label whose probability ranks candidates (default: {usual})")
@@ -39,15 +41,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     cli.add_inference_flags(parser)
 
 
-def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool) -> Iterator[str]:
+def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool, with_ids: bool = False) -> Iterator[str]:
     """A line per query and hit, after a header line in TSV."""
+    columns = (*COLUMNS, *(["id"] if with_ids else []))
     if not as_json:
-        yield "\t".join(COLUMNS) + "\n"
+        yield "\t".join(columns) + "\n"
     for query_row, (query, hits) in enumerate(zip(queries, found, strict=True)):
         for rank, hit in enumerate(hits, 1):
-            values = (query_row, query, rank, hit.row, hit.score, hit.text)
+            values = (query_row, query, rank, hit.row, hit.score, hit.text, hit.id)[: len(columns)]
             if as_json:
-                yield json_text(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False) + "\n"
+                yield json_text(dict(zip(columns, values, strict=True)), ensure_ascii=False) + "\n"
             else:
                 yield "\t".join(re.sub(r"[\t\r\n]", " ", str(value)) for value in values) + "\n"
 
@@ -72,17 +75,18 @@ def run(args: argparse.Namespace) -> None:
     logger.info("ranking by %s", "score" if label is None else f"the probability of {label!r}")
 
     # 2. Queries, candidates, and the best of them.
-    queries = list(texts_of(args.queries, "--queries"))
+    queries = list(texts_of(args.queries, "--queries")[0])
     if is_index:
         index = CandidateIndex.open(args.candidates, model)
     else:
-        index = CandidateIndex.build(model, texts_of(args.candidates, "--candidates"), batch_size=args.batch_size)
+        texts, ids = texts_of(args.candidates, "--candidates", args.text_column, args.id_column)
+        index = CandidateIndex.build(model, texts, batch_size=args.batch_size, ids=ids)
     logger.info("%d queries, %d candidates", len(queries), len(index))
     found = index.search(queries, args.top_k, args.rank_label, show_progress=None)
 
     # 3. Write.
     as_json = args.format == "jsonl" or (args.format is None and args.output.endswith((".jsonl", ".ndjson")))
-    lines = hit_lines(queries, found, as_json)
+    lines = hit_lines(queries, found, as_json, index.files.has_ids)
     if args.output != "-":
         write_text(args.output, "".join(lines))
         return

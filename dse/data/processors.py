@@ -299,3 +299,23 @@ def _label(task: Task, text: str) -> int | float | None:
         if math.isfinite(score := float(text)):
             return score
     return None
+
+
+def read_pairs(path: Path, text_a: str, text_b: str, flag: str) -> list[tuple[str, str]]:
+    """The pairs of a table with a header, by the names of their columns. Raises InputError for one without a text."""
+    rows = read_table(path, "the pairs", flag)
+    places = _find_columns(path, [str(name) for name in next(rows, (0, []))[1]], (text_a, text_b), own=True)
+    pairs = []
+    for number, cells in rows:
+        texts = [cells[place] if place < len(cells) else None for place in places]
+        if not all(texts):
+            raise InputError(f"{path}, line {number}: {text_a!r} or {text_b!r} is empty; expected two texts")
+        pairs.append((str(texts[0]), str(texts[1])))
+    if not pairs:
+        raise InputError(f"{path}: has no rows of data; expected one pair per line")
+    return pairs
+
+
+def in_share(text: str, share: float) -> bool:
+    """Is a text in the share of texts that serves as dev? Its hash says so."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * 2**64

@@ -8,15 +8,20 @@ JSON file. This module uses neither torch nor tokenizers, so that bad data is re
     ('binary', ('0', '1'), 3, 4, 0)
 """
 
+import contextlib
 import json
+import logging
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dse.system.errors import InputError
 from dse.system.files import read_json
+from dse.system.text_files import read_table
 
+logger = logging.getLogger(__name__)
 BINARY, MULTICLASS, REGRESSION = KINDS = ("binary", "multiclass", "regression")
 ENTAILMENT = "entailment"
 DEFAULT_METRICS = {  # of fine-tuning
@@ -26,6 +31,9 @@ DEFAULT_METRICS = {  # of fine-tuning
 }
 SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # the student's, by which checkpoints are ranked
 DEFAULT_DEV_SHARE = 0.1
+_LABEL_NAMES = ("label", "labels", "score", "similarity")  # of columns
+_NEGATIVE = ("0", "no", "false", "negative", "different", "f", "n")  # labels
+_MOST_CLASSES, _MOST_LABELS = 3, 50  # numbers that count as classes, not as scores; labels at all
 DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
 
 
@@ -220,6 +228,88 @@ def _check_own_task(path: Path, task: Task) -> None:
         raise InputError(f'{path}: columns by name need a header line; give numbers from 0, or "header": true')
     if any(isinstance(column, int) and column < -1 for column in columns):
         raise InputError(f"{path}: column numbers start at 0, and -1 is the last; found {columns}")
+
+
+def describe(
+    path: Path, text_a: str | None, text_b: str | None, label: str | None, kind: str | None = None,
+    labels: list[str] | None = None, matching: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The JSON task of a file with a header: what is not given is found from the file, and said in the log.
+
+    Columns: of two or three, the texts in their order, and the label, which is the one named label or score, else the
+    last. Without a label column, or for pairs that all match (`matching`), there are no `labels` and no `kind`. Raises
+    InputError if nothing says which is which.
+    """
+    rows = read_table(path, "the pairs", "--data")
+    names = [str(name) for name in next(rows, (0, []))[1]]
+    found = _named_columns(path, names, text_a, text_b, label)
+    task: dict[str, Any] = dict(zip(("text_a", "text_b", "label"), found, strict=False))
+    told = f"{path}: pairs of {task['text_a']!r} and {task['text_b']!r}"
+    if "label" not in task:
+        logger.info("%s, without labels", told)
+        return task
+    place = names.index(task["label"])
+    values = Counter(cells[place] for _, cells in rows if len(cells) > place and cells[place])
+    if matching:
+        if len(values) > 1:
+            raise InputError(f"--negatives: {path} has {len(values)} labels in {names[place]!r}; leave the flag out")
+        del task["label"]
+        logger.info("%s, which all match", told)
+        return task
+    if names[place] in values:
+        raise InputError(f"{path}, line 1: a header is expected, but its label cell {names[place]!r} is a label, too")
+    task["kind"] = kind or _kind_of(path, values)
+    if task["kind"] != REGRESSION:
+        task["labels"] = labels or _ordered_labels(path, sorted(values, key=lambda value: (len(value), value)))
+    shown = ", ".join(f"{value} ({values[value]})" for value in task.get("labels", []))
+    logger.info("%s; %s: %s%s", told, task["label"], task["kind"], f", in this order: {shown}" if shown else "")
+    return task
+
+
+def _named_columns(path: Path, names: list[str], *given: str | None) -> list[str]:
+    flags = ("--text_a", "--text_b", "--label")
+    for flag, name in zip(flags, given, strict=True):
+        if name is not None and names.count(name) != 1:
+            raise InputError(f"{flag}: {path} has no column {name!r}, or two; its columns are {', '.join(names)}")
+    left = [name for name in names if name not in given]
+    usual = next((name for name in left if name.lower() in _LABEL_NAMES), None)
+    label = given[2] or usual or (left[-1] if len(names) == 3 else None)
+    texts = [name for name in left if name != label]
+    chosen = [name or (texts.pop(0) if texts else "") for name in given[:2]]
+    if "" in chosen or (texts and None in given[:2]):
+        mend = f"give {', '.join(flag for flag, name in zip(flags, given, strict=True) if name is None)}"
+        raise InputError(f"{path}: nothing says which of its columns are the texts; {mend}; it has {', '.join(names)}")
+    return [*chosen, *([label] if label else [])]
+
+
+def _kind_of(path: Path, values: Counter[str | None]) -> str:
+    if len(values) < 2:
+        one = f"all labels are {next(iter(values))!r}" if values else "no row has a label"
+        raise InputError(f"{path}: {one}; for pairs that all match, give --negatives 4, which makes others")
+    numbers = []
+    with contextlib.suppress(ValueError):
+        numbers = [float(str(value)) for value in values]
+    if numbers and (len(numbers) > _MOST_CLASSES or not all(map(float.is_integer, numbers))):
+        return REGRESSION
+    if len(values) > _MOST_LABELS:
+        raise InputError(
+            f"{path}: {len(values)} different labels, such as {next(iter(values))!r}; is it the label's column?"
+        )
+    return BINARY if len(values) == 2 else MULTICLASS
+
+
+def _ordered_labels(path: Path, values: list[Any]) -> list[str]:
+    """The labels; of two the negative first: no before yes, not_x before x, of whole numbers the lower one."""
+    if len(values) != 2:
+        return sorted(values)
+    for negative, positive in (values, values[::-1]):
+        opposite = re.fullmatch(rf"(no|not|non|un|in|ir|dis)[ _-]?{re.escape(positive)}", negative, re.IGNORECASE)
+        if opposite or (negative.lower() in _NEGATIVE and positive.lower() not in _NEGATIVE):
+            return [negative, positive]
+    if all(re.fullmatch(r"-?\d+", value) for value in values):
+        return sorted(values, key=int)
+    mend = f"give --labels {' '.join(values)} if the first one is the negative one, else the other way round"
+    raise InputError(f"{path}: nothing says which of the labels means that a pair matches; {mend}")
 
 
 def winning_threshold(metrics: dict[str, float]) -> float | None:

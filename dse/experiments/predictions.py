@@ -125,7 +125,10 @@ def find_partners(task: Task, rows: Examples, rank: Ranker) -> dict[str, float]:
 
 def _positive(task: Task, labels: np.ndarray) -> np.ndarray:
     if task.kind != REGRESSION:
-        return labels == task.labels.index(str(ranked_label(task)))
+        try:
+            return labels == task.labels.index(str(ranked_label(task)))
+        except InputError:  # nothing says which label means a partner
+            return np.zeros(len(labels), bool)
     least, most = labels.min(), labels.max()
     return (labels >= most - 0.1 * (most - least)) & (labels > least)
 

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from dse.data.processors import labelled_test, read_examples
 from dse.data.tasks import Task
+from dse.data.tokenizers import load_tokenizer, saved_casing, tokenizer_key
 from dse.experiments.presets import SENTENCE_BERT, STAGES, STUDENTS, VARIANTS, Preset
-from dse.networks.pretrained import bert_config
+from dse.networks.config import check_fits_bert
+from dse.networks.pretrained import bert_config, bert_hashes, find_bert
 from dse.system.errors import InputError, one_line
 from dse.system.files import read_json, sha256_file
 
@@ -37,6 +39,19 @@ class Encoder(NamedTuple):
     folder: Path
     hashes: dict[str, str]  # SHA-256 of its weights and configuration, and its tokenizer's key
     lower_case: bool
+
+
+def open_encoder(name: str, preset: Preset, who: str) -> Encoder:
+    """The encoder of --bert_model. Raises InputError if it is too small for the preset, which `who` uses."""
+    folder = find_bert(name, "--bert_model")
+    try:
+        check_fits_bert(bert_config(folder, "--bert_model"), preset.max_seq_length, preset.top_layers)
+    except InputError as error:
+        needs = f"{preset.max_seq_length} positions and {preset.top_layers} layers"
+        raise InputError(f"--bert_model: {folder} has less than {who} needs, {needs}") from error
+    lower_case = saved_casing(folder, "--bert_model") is not False
+    tokenizer = load_tokenizer(folder, lower_case, "--bert_model")
+    return Encoder(folder.resolve(), {**bert_hashes(folder), "tokenizer": tokenizer_key(tokenizer)}, lower_case)
 
 
 def has_sentence_transformers() -> bool:
@@ -62,6 +77,7 @@ class Experiment:
     encoder: Encoder
     folder: Path  # of everything that is made
     stages: list[str]  # those to do, of STAGES
+    task_name: str = ""  # as the scripts take it: an own task's JSON file; empty: the task's name
 
     def __post_init__(self) -> None:
         self.train = read_examples(self.task, self.data_dir, "train")

@@ -44,8 +44,9 @@ from dse.networks.inference import score_stored
 from dse.networks.pretrained import TRAINING, read_training
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import find_student, read_config
+from dse.system import signals
 from dse.system.device import select_device
-from dse.system.errors import InputError
+from dse.system.errors import InputError, RunError
 from dse.system.files import sha256_file, utc_stamp, write_json, write_text
 from dse.training.kinds import best_threshold, kind_of
 from dse.training.reporting import format_record
@@ -81,6 +82,21 @@ def do(work: Experiment, stage: str) -> None:
     tidy(work, stage)
 
 
+def do_for_command(work: Experiment, stage: str, flag: str) -> None:
+    """As `do`; what ends it early is told in the command's terms, since a script's advice names its own flags."""
+    place, goes_on = work.folder / stage, "the same command continues with what is left"
+    try:
+        do(work, stage)
+    except signals.Stopped as stop:
+        stop.advice = f"{place} is not done: {goes_on}"
+        raise
+    except InputError as error:
+        mend = f"move it away, and it begins anew, or name another {flag}"
+        raise InputError(f"{flag}: {place} cannot be made ({error}); {mend}") from error
+    except RunError as error:
+        raise RunError(f"{place} is not done ({error}): {goes_on}") from error
+
+
 def tidy(work: Experiment, stage: str) -> None:
     """Remove the states of a finished stage, which nothing needs any more."""
     for state in (work.folder / stage).glob("*.pt" if stage == "sentence_bert" else "*/*.pt"):
@@ -90,7 +106,7 @@ def tidy(work: Experiment, stage: str) -> None:
 def _call(script: Any, work: Experiment, *flags: object) -> list[str]:
     """Run a script on an experiment's data and return its command line. Raises InputError where the script refuses."""
     casing = ["--do_lower_case"] if work.encoder.lower_case else []
-    common = ["--task_name", work.task.name, "--data_dir", work.data_dir, *casing]
+    common = ["--task_name", work.task_name or work.task.name, "--data_dir", work.data_dir, *casing]
     argv = [*map(str, common), "--max_seq_length", str(work.preset.max_seq_length), *map(str, flags)]
     logger.info("python %s %s", script.PROG, shlex.join(argv))
     try:

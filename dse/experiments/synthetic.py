@@ -1,4 +1,6 @@
-"""Made-up sentence pairs and a tiny untrained BERT: quickstart and the tests run on them, without any download.
+"""Made-up data: negatives for pairs that all match; sentence pairs and a tiny untrained BERT, without any download.
+
+Quickstart and the tests run on the sentences.
 
 A sentence says who did what to what, where and when; each concept has several words, and a sentence has one of four
 forms. A pair is positive if both sentences say the same, with words and form drawn anew, and negative if two of the
@@ -6,6 +8,7 @@ five concepts differ.
 """
 
 import random
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import numpy as np
 from dse.data.features import JointFeatures, Ragged, SeparateFeatures
 from dse.system.files import write_text
 
+_DRAWS = 8  # random texts that are looked at for each that is wanted
 WHO = ("doctor physician medic", "teacher instructor tutor", "farmer grower planter", "thief burglar robber",
        "writer author novelist", "soldier fighter trooper")  # fmt: skip
 DID = ("bought purchased acquired", "sold traded auctioned", "broke damaged smashed", "found discovered located",
@@ -101,3 +105,35 @@ def random_features(pairs: int, vocabulary: int = 30522) -> tuple[SeparateFeatur
     first, second = np.arange(2 * pairs, dtype=np.int32).reshape(2, pairs)
     labels, first_lengths = np.arange(pairs) % 2, lengths[:pairs].astype(np.int32)
     return SeparateFeatures(texts, first, second, labels, 0), JointFeatures(rows, first_lengths, labels, 0)
+
+
+def with_negatives(
+    pairs: list[tuple[str, str]], count: int, units: Callable[[list[str]], np.ndarray], seed: int
+) -> list[tuple[str, str, int]]:
+    """The pairs, which all match, with label 1; for each, `count` second texts of others, with label 0, follow.
+
+    Half of these, rounded up, are the nearest by `units`, which gives (texts, size) vectors of length 1; the others
+    are random. None equals the first text, or makes a pair that is among the pairs. Few pairs may give fewer.
+    """
+    rng, seconds_of = np.random.default_rng(seed), dict[str, list[str]]()
+    for first, second in dict.fromkeys(pairs):
+        seconds_of.setdefault(first, []).append(second)
+    firsts, seconds = list(seconds_of), list(dict.fromkeys(second for _, second in pairs))
+    of_firsts, of_seconds = units(firsts), units(seconds)
+    rows = []
+    for first, vector in zip(firsts, of_firsts, strict=True):
+        own = seconds_of[first]
+        wanted, taken = count * len(own), {first, *own}
+        chosen = list[str]()
+        for order, most in (
+            (np.argsort(-(of_seconds @ vector), kind="stable"), (wanted + 1) // 2),
+            (rng.integers(len(seconds), size=_DRAWS * wanted), wanted),
+        ):
+            for i in order:
+                if len(chosen) == most:
+                    break
+                if seconds[i] not in taken:
+                    chosen.append(seconds[i])
+                    taken.add(seconds[i])
+        rows += [*((first, second, 1) for second in own), *((first, second, 0) for second in chosen)]
+    return rows

@@ -8,13 +8,13 @@ import codecs
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import logging
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _without_blank_end(lines: Iterator[str]) -> Iterator[str]:
     blank = 0
     for line in lines:
         if line:
-            yield from repeat("", blank)
+            yield from itertools.repeat("", blank)
             yield line
         blank = 0 if line else blank + 1
 
@@ -131,12 +131,43 @@ def check_texts(path: str, flag: str) -> None:
             pass
 
 
-def texts_of(path: str, flag: str) -> Iterator[str]:
-    """The lines as `read_lines` gives them; empty ones too, with a warning."""
+def texts_of(
+    path: str, flag: str, column: str | None = None, id_column: str | None = None
+) -> tuple[Iterator[str], Iterator[str] | None]:
+    """The texts of a file, and their ids, if they have some.
+
+    They are the lines as `read_lines` gives them, or columns of a table, if one is given or the file's name ends as
+    that of a table; the usual columns are text and id. Empty texts count, with a warning.
+    """
+    if column is None and id_column is None and form_of(path) == "tsv":
+        return _warned_of(((line, "") for line in read_lines(path, _TEXTS, flag=flag)), flag), None
+    rows = read_table(path, _TEXTS, flag)
+    names = next(rows, (0, list[str | None]()))[1]
+    wanted = [column or "text", *([id_column or "id"] if id_column or "id" in names else [])]
+    for name in wanted:
+        if names.count(name) != 1:
+            found = ", ".join(map(str, names))
+            raise InputError(f"{flag}: {path} has no column {name!r}, or two; give --text_column; it has {found}")
+    places = [names.index(name) for name in wanted]
+    if len(places) == 1:
+        return _warned_of(((cells[0], "") for cells in _cells_of(path, rows, places)), flag), None
+    both = itertools.tee(_cells_of(path, rows, places))
+    return _warned_of(both[0], flag), (cells[1] for cells in both[1])
+
+
+def _cells_of(path: str, rows: Iterator[Row], places: list[int]) -> Iterator[list[str]]:
+    for number, cells in rows:
+        found = [cells[place] if place < len(cells) else None for place in places]
+        if None in found:
+            raise InputError(f"{path}, line {number}: a text or an id is missing")
+        yield [str(cell) for cell in found]
+
+
+def _warned_of(rows: Iterator[Any], flag: str) -> Iterator[str]:
     empty = 0
-    for line in read_lines(path, _TEXTS, flag=flag):
-        empty += not line.strip()
-        yield line
+    for text, *_ in rows:
+        empty += not text.strip()
+        yield text
     if empty:
         logger.warning("%s: %d of the lines are empty; each counts as an empty text", flag, empty)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import threading
 
@@ -162,3 +163,45 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     assert "there is no file" in line(export, trainer_checkpoint=tmp_path / "none.pt")
     assert "is a file" in line(export, output=queries)
     assert not (tmp_path / "exported").exists()
+
+
+def test_candidates_of_a_table_with_ids(saved, tmp_path, capsys):
+    """They are found with their ids, from the file and from an index, to which more are appended."""
+    rows = [{"sku": f"s{i}", "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, some in (("first.csv", rows[:5]), ("more.csv", rows[5:])):
+        lines = ["sku,what", *(f'{row["sku"]},"{row["text"]}"' for row in some)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    columns = ("--text_column", "what", "--id_column", "sku")
+    base = ("index", "--model", saved, "--output", str(tmp_path / "index"))
+    entry.main([*base, "--candidates", str(tmp_path / "first.csv"), *columns])
+    entry.main([*base, "--candidates", str(tmp_path / "more.csv"), *columns, "--append"])
+    (tmp_path / "queries.txt").write_text(TEXTS[0] + "\n")
+    flags = ("--model", saved, "--queries", tmp_path / "queries.txt", "--top_k", 4)
+    capsys.readouterr()
+    outputs = []
+    for candidates in ((tmp_path / "index",), (tmp_path / "all.jsonl", "--id_column", "sku")):
+        run_score(*flags, "--candidates", *candidates)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    hits = [line.split("\t") for line in outputs[0].splitlines()]
+    assert hits[0][-2:] == ["candidate", "id"]
+    assert all((row, text, own) == (row, TEXTS[int(row)], f"s{row}") for _, _, _, row, _, text, own in hits[1:])
+    run_score(*flags, "--candidates", tmp_path / "all.jsonl")
+    assert "id" not in capsys.readouterr().out.splitlines()[0].split("\t")
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "line"),
+    [
+        ('{"a": "b"}\n', (), "--candidates: .* has no column 'text', or two; give --text_column; it has a"),
+        ('{"a": "b"}\n', ("--text_column", "a", "--id_column", "c"), "has no column 'c', or two"),
+        ('{"text": "b"}\n{"id": 1}\n', (), r"c\.jsonl, line 2: a text or an id is missing"),
+    ],
+)
+def test_tables_of_candidates_that_cannot_be_read(content, flags, line, saved, tmp_path, refused):
+    (tmp_path / "c.jsonl").write_text(content)
+    base = ["--model", saved, "--queries", str(tmp_path / "c.jsonl"), "--candidates", str(tmp_path / "c.jsonl")]
+    (tmp_path / "q.txt").write_text("a query\n")
+    base[3] = str(tmp_path / "q.txt")
+    assert re.search(line, refused(lambda argv: entry.main(["score", *argv]), [*base, *flags]))

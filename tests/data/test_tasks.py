@@ -5,7 +5,16 @@ import json
 import pytest
 from helpers import DEEP, OWN_TASK, check_outcome, names_of, outcome, own_task
 
-from dse.data.tasks import TASKS, Task, get_task, ranked_label, task_from_dict, task_to_dict, winning_threshold
+from dse.data.tasks import (
+    TASKS,
+    Task,
+    describe,
+    get_task,
+    ranked_label,
+    task_from_dict,
+    task_to_dict,
+    winning_threshold,
+)
 from dse.system.errors import InputError
 
 
@@ -104,3 +113,50 @@ def test_json(name, line, expected, tmp_path, caplog):
     others = b'"kind": "binary", "text_a": 0, "label": -1, "labels": ["no", "yes"], '
     path.write_bytes(line.replace(b"{", b"{" + others, 1))
     check_outcome(outcome(lambda: list(get_task(str(path)).labels), caplog), expected)
+
+
+# (name, header and rows of a TSV, flags, expected: the task's line or the refusal)
+DESCRIBED = [
+    ("three columns", "q\ta\tl\nx\ty\t1\nx\tz\t0\n", {},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "binary", "labels": ["0", "1"]}),
+    ("the label first, by its name", "Label\tq\ta\nyes\tx\ty\nno\tx\tz\n", {},
+     {"text_a": "q", "text_b": "a", "label": "Label", "kind": "binary", "labels": ["no", "yes"]}),
+    ("columns by flags", "id\ta\tl\tq\n1\tx\ty\t5\n1\tz\tu\t4\n", {"text_a": "q", "text_b": "a", "label": "l"},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "binary", "labels": "refused"}),
+    ("an opposite", "q\ta\tl\nx\ty\trelevant\nx\tz\tirrelevant\n", {},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "binary", "labels": ["irrelevant", "relevant"]}),
+    ("no opposites", "q\ta\tl\nx\ty\tcat\nx\tz\tdog\n", {},
+     "nothing says which of the labels means that a pair matches; give --labels cat dog if"),
+    ("labels by flags", "q\ta\tl\nx\ty\tcat\nx\tz\tdog\n", {"labels": ["dog", "cat"]},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "binary", "labels": ["dog", "cat"]}),
+    ("whole numbers", "q\ta\tl\nx\ty\t2\nx\tz\t1\n", {},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "binary", "labels": ["1", "2"]}),
+    ("scores", "q\ta\tscore\nx\ty\t0.5\nx\tz\t1\n", {},
+     {"text_a": "q", "text_b": "a", "label": "score", "kind": "regression"}),
+    ("many whole numbers", "q\ta\tl\n" + "".join(f"x\ty{i}\t{i}\n" for i in range(4)), {},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "regression"}),
+    ("whole numbers that are classes", "q\ta\tl\n" + "".join(f"x\ty{i}\t{i}\n" for i in range(4)),
+     {"kind": "multiclass"},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "multiclass", "labels": ["0", "1", "2", "3"]}),
+    ("classes", "q\ta\tl\nx\ty\tB\nx\tz\tA\nx\tu\tC\n", {},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "multiclass", "labels": ["A", "B", "C"]}),
+    ("too many classes", "q\ta\tl\n" + "".join(f"x\ty{i}\tl{i}\n" for i in range(60)), {},
+     "60 different labels, such as 'l0'; is it the label's column?"),
+    ("no header", "x\ty\tyes\nx\tz\tno\nu\tv\tyes\n", {}, "its label cell 'yes' is a label, too"),
+    ("empty labels", "q\ta\tl\nx\ty\t1\nx\tz\t\nu\tv\t0\n", {},
+     {"text_a": "q", "text_b": "a", "label": "l", "kind": "binary", "labels": ["0", "1"]}),
+    ("a column twice", "q\tq\tl\nx\ty\t1\n", {"text_a": "q"}, "--text_a: "),
+    ("all match", "q\ta\tl\nx\ty\tyes\n", {"matching": True}, {"text_a": "q", "text_b": "a"}),
+    ("not all match", "q\ta\tl\nx\ty\tyes\nx\tz\tno\n", {"matching": True}, "--negatives: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "flags", "expected"), DESCRIBED, ids=names_of(DESCRIBED))
+def test_what_is_found_in_a_file(name, content, flags, expected, tmp_path, caplog):
+    (tmp_path / "t.tsv").write_text(content)
+    columns = [flags.get(flag) for flag in ("text_a", "text_b", "label")]
+    others = {flag: value for flag, value in flags.items() if flag in ("kind", "labels", "matching")}
+    found = outcome(lambda: describe(tmp_path / "t.tsv", *columns, **others), caplog)
+    if isinstance(expected, dict) and expected.get("labels") == "refused":
+        expected = "nothing says which of the labels means that a pair matches"
+    check_outcome(found, expected)

@@ -2,6 +2,8 @@
 
 import random
 
+import numpy as np
+
 from dse.experiments import synthetic
 
 
@@ -21,3 +23,24 @@ def test_made_up_pairs_are_what_their_labels_say():
         assert len(first - second) == (0 if label else 2)
         seen.add(label)
     assert seen == {0, 1}
+
+
+def test_negatives_by_hand():
+    """Texts are numbers on a circle: half of the negatives are the nearest, and none is a match."""
+    pairs = [(f"q{i}", str(i)) for i in range(0, 360, 30)] + [("q0", "30")]
+
+    def units(texts: list[str]) -> np.ndarray:
+        angles = np.radians([float(text.removeprefix("q")) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    rows = synthetic.with_negatives(pairs, 3, units, seed=5)
+    assert rows == synthetic.with_negatives(pairs, 3, units, seed=5)
+    assert rows != synthetic.with_negatives(pairs, 3, units, seed=6)
+    assert [row[:2] for row in rows if row[2]] == sorted(pairs, key=lambda pair: int(pair[0][1:]))
+    of_first = {first: [row[1] for row in rows if row[0] == first and not row[2]] for first, _ in pairs}
+    assert [len(set(seconds)) for seconds in of_first.values()] == [6, *[3] * 11]
+    assert set(of_first["q0"][:3]) <= {"330", "60", "300", "90"}
+    assert set(of_first["q180"][:2]) == {"150", "210"}
+    assert not {"0", "30"} & set(of_first["q0"])
+    assert all(first[1:] not in seconds for first, seconds in of_first.items())
+    assert [row[2] for row in synthetic.with_negatives([("q", "a")], 2, lambda texts: np.ones((1, 2)), 0)] == [1]
