@@ -316,6 +316,13 @@ def read_pairs(path: Path, text_a: str, text_b: str, flag: str) -> list[tuple[st
     return pairs
 
 
+def column_of(path: Path, name: str, flag: str) -> list[str]:
+    """A column of a table with a header, in file order. Raises InputError if it has none of that name."""
+    rows = read_table(path, "the rows", flag)
+    (place,) = _find_columns(path, [str(cell) for cell in next(rows, (0, []))[1]], (name,), own=True)
+    return ["" if (cell := cells[place]) is None else cell for _, cells in rows]
+
+
 def in_share(text: str, share: float) -> bool:
     """Is a text in the share of texts that serves as dev? Its hash says so."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * 2**64

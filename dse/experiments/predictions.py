@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +17,28 @@ from scipy.sparse.csgraph import connected_components
 
 from dse.data.features import joint_features, separate_features
 from dse.data.processors import Examples
-from dse.data.tasks import DEFAULT_THRESHOLD, REGRESSION, Task, check_sentence_pairs, ranked_label
+from dse.data.tasks import (
+    DEFAULT_THRESHOLD,
+    MULTICLASS,
+    REGRESSION,
+    Task,
+    check_sentence_pairs,
+    ranked_label,
+    task_from_dict,
+)
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.index import CandidateIndex
-from dse.models import DSESiameseClassifier
+from dse.models import DSESiameseClassifier, rank_scores
 from dse.networks.batches import Batches
 from dse.networks.config import MAX_SEQ_LENGTH
 from dse.networks.inference import infer, infer_pairs
 from dse.networks.pretrained import bert_config, find_bert, read_training
 from dse.networks.teacher import load_teacher
 from dse.storage.student_folder import FORMAT as STUDENT_FORMAT
-from dse.storage.student_folder import find_student
+from dse.storage.student_folder import find_student, read_student
 from dse.system.errors import InputError
 from dse.system.files import read_json
-from dse.training.kinds import kind_of
+from dse.training.kinds import correlations, kind_of, sigmoid
 
 logger = logging.getLogger(__name__)
 
@@ -170,3 +179,68 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOL
         scores = np.clip(outputs[:, 0], 0.0, 5.0) if task.name == "sts-b" else outputs[:, 0]
         return [f"{score + 0.0:.3f}" for score in scores]  # + 0.0 turns -0.0 into 0.0
     return [task.labels[place] for place in kind_of(task).decisions(outputs, threshold)]
+
+
+def scores_of(task: Task, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a report of rows shows, (n,) each: scores and None for a regression, else log-odds and their probabilities.
+
+    They are of the rank label in binary tasks, and of the predicted label if there are more.
+    """
+    z = torch.from_numpy(outputs).double()
+    of_labels = [kind_of(task).rank_scores(z, place) for place in range(len(task.labels))]
+    scores = (torch.stack(of_labels).amax(0) if task.kind == MULTICLASS else rank_scores(z, task)).numpy()
+    return scores, None if task.kind == REGRESSION else sigmoid(scores)
+
+
+def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray, threshold: float, resamples: int) -> dict[str, Any]:
+    """Metrics of outputs against labels, each [value, lower, upper end of its 95 % interval], by percentile bootstrap.
+
+    Binary: accuracy, and precision, recall and f1 of the second label; multiclass: accuracy and the mean f1 of all
+    labels; also `labels`, with precision, recall, f1 and rows of each, and `confusions`, rows by label and predicted
+    label. Regression: pearson, spearman, mean_squared_error. Undefined ratios are 0, and correlations NaN.
+    """
+    predicted = kind_of(task).decisions(outputs, threshold)
+    count, rng = max(1, len(task.labels)), np.random.default_rng(0)
+    cells = labels.astype(np.int64) * count + predicted.astype(np.int64)
+
+    def measured(rows: np.ndarray | slice) -> dict[str, float]:
+        if task.kind == REGRESSION:
+            pearson, spearman = correlations(predicted[rows], labels[rows])
+            error = float(((predicted[rows] - labels[rows]) ** 2).mean())
+            return {"pearson": pearson, "spearman": spearman, "mean_squared_error": error}
+        confusions = np.bincount(cells[rows], minlength=count * count).reshape(count, count)
+        of_labels = _of_confusions(confusions)
+        accuracy = float(confusions.trace() / confusions.sum())
+        if task.kind == MULTICLASS:
+            return {"accuracy": accuracy, "macro_f1": float(of_labels["f1"].mean())}
+        return {"accuracy": accuracy, **{name: float(values[1]) for name, values in of_labels.items()}}
+
+    whole = measured(slice(None))
+    draws = [measured(rng.integers(len(labels), size=len(labels))) for _ in range(resamples)]
+    ends = {name: np.nanpercentile([draw[name] for draw in draws], [2.5, 97.5]).tolist() for name in whole}
+    found: dict[str, Any] = {"metrics": {name: [value, *ends[name]] for name, value in whole.items()}}
+    if task.labels:
+        confusions = np.bincount(cells, minlength=count * count).reshape(count, count)
+        by_name = {**_of_confusions(confusions), "rows": confusions.sum(1)}
+        found["labels"] = {
+            label: {name: values[place].item() for name, values in by_name.items()}
+            for place, label in enumerate(task.labels)
+        }
+        found["confusions"] = confusions.tolist()
+    return found
+
+
+def _of_confusions(confusions: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall and f1 of each label, of counts by label and predicted label; 0 if undefined."""
+    right = np.diag(confusions)
+    of_predicted, of_label = np.maximum(confusions.sum(0), 1), np.maximum(confusions.sum(1), 1)
+    both = np.maximum(confusions.sum(0) + confusions.sum(1), 1)
+    return {"precision": right / of_predicted, "recall": right / of_label, "f1": 2 * right / both}
+
+
+def task_of(name: str) -> Task:
+    """The task of a student, or of a teacher that finetune_bert.py made. Raises InputError if nothing says it."""
+    folder = find_student(name)
+    if folder.is_dir() and (training := read_training(folder)) is not None:
+        return task_from_dict(training["task"])
+    return read_student(name).task

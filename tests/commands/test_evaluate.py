@@ -1,0 +1,145 @@
+"""`python -m dse evaluate`: what it writes against scikit-learn's and scipy's numbers on the rows that it wrote."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import NAMED, as_flags, command_main, own_task
+from scipy.stats import bootstrap, pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+
+import finetune_bert
+from dse.data.tasks import get_task
+from dse.experiments.synthetic import make_pair
+from dse.storage.student_folder import read_student
+
+main = command_main("evaluate")
+LABELS = {"binary": ["no", "yes"], "multiclass": ["c", "a", "b"], "regression": []}
+
+
+@pytest.fixture
+def world(student, tmp_path):
+    """A function that makes a kind's student and a CSV of pairs, all but the last with a label, and gives flags."""
+
+    def make(kind: str) -> list[str]:
+        rng, names = random.Random(1), LABELS[kind]
+        task = get_task(str(own_task(tmp_path, **{**NAMED, "kind": kind, "labels": names})))
+        model = student({"binary": "mrpc", "multiclass": "snli", "regression": "sts-b"}[kind])
+        model.task, model.threshold = task, 0.45
+        with torch.no_grad():  # outputs that differ: around their mean, and further apart
+            last, pairs = model.network.siamese_head.fc_layers[-1], [make_pair(rng)[1:] for _ in range(50)]
+            last.bias -= torch.from_numpy(model.score(pairs)).reshape(50, -1).mean(0)
+            last.weight *= 30
+            last.bias *= 30
+        model.save_pretrained(tmp_path / "student")
+        lines = ["sku,q,a,good"]
+        for row in range(80):
+            label = rng.choice(names) if names else f"{rng.random():.3f}"
+            lines.append(",".join([f"s{row}", *(f'"{text}, so"' for text in make_pair(rng)[1:]), label]))
+        lines.append('s80,"a ""text""",another,')
+        (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+        return as_flags({"model": tmp_path / "student", "data": tmp_path / "pairs.csv", "id_column": "sku",
+                         "output": tmp_path / "found.json", "rows": tmp_path / "rows.jsonl"})  # fmt: skip
+
+    return make
+
+
+def rows_and_metrics(tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["id"]) for row in rows] == [(i, f"s{i}") for i in range(81)]
+    assert (rows[80]["text_a"], rows[80]["text_b"], rows[80]["label"]) == ('a "text"', "another", None)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rows"] == 80
+    return rows, found
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_classes_are_measured_as_by_scikit_learn(kind, world, tmp_path, capsys):
+    main(world(kind))
+    rows, found = rows_and_metrics(tmp_path)
+    labels, predicted = ([row[key] for row in rows[:80]] for key in ("label", "predicted"))
+    assert len(set(predicted)) > 1
+    expected = {"accuracy": accuracy_score(labels, predicted)}
+    names = LABELS[kind]
+    of_each = precision_recall_fscore_support(labels, predicted, labels=names, zero_division=0.0)
+    if kind == "multiclass":
+        expected["macro_f1"] = f1_score(labels, predicted, labels=names, average="macro")
+    else:
+        expected |= {name: values[1] for name, values in zip(("precision", "recall", "f1"), of_each, strict=False)}
+    assert {name: values[0] for name, values in found["metrics"].items()} == pytest.approx(expected)
+    for place, name in enumerate(names):
+        of_one = [found["labels"][name][key] for key in ("precision", "recall", "f1", "rows")]
+        assert of_one == pytest.approx([values[place] for values in of_each])
+    assert found["confusions"] == confusion_matrix(labels, predicted, labels=names).tolist()
+
+    def accuracy(some):
+        return np.mean(some)
+
+    right = (np.array(labels) == np.array(predicted)).astype(float)
+    other = bootstrap((right,), accuracy, n_resamples=4000, method="percentile", rng=7).confidence_interval
+    assert found["metrics"]["accuracy"][1:] == pytest.approx([other.low, other.high], abs=0.026)  # two rows of 80
+    score_of = {row["id"]: row["score"] for row in rows}
+    for row in rows:
+        assert row["probability"] == pytest.approx(1 / (1 + np.exp(-score_of[row["id"]])))
+        if kind == "binary":
+            assert (row["predicted"] == "yes") is (row["probability"] > 0.45)
+    shown = capsys.readouterr().out
+    assert re.search(rf"accuracy +{expected['accuracy']:.4f} +0\.\d{{4}} to 0\.\d{{4}}", shown)
+
+
+def test_scores_are_measured_as_by_scipy(world, tmp_path):
+    main(world("regression"))
+    rows, found = rows_and_metrics(tmp_path)
+    scores, labels = (np.array([row[key] for row in rows[:80]]) for key in ("score", "label"))
+    assert "probability" not in rows[0]
+    expected = [pearsonr(scores, labels)[0], spearmanr(scores, labels)[0], ((scores - labels) ** 2).mean()]
+    assert [values[0] for values in found["metrics"].values()] == pytest.approx(expected, rel=1e-4)
+    other = bootstrap((scores, labels), lambda x, y: pearsonr(x, y)[0], paired=True, vectorized=False,
+                      n_resamples=2000, method="percentile", rng=7).confidence_interval  # fmt: skip
+    assert found["metrics"]["pearson"][1:] == pytest.approx([other.low, other.high], abs=0.05)
+    low, high = other.low, other.high
+    assert high - low > 0.3
+
+
+def test_a_tasks_split_a_teacher_and_tsv(student, data, teacher_flags, tmp_path, capsys):
+    finetune_bert.main(teacher_flags())
+    student().save_pretrained(tmp_path / "student")
+    flags = {"task_name": "mrpc", "data_dir": data("mrpc"), "rows": tmp_path / "rows.tsv", "resamples": 100}
+    capsys.readouterr()
+    main(as_flags({**flags, "model": tmp_path / "teacher", "teacher": tmp_path / "teacher"}))
+    assert re.search(r"teacher_agreement +1\.0000\n", capsys.readouterr().out)
+    results = dict(line.split(" = ") for line in (tmp_path / "teacher" / "eval_results.txt").read_text().splitlines())
+    main(as_flags({**flags, "model": tmp_path / "teacher"}))
+    shown = capsys.readouterr().out
+    assert float(re.search(r"accuracy +(\S+)", shown)[1]) == pytest.approx(float(results["acc"]), abs=1e-4)
+    lines = [line.split("\t") for line in (tmp_path / "rows.tsv").read_text().splitlines()]
+    assert lines[0] == ["row", "text_a", "text_b", "label", "predicted", "score", "probability"]
+    assert len(lines) == 25
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"data": None}, "--data: give either this flag, or --task_name and --data_dir"),
+        ({"data_dir": "."}, "--data: give either this flag, or --task_name and --data_dir"),
+        ({"data": None, "data_dir": ".", "id_column": None}, "--task_name: is needed with --data_dir"),
+        ({"id_column": "x"}, "no column 'x' in the header, which has sku, q, a, good"),
+        ({"data": "nowhere.csv"}, "--data: .*nowhere.csv"),
+        ({"threshold": 1.5}, "--threshold"),
+    ],
+)
+def test_what_cannot_be_measured(change, line, world, refused):
+    flags = dict(zip((argv := world("binary"))[::2], argv[1::2], strict=True))
+    flags |= {f"--{name}": value and str(value) for name, value in change.items()}
+    words = [word for flag, value in flags.items() if value for word in (flag, value)]
+    assert re.search(line, refused(main, words))
+
+
+def test_pairs_without_labels(world, refused, tmp_path):
+    argv = world("binary")
+    (tmp_path / "pairs.csv").write_text("sku,q,a,good\ns,how,so,\n")
+    assert "pairs.csv has no labels; `predict` or `score` needs none" in refused(main, argv)
+    assert read_student(tmp_path / "student").task.name == "mine"
