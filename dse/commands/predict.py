@@ -15,7 +15,7 @@ import numpy as np
 
 from dse import cli
 from dse.commands import logger
-from dse.data.processors import read_examples
+from dse.data.processors import column_of, read_examples
 from dse.data.tasks import BINARY, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
@@ -34,6 +34,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     cli.add_task_flags(parser)
     add("--output_dir", required=True, help="folder for the file; a file of the same name is replaced")
     add("--threshold", type=cli.threshold, help="binary: second label above this probability (default: the model's)")
+    add(
+        "--scores",
+        action="store_true",
+        help="a third column, score, as `evaluate` writes it; not for GLUE's leaderboard",
+    )
+    add("--id_column", help="column of the test file whose cells take the place of the row numbers")
     cli.add_inference_flags(parser)
 
 
@@ -49,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--threshold: is for binary tasks, and {task.name} is {task.kind}; leave it out")
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
-    from dse.experiments.predictions import answers, load_scorer
+    ids = column_of(Path(args.data_dir) / task.test, args.id_column, "--id_column") if args.id_column else None
+    from dse.experiments.predictions import answers, load_scorer, scores_of
     from dse.training.kinds import tell_agreement
 
     # 2. Predict.
@@ -65,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
         tell_agreement(task, outputs, np.array(rows.labels), "the model", "the file's labels", threshold)
 
     # 3. Write.
-    lines = ["index\tprediction", *(f"{row}\t{prediction}" for row, prediction in enumerate(predictions))]
+    columns = {"index": range(len(rows)) if ids is None else ids, "prediction": predictions}
+    columns |= {"score": scores_of(task, outputs)[0]} if args.scores else {}
+    lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
     write_text(path, "\n".join(lines) + "\n")
     counts = Counter(predictions).most_common() if task.labels else []
     logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in counts) or f"{len(rows)} scores")

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dse import cli
 from dse.commands import load_student, logger
 from dse.data.tasks import ranked_label
@@ -34,6 +36,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--candidates", required=True, help="file with one candidate per line (- for standard input), table, or index")
     cli.add_columns_flags(parser)
     add("--top_k", type=cli.whole_number(1), default=10, help="hits per query")
+    add("--rerank", help="cross-encoder that re-orders the best and gives their scores: folder or hub name")
+    add(
+        "--rerank_top",
+        type=cli.whole_number(1),
+        default=50,
+        help="hits per query that --rerank reads; at least --top_k",
+    )
     usual = "the task's rank_label, else entailment, else a binary task's second label"
     add("--rank_label", help=f"label whose probability ranks candidates (default: {usual})")
     add("--output", default="-", help="output file; - for standard output")
@@ -61,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     if args.queries == args.candidates == "-":
         raise InputError("--candidates: standard input can be read only once; give a file for this flag or --queries")
     check_texts(args.queries, "--queries")
+    if args.rerank and args.rerank_top < args.top_k:
+        raise InputError(f"--rerank_top: {args.rerank_top} is below --top_k, {args.top_k}: give as many, or more")
     is_index = Path(args.candidates).is_dir()
     if not is_index:
         check_texts(args.candidates, "--candidates")
@@ -68,10 +79,14 @@ def run(args: argparse.Namespace) -> None:
         check_output_file(args.output, "--output")
     elif sys.stdout is None:
         raise InputError("--output: standard output is closed; give a file")
+    from dse.experiments.predictions import rerank, teacher_scorer
     from dse.index import CandidateIndex
 
     model = load_student(args)
     label = ranked_label(model.task, args.rank_label)
+    if args.rerank:
+        of_teacher = (args.rerank, model.task, model.device, args.batch_size, cli.precision_of(args), "--rerank", True)
+        teacher = teacher_scorer(*of_teacher)
     logger.info("ranking by %s", "score" if label is None else f"the probability of {label!r}")
 
     # 2. Queries, candidates, and the best of them.
@@ -82,7 +97,12 @@ def run(args: argparse.Namespace) -> None:
         texts, ids = texts_of(args.candidates, "--candidates", args.text_column, args.id_column)
         index = CandidateIndex.build(model, texts, batch_size=args.batch_size, ids=ids)
     logger.info("%d queries, %d candidates", len(queries), len(index))
-    found = index.search(queries, args.top_k, args.rank_label, show_progress=None)
+    found: Any = index.search(queries, args.rerank_top if args.rerank else args.top_k, label, show_progress=None)
+    if args.rerank:
+        found = [
+            rerank(model.task, teacher, *of_query, label)[: args.top_k]
+            for of_query in tqdm(zip(queries, found, strict=True), "rerank", len(queries), disable=None, leave=False)
+        ]
 
     # 3. Write.
     as_json = args.format == "jsonl" or (args.format is None and args.output.endswith((".jsonl", ".ndjson")))

@@ -201,7 +201,7 @@ def _read_cells(
             raise InputError(f"{path}, line {number}: {expected}, found {len(cells)}{hint}: {shown!r}")
         uneven += len(cells) != width
         texts = [cells[place] for place in places[:2] if place is not None]
-        if own and not any(cells):
+        if own and places[2] is not None and not any(cells):  # with no label, it would be a row
             raise InputError(f"{path}, line {number}: all cells are empty; remove the line")
         if None in texts:
             raise InputError(

@@ -28,7 +28,7 @@ from dse.data.tasks import (
 )
 from dse.data.tokenizers import load_tokenizer, saved_casing
 from dse.index import CandidateIndex
-from dse.models import DSESiameseClassifier, rank_scores
+from dse.models import DSESiameseClassifier, Hit, rank_scores
 from dse.networks.batches import Batches
 from dse.networks.config import MAX_SEQ_LENGTH
 from dse.networks.inference import infer, infer_pairs
@@ -84,15 +84,16 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
 
 
 def teacher_scorer(
-    folder: Path, task: Task, device: torch.device, batch_size: int = 32, precision: str = "auto"
-) -> Scorer:
+    name: str | Path, task: Task, device: torch.device, batch_size: int = 32, precision: str = "auto",
+    flag: str = "--model", hub: bool = False,
+) -> Scorer:  # fmt: skip
     """A teacher's outputs; casing and length are those of its training, if its folder records them."""
-    folder = find_bert(str(folder), "--model", hub=False)
+    folder = find_bert(str(name), flag, hub=hub)
     run = (read_training(folder) or {"run": {}})["run"]
-    casing = run.get("do_lower_case", saved_casing(folder, "--model"))
-    positions = bert_config(folder, "--model").get("max_position_embeddings", MAX_SEQ_LENGTH)
+    casing = run.get("do_lower_case", saved_casing(folder, flag))
+    positions = bert_config(folder, flag).get("max_position_embeddings", MAX_SEQ_LENGTH)
     length = run.get("max_seq_length", min(MAX_SEQ_LENGTH, positions))
-    tokenizer = load_tokenizer(folder, casing is not False, "--model")
+    tokenizer = load_tokenizer(folder, casing is not False, flag)
     teacher = load_teacher(folder, task, fine_tuned=True).to(device)
     teacher.precision = precision
 
@@ -102,6 +103,14 @@ def teacher_scorer(
         return kind_of(task).targets(logits).numpy()
 
     return score
+
+
+def rerank(task: Task, score: Scorer, query: str, hits: list[Hit], label: str | None) -> list[Hit]:
+    """The hits of a query in the order of a teacher's scores, which take the place of the student's."""
+    outputs = score(Examples([query] * len(hits), [hit.text for hit in hits]))
+    scores = rank_scores(torch.from_numpy(outputs), task, label)
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return [hits[place]._replace(score=float(scores[place])) for place in order]
 
 
 def find_partners(task: Task, rows: Examples, rank: Ranker) -> dict[str, float]:

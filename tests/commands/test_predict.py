@@ -430,3 +430,20 @@ def test_predict_tells_how_far_it_agrees_with_labels_that_are_there(student, tmp
                 "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")])  # fmt: skip
     assert "the model agrees with the file's labels in 25.0 % of 4 rows" in caplog.text
     assert "less than the most frequent label does (75.0 %)" in caplog.text
+
+
+def test_scores_and_ids_of_the_users_file(student, tmp_path):
+    lines = ["left,right,sku,verdict", *(f'"{a}","{b}",s{row},' for row, (a, b) in enumerate(PAIRS[:5]))]
+    (tmp_path / "test.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "own.json").write_text(json.dumps({**OWN_TASK, "test": "test.csv"}))
+    model = student()
+    model.task = get_task(str(tmp_path / "own.json"))
+    model.save_pretrained(tmp_path / "student")
+    flags = {"model": tmp_path / "student", "task_name": tmp_path / "own.json", "data_dir": tmp_path}
+    flags |= {"output_dir": tmp_path / "out", "scores": True, "id_column": "sku"}
+    entry.main(["predict", *as_flags(flags)])
+    header, *rows = [line.split("\t") for line in (tmp_path / "out" / "own.tsv").read_text().splitlines()]
+    assert header == ["index", "prediction", "score"]
+    assert [row[0] for row in rows] == [f"s{row}" for row in range(5)]
+    np.testing.assert_allclose([float(row[2]) for row in rows], -model.score(PAIRS[:5]), rtol=1e-5)  # of "match"
+    assert [row[1] for row in rows] == model.predict(PAIRS[:5])

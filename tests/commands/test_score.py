@@ -7,11 +7,16 @@ import re
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import TEXTS, as_flags
 
+import finetune_bert
 from dse import __main__ as entry
+from dse.data.processors import Examples
+from dse.data.tasks import get_task
+from dse.experiments.predictions import load_scorer
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 
@@ -205,3 +210,27 @@ def test_tables_of_candidates_that_cannot_be_read(content, flags, line, saved, t
     (tmp_path / "q.txt").write_text("a query\n")
     base[3] = str(tmp_path / "q.txt")
     assert re.search(line, refused(lambda argv: entry.main(["score", *argv]), [*base, *flags]))
+
+
+def test_a_cross_encoder_re_orders_the_best(saved, teacher_flags, tmp_path, capsys, refused):
+    """The order of its own log-odds among the hits that it reads; others do not come in."""
+    finetune_bert.main(teacher_flags(num_train_epochs=3))
+    (tmp_path / "candidates.txt").write_text("\n".join(TEXTS) + "\n")
+    (tmp_path / "queries.txt").write_text("\n".join(TEXTS[:2]) + "\n")
+    flags = ("--model", saved, "--queries", tmp_path / "queries.txt", "--candidates", tmp_path / "candidates.txt")
+    outputs = []
+    for more in (("--top_k", 6), ("--top_k", 4, "--rerank", tmp_path / "teacher", "--rerank_top", 6)):
+        capsys.readouterr()
+        run_score(*flags, *more)
+        outputs.append([line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]])
+    score, _ = load_scorer(str(tmp_path / "teacher"), get_task("mrpc"), torch.device("cpu"))
+    for query in "01":
+        plain, ordered = ([hit for hit in hits if hit[0] == query] for hits in outputs)
+        texts = [hit[5] for hit in plain]
+        logits = score(Examples([plain[0][1]] * 6, texts))[:, 0]
+        best = np.argsort(-logits, kind="stable")[:4]
+        assert [hit[5] for hit in ordered] == [texts[place] for place in best]
+        np.testing.assert_allclose([float(hit[4]) for hit in ordered], logits[best], rtol=1e-4, atol=1e-5)
+        assert [hit[2] for hit in ordered] == ["1", "2", "3", "4"]
+    argv = ["score", *map(str, flags), "--rerank", "x", "--rerank_top", "3"]
+    assert "--rerank_top: 3 is below --top_k, 10" in refused(entry.main, argv)
