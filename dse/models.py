@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from dse.data.features import SeparateFeatures, tokenize_texts
 from dse.data.tasks import MULTICLASS, REGRESSION, Task, ranked_label
-from dse.networks.batches import Batches
+from dse.networks.batches import Batches, pad
 from dse.networks.inference import embed_texts, infer_pairs
 from dse.networks.student import SiameseNetwork, Student
 from dse.storage.checkpoint import Checkpoint
@@ -192,6 +192,46 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         scores = rank_scores(torch.cat(parts, dim=1), self.task, rank_label)[0].cpu()
         rows = scores.argsort(descending=True, stable=True)[:top_k]
         return make_hits(scores[rows], rows.tolist(), texts.__getitem__, lambda row: None, None, probabilities)
+
+
+class SentenceTransformerModule(torch.nn.Module):
+    """A student as the one module of a SentenceTransformer (sentence-transformers 6.x), with the same embeddings.
+
+    SentenceTransformer(folder, trust_remote_code=True) loads a student's folder, whose modules.json names this class.
+    """
+
+    def __init__(self, student: DSESiameseClassifier) -> None:
+        super().__init__()
+        self.student, self.network, self.tokenizer = student, student.network, student.tokenizer
+        self.max_seq_length = student.max_seq_length
+
+    @classmethod
+    def load(
+        cls, name: str, subfolder: str = "", token: Any = None, cache_folder: str | None = None,
+        revision: str | None = None, local_files_only: bool = False, **_: Any,
+    ) -> Self:  # fmt: skip
+        """As `DSESiameseClassifier.from_pretrained`."""
+        of_hub = {"token": token, "cache_dir": cache_folder, "revision": revision, "local_files_only": local_files_only}
+        return cls(DSESiameseClassifier.from_pretrained(Path(name, subfolder) if subfolder else name, **of_hub))
+
+    def save(self, folder: str, **_: Any) -> None:
+        """Write the student's folder."""
+        self.student.save_pretrained(folder)
+
+    def get_embedding_dimension(self) -> int:
+        """The size of the embeddings."""
+        return self.network.config.embedding_size
+
+    def preprocess(self, texts: list[str], prompt: str | None = None, **_: Any) -> dict[str, torch.Tensor]:
+        """Token ids and mask of texts, (texts, longest), int64."""
+        whole = [(prompt or "") + text for text in texts]
+        tokens, places = tokenize_texts(whole, self.tokenizer, self.max_seq_length)
+        ids, mask = pad(tokens, places, self.tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """The features with sentence_embedding, (texts, embedding_size), float32."""
+        return {**features, "sentence_embedding": self.network.embed(features["input_ids"], features["attention_mask"])}
 
 
 def _batches(student: Student, firsts: list[str], seconds: list[str]) -> Batches:

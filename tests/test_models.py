@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import PAIRS, TEXTS, TRIO
+from helpers import ODD_TEXTS, PAIRS, TEXTS, TRIO
 from huggingface_hub import hub_mixin
 
 from dse.data.features import tokenize_texts
@@ -298,3 +298,18 @@ def test_arguments_named_as_in_sentence_transformers(student):
     units = model.encode(TEXTS, convert_to_tensor=True, normalize_embeddings=True)
     assert isinstance(units, torch.Tensor)
     np.testing.assert_array_equal(units.numpy(), model.encode(TEXTS, normalize=True))
+
+
+def test_a_folder_in_sentence_transformers(student, tmp_path):
+    """The same embeddings, of odd texts too, also after it was saved there."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model, texts = student(additional_embedding_layer_size=5), [*ODD_TEXTS, "", "cars[SEP]more", "long " * 99]
+    model.save_pretrained(tmp_path / "student")
+    loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "student"), trust_remote_code=True, device="cpu")
+    assert loaded.get_embedding_dimension() == 5
+    np.testing.assert_allclose(loaded.encode(texts), model.encode(texts), rtol=1e-5, atol=1e-6)
+    prompted = loaded.encode(texts[:2], prompt="query: ")
+    np.testing.assert_allclose(prompted, model.encode([f"query: {text}" for text in texts[:2]]), rtol=1e-5, atol=1e-6)
+    loaded.save(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    np.testing.assert_array_equal(again.encode(texts), loaded.encode(texts))

@@ -109,6 +109,8 @@ def write_place(place: Path) -> None:
         rows = [make_pair(random.Random(100 * seed + row)) for row in range(24)]
         cells = "".join(f"{first}\t{second}\t{('no', 'yes')[label]}\n" for label, first, second in rows)
         (place / "my_data" / f"{name}.tsv").write_text(f"question\tanswer\tmatches\n{cells}")
+    cells = (f'"{first}","{second}",{("no", "yes")[label]}' for label, first, second in rows)
+    (place / "pairs.csv").write_text("\n".join(["question,answer,matches", *cells]) + "\n")
     texts = [make_pair(random.Random(row)) for row in range(12)]
     (place / "questions.txt").write_text("".join(f"{first}\n" for _, first, _ in texts[:3]))
     for name in ("answers", "more_answers"):
@@ -158,7 +160,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
             if "sentence_transformers" not in block or importlib.util.find_spec("sentence_transformers"):
                 exec(block, names := {})
         if path == README:
-            shutil.copytree("my_student", "results/mrpc_seed1/dse/run/best")
+            shutil.copytree("my_run/student", "results/mrpc_seed1/dse/run/best")
     assert ran == {*SCRIPTS, *COMMANDS} - set(NOT_RUN)
     assert len(Path("hits.tsv").read_text().splitlines()) == 1 + 3 * 3
     for made in ("outputs/large_uncased_finetuned_mrpc/eval_results.txt", "predictions/MRPC.tsv", "hits.jsonl",

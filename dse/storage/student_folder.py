@@ -4,6 +4,7 @@
     model.safetensors     all weights, under the names of a checkpoint's state dict
     tokenizer.json, …     the tokenizer, as transformers saves it
     README.md             the model card: metrics, commands, how to use it
+    modules.json          for sentence-transformers: the class that stands for the student there
 
 Hashes of weights and tokenizer are compared at loading, so a corrupt file is found. Nothing is unpickled.
 """
@@ -28,16 +29,17 @@ from dse.networks.student import SiameseNetwork, Student, empty_network
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.folder_format import FolderFormat
 from dse.system.errors import InputError, RunError, one_line
-from dse.system.files import replace_folder, sha256_file, sha256_json
+from dse.system.files import json_text, replace_folder, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dse student"
 BEST = "best"  # folder of the best epoch's student, in a run's
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD, MODULES = "config.json", "model.safetensors", "README.md", "modules.json"
+_MODULE = {"idx": 0, "name": "0", "path": "", "type": "dse.models.SentenceTransformerModule"}
 _LOADED = (WEIGHTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 _FORMAT = FolderFormat(
-    "student", FORMAT, 2, CONFIG, (*_LOADED, CARD, "added_tokens.json"),
+    "student", FORMAT, 2, CONFIG, (*_LOADED, CARD, MODULES, "added_tokens.json"),
     "fetch the folder again, or make one from a checkpoint with `python -m dse export`",
 )  # fmt: skip
 check_replaceable, read_config = _FORMAT.check_place, _FORMAT.read
@@ -72,6 +74,7 @@ def write_student(student: Student, folder: Path) -> None:
         }
         (beside / CONFIG).write_text(_FORMAT.text(about, indent=2, ensure_ascii=False), encoding="utf-8")
         (beside / CARD).write_text(model_card(student), encoding="utf-8")
+        (beside / MODULES).write_text(json_text([_MODULE]) + "\n", encoding="utf-8")
 
 
 def read_student(

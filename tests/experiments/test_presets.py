@@ -35,10 +35,10 @@ def test_the_flags_of_students():
     assert " ".join(small.flags("defaults", task)) == of_all.removeprefix("--epochs 3 ")
 
 
-def test_the_readme_recommends_the_recipe():
-    """Its commands for a user's own pairs, thresholds aside."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = text[text.index("faq.json --data_dir") : text.index("faq_*/best")]
+def test_the_page_on_data_recommends_the_recipe():
+    """Its commands for a user's own task, thresholds aside."""
+    text = (ROOT / "dse" / "data" / "README.md").read_text(encoding="utf-8")
+    commands = text[text.index("faq.json --data_dir") : text.index("## Feature caches")]
     for name, value in (presets.TEACHER_RECIPE | presets.STUDENT_RECIPE).items():
         if name != "tune_positive_thresholds":
             assert " ".join(presets.as_words({name: value})) in commands
