@@ -45,7 +45,7 @@ def address(text: str) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and refuse what cannot work."""
-    parser = cli.Parser(prog=PROG, description="Download GLUE and SNLI.")
+    parser = cli.Parser(prog=PROG, doc=__doc__)
     add = parser.add_argument
     add("--data_dir", default="glue_data", help="folder for the tasks' folders")
     add("--tasks", type=task_list, default="all", help=f"all, or a comma-separated list of {' '.join(SOURCES)}")

@@ -43,7 +43,7 @@ _PAIRS_FITTED = 2048  # two numbers need no more
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog=PROG, description="Train the Siamese student on labels and teacher logits.")
+    parser = cli.Parser(prog=PROG, doc=__doc__)
     add, count = parser.add_argument, cli.whole_number(1)
     cli.add_task_flags(parser)
     logits = "logits file that run_distillation_logits_creator.py wrote; not needed with --distillation_coeff 0"

@@ -40,7 +40,7 @@ logger = logging.getLogger("dse.finetune_bert")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog=PROG, description="Fine-tune a BERT cross-encoder, the teacher.")
+    parser = cli.Parser(prog=PROG, doc=__doc__)
     add, count = parser.add_argument, cli.whole_number(1)
     cli.add_task_flags(parser)
     add("--bert_model", required=True, help="hub name or folder of a BERT")

@@ -28,7 +28,7 @@ logger = logging.getLogger("dse.load_dse_checkpoint_example")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog=PROG, description="Load a student, embed two sentences and score their pair.")
+    parser = cli.Parser(prog=PROG, doc=__doc__)
     parser.add_argument("--task_name", required=True, help="GLUE task, or a JSON file that describes your own")
     parser.add_argument("--trainer_checkpoint", default="", help="checkpoint that dse_train_runner.py wrote")
     cli.add_architecture_flags(parser, given_only=True)

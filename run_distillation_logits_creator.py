@@ -30,7 +30,7 @@ logger = logging.getLogger("dse.run_distillation_logits_creator")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog=PROG, description="Write the teacher's logits for the training pairs.")
+    parser = cli.Parser(prog=PROG, doc=__doc__)
     add = parser.add_argument
     cli.add_task_flags(parser)
     cache = "feature cache that finetune_bert.py wrote; made if missing (default: the one beside the data)"

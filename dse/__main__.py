@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     prog, module = f"{parser.prog} {given.command}", modules[given.command]
     with cli.clear_errors(prog):
-        parser = cli.Parser(prog=prog, description=helps[given.command])
+        parser = cli.Parser(prog=prog, doc=module.__doc__)
         module.add_flags(parser)
         args = parser.parse_args(given.arguments)
         args.command = shlex.join([*prog.split(), *given.arguments])

@@ -9,7 +9,9 @@ import errno
 import logging
 import math
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,11 +37,41 @@ DEFAULT_BERT = "bert-large-uncased-whole-word-masking"
 _Rule = tuple[Callable[[Any], bool], str]  # of a flag's value, and what is wrong with one that breaks it
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with defaults in the help, no abbreviations, and errors on one line."""
+# The groups of flags in the help, in order, and the flags of each; others stand before them.
+_GROUPS = {
+    "data": "data_dir task_name dev_share data dev text_a text_b label kind labels negatives split tasks max_rows call "
+            "path_to_mrpc base_url snli_url no_verify distillation_logits_path train_features_path dev_features_path "
+            "queries candidates text_column id_column",
+    "model": "bert_model model bert_checkpoint_dir teacher cache_dir do_lower_case max_seq_length pooler_type "
+             "pooler_num_top_hidden_layers siamese_head_type additional_embedding_layer_size fc_dims freeze_bert "
+             "threshold rank_label rerank rerank_top",
+    "training": "do_train do_eval recipe preset variants epochs num_train_epochs lr learning_rate head_lr dropout "
+                "warmup_proportion schedule_in_updates distillation_coeff tune_positive_thresholds batch_size "
+                "train_batch_size val_batch_size eval_batch_size gradient_accumulation_steps validate_every patience "
+                "random_seed seed seeds run_evaluation_before_fine_tune",
+    "output": "output output_dir overwrite_output_dir experiment_name store_checkpoints save_checkpoint_every_epoch "
+              "checkpoint_dir file_log log_dir plot_metrics plots_dir plot rows scores format top_k append half "
+              "resamples",
+    "long runs": "resume save_every trainer_checkpoint",
+    "hardware": "disable_gpu no_cuda no_parallel gpu_id device precision fp16 bf16 padding gradient_checkpointing",
+}  # fmt: skip
+_GROUP_OF = {flag: title for title, flags in _GROUPS.items() for flag in flags.split()}
 
-    def __init__(self, **options: Any) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults and groups in the help, no abbreviations, and errors on one line.
+
+    `doc` is a module's docstring: its first paragraph describes the program, and the others follow the flags.
+    """
+
+    def __init__(self, doc: str | None = None, **options: Any) -> None:
+        if doc is not None:
+            first, _, others = doc.partition("\n\n")
+            width = shutil.get_terminal_size().columns - 2
+            options |= {"description": textwrap.fill(first, width), "epilog": others.rstrip()}
+            options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(allow_abbrev=False, **options)
+        self._titled = {title: self.add_argument_group(title) for title in _GROUPS}  # in this order
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As argparse does; a default that means something is added to the help as a user would type it."""
@@ -47,7 +79,12 @@ class Parser(argparse.ArgumentParser):
         shown = str(" ".join(map(str, default)) if isinstance(default, list) else default)
         if shown not in ("None", "False", "", argparse.SUPPRESS):
             options["help"] = f"{options['help']} (default: {shown})"
-        return super().add_argument(*names, **options)
+        title = _GROUP_OF.get(names[0].removeprefix("--"))
+        return (
+            super().add_argument(*names, **options)
+            if title is None
+            else self._titled[title].add_argument(*names, **options)
+        )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after refusing words that logs, model cards and tables cannot show."""
@@ -225,7 +262,7 @@ add_log_flags = _flags(
     file_log=_SWITCH | {"help": "also log to a file, and write a JSON line per epoch beside it"},
     log_dir={"default": "outputs/logs", "help": "folder for the log files"},
 )
-_POOLER = "how hidden states become an embedding: cls, or {concat_top,mean_top}_{mean,sqrt_mean,max}[_with_cls]"
+_POOLER = f"how hidden states become an embedding: {', '.join(POOLERS)}"
 add_architecture_flags = _flags(
     bert_model={"default": DEFAULT_BERT, "help": "pre-trained encoder: hub name or folder"},
     do_lower_case=_SWITCH | {"help": "lower-case the text, for an uncased model"},

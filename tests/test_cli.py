@@ -13,6 +13,7 @@ from tqdm import tqdm
 import dse_train_runner
 import finetune_bert
 from dse import cli
+from dse.networks.poolers import POOLERS
 from dse.system.errors import lack_of_memory
 
 
@@ -134,3 +135,19 @@ def test_the_help_shows_defaults_that_mean_something(capsys):
     assert all(f"(default: {value})" in shown for value in ("512 1", "0", "0.5", "--lr", "concat_top_mean"))
     assert not any(f"(default: {value})" in shown for value in ("None", "False", "", "[512, 1]"))
     assert ") (default" not in shown.replace("(max) (default", "").replace("u.v (dot) (default", "")
+
+
+def test_the_help_is_in_groups_with_an_example_and_all_poolers(capsys):
+    with pytest.raises(SystemExit):
+        dse_train_runner.main(["-h"])
+    shown = capsys.readouterr().out
+    titles = ["options:", "data:", "model:", "training:", "output:", "long runs:", "hardware:"]
+    lines = shown.splitlines()
+    assert [line for line in lines if line in titles] == titles
+    places = {title: lines.index(title) for title in titles}
+    of = {flag: next(i for i, line in enumerate(lines) if i > 30 and line.startswith(f"  --{flag} ")) for flag in
+          ("data_dir", "fc_dims", "lr", "log_dir", "save_every", "gpu_id")}  # fmt: skip
+    assert [*of.values()] == sorted(of.values())
+    assert all(places[title] < line for title, line in zip(titles[1:], of.values(), strict=True))
+    assert all(name in " ".join(shown.split()) for name in POOLERS)
+    assert "\n    python dse_train_runner.py --task_name mrpc " in shown
