@@ -294,6 +294,10 @@ def run(args: argparse.Namespace) -> None:
 
     # 5. The best epoch.
     training.report_best()
+    cli.tell_next(
+        f"student: {training.states.folder}", "python", "-m", "dse", "score", "--model", training.states.folder,
+        "--queries", "QUERIES", "--candidates", "CANDIDATES",
+    )  # fmt: skip
 
 
 main = cli.program(PROG, parse_arguments, run)

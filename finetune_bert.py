@@ -160,6 +160,15 @@ def write_all_results(sets: dict[str, Path], history: list[Record] | None, measu
     return format_metrics(found["dev"]) if found else "no evaluation was requested"
 
 
+def tell_next(args: argparse.Namespace, task: Task, metrics: str) -> None:
+    logger.info("done: %s", metrics)
+    if args.do_train and task.text_b is not None:
+        cli.tell_next(
+            f"teacher: {args.output_dir}", "python", "run_distillation_logits_creator.py", "--task_name",
+            args.task_name, "--data_dir", args.data_dir, "--bert_checkpoint_dir", args.output_dir,
+        )  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task, output_dir = get_task(args.task_name, args.dev_share), Path(args.output_dir)
@@ -209,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
         metrics = write_all_results(sets, history, measure)
     if trains:
         training.states.finish()  # the teacher is there, with its results
-    logger.info("done: %s", metrics)
+    tell_next(args, task, metrics)
 
 
 main = cli.program(PROG, parse_arguments, run)

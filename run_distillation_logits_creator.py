@@ -64,6 +64,14 @@ def follow_teacher(args: argparse.Namespace, task: Task) -> None:
         args.train_features_path = str(Path(args.data_dir) / name)
 
 
+def tell_next(args: argparse.Namespace, task: Task, path: Path, bert: str) -> None:
+    cli.tell_next(
+        f"logits: {path}", "python", "dse_train_runner.py", "--task_name", args.task_name, "--data_dir", args.data_dir,
+        "--do_lower_case" * args.do_lower_case, "--bert_model", bert, "--distillation_logits_path", path,
+        "--fc_dims", 512, task.num_student_outputs,
+    )  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task = get_task(args.task_name, args.dev_share)
@@ -112,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     if parallel.is_first():
         save_logits(path, logits, {**about, "commands": [*made, [PROG, vars(args)]]})
         progress.remove()
-        logger.info("logits %s written to %s", tuple(logits.shape), path)
+        tell_next(args, task, path, training["run"]["bert_model"] if training else "BERT")
 
 
 main = cli.program(PROG, parse_arguments, run)

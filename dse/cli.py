@@ -9,6 +9,7 @@ import errno
 import logging
 import math
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -300,6 +301,11 @@ _CALLED = "a task's name in the results, such as snli=SICK if the folder of snli
 add_call_flag = _flags(  # `dict(args.call)` has the names by task
     call={"type": _new_name, "action": "append", "default": [], "metavar": "TASK=NAME", "help": _CALLED}
 )
+
+
+def tell_next(what: str, *words: object) -> None:
+    """Log what was written, and the command that takes it: its words, those that are empty left out."""
+    logger.info("%s; next: %s", what, shlex.join(str(word) for word in words if word != ""))
 
 
 def precision_of(args: argparse.Namespace) -> str:

@@ -92,19 +92,34 @@ def print_table(folder: Path, best: Path) -> None:
     print(*lines, sep="\n")
 
 
+def print_ranks(folder: Path, best: Path) -> None:
+    """Print the student's best of all second sentences of dev for a first one whose pair matches."""
+    from dse.models import DSESiameseClassifier
+
+    rows = read_examples(get_task("mrpc"), folder / "data", "dev")
+    query = rows.first[(rows.labels or []).index(1)]
+    print(f"\nThe best of {len(rows)} candidates for the query: {query}")
+    model = DSESiameseClassifier.from_checkpoint(best)
+    for hit in model.rank(query, rows.second or [], top_k=3, probabilities=True):
+        print(f"  {hit.score:.3f}  {hit.text}")
+
+
 def run(args: argparse.Namespace) -> None:
-    """Make data and BERT, run the stages, print the table."""
+    """Make data and BERT, run the stages, print the table, rank candidates for a query."""
     folder = Path(args.output_dir)
     check_writable(folder, "--output_dir")
+    import torch
+
+    torch.set_num_threads(1)  # for a model this small, more of them wait for each other
     write_pairs(folder / "data" / "train.tsv", TRAIN_PAIRS, seed=1)
     write_pairs(folder / "data" / "dev.tsv", DEV_PAIRS, seed=2)
     write_tiny_bert(folder / "tiny_bert", seed=3)
     best = run_stages(folder)
     print_table(folder, best)
-    print(
-        "\nThe sentences are made up (dse/experiments/synthetic.py): the table shows that it works, not how well."
-        "\nThe student's rate is for scoring stored embeddings, each computed once."
-        f"\n\ndata        {folder / 'data'}\nteacher     {folder / 'teacher'}"
-        f"\nlogits      {folder / 'logits' / 'teacher_logits.pt'}"
-        f"\nstudent     {best}\nlogs        {folder / 'logs'}"
-    )
+    print("\nThe sentences are made up (dse/experiments/synthetic.py): the table shows that it works, not how well."
+          "\nThe student's rate is for scoring stored embeddings, each computed once.")  # fmt: skip
+    print_ranks(folder, best)
+    print(f"\nAll files: {folder}. Go on with one of these; -h lists the flags of each:"
+          "\n  python -m dse train --data YOUR_PAIRS.csv --output my_run"
+          f"\n  python -m dse score --model {best} --queries QUERIES.txt --candidates CANDIDATES.txt"
+          "\n  python download_glue_data.py --tasks MRPC")  # fmt: skip

@@ -1,5 +1,7 @@
 """The quickstart on made-up data."""
 
+import re
+
 import pytest
 
 from dse import __main__ as entry
@@ -19,5 +21,10 @@ def test_quickstart_runs_every_stage_and_says_that_the_data_is_synthetic(tmp_pat
     assert float(table["majority class"][0]) == pytest.approx(max(share, 1 - share), abs=6e-4)
     assert {"teacher", "student"} <= table.keys()
     assert "made up" in output
+    ranks = re.findall(r"^  (\d\.\d{3})  (.*)$", output, re.MULTILINE)
+    assert len(ranks) == 3
+    assert sorted(ranks, key=lambda rank: -float(rank[0])) == ranks
+    assert {text for _, text in ranks} <= set(read_examples(get_task("mrpc"), tmp_path / "data", "dev").second)
+    assert len(re.findall(r"^  python ", output, re.MULTILINE)) == 3
     for name in ("teacher/model.safetensors", "logits/teacher_logits.pt", "data/train.tsv"):
         assert (tmp_path / name).is_file()

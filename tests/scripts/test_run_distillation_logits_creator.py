@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from helpers import STAMP, as_flags, flip, results_of, stopped
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
+import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
 from dse.data.features import joint_features
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
+from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.teacher import Teacher, load_teacher
 
@@ -242,3 +245,25 @@ def test_a_teacher_that_was_made_elsewhere(logits, bert, data, tmp_path, caplog)
         assert "gives one logit, which is taken for that of '1'" in caplog.text
     torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
     assert written[:, 1].std() > 0.01
+
+
+def test_each_stage_tells_the_command_that_takes_what_it_wrote(data, teacher_flags, tmp_path, caplog):
+    """Pasted as they are, but for the sizes of a tiny BERT, they lead from the teacher to a student."""
+    mains = {
+        "run_distillation_logits_creator.py": run_distillation_logits_creator,
+        "dse_train_runner.py": dse_train_runner,
+    }
+    with caplog.at_level("INFO", "dse"):
+        finetune_bert.main(teacher_flags("snli"))
+        tiny = ["--checkpoint_dir", tmp_path / "runs", "--pooler_num_top_hidden_layers", 2, "--max_seq_length", 48]
+        more = {"run_distillation_logits_creator.py": ["--output_dir", tmp_path], "dse_train_runner.py": tiny}
+        for script, flags in more.items():
+            what, _, command = caplog.records[-1].getMessage().partition("; next: python ")
+            assert Path(what.partition(": ")[2]).exists()
+            words = shlex.split(command)
+            assert words[0] == script
+            mains[script].main([*words[1:], *map(str, flags)])
+    what, _, command = caplog.records[-1].getMessage().partition("; next: ")
+    folder = what.removeprefix("student: ")
+    assert command == f"python -m dse score --model {folder} --queries QUERIES --candidates CANDIDATES"
+    assert DSESiameseClassifier.from_pretrained(folder).task.name == "snli"
