@@ -10,6 +10,7 @@ import argparse
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         tell_agreement(task, outputs, np.array(rows.labels), "the model", "the file's labels", threshold)
 
     # 3. Write.
-    columns = {"index": range(len(rows)) if ids is None else ids, "prediction": predictions}
+    columns: dict[str, Any] = {"index": range(len(rows)) if ids is None else ids, "prediction": predictions}
     columns |= {"score": scores_of(task, outputs)[0]} if args.scores else {}
     lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
     write_text(path, "\n".join(lines) + "\n")

@@ -29,30 +29,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--bert_model", default=cli.DEFAULT_BERT, help="pre-trained encoder: hub name or folder")
     add("--output_dir", default="results", help="folder for all that is made; a later call continues there")
     add("--tasks", type=lambda text: list(filter(None, text.split(","))),
-        help="comma list, such as mrpc,sts-b; not given: the preset's")  # fmt: skip
+        help="comma list, such as mrpc,sts-b, or JSON files beside their data; not given: the preset's")  # fmt: skip
     # not -1, a new seed each time: the same command must go on with it
     add("--seeds", type=cli.whole_number(0), nargs="+", help="seeds of every task; not given: the preset's")
     add("--variants", action="store_true", help="also train students that differ from DSE's in one setting")
     cli.add_call_flag(parser)
 
 
-def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
-    """Each task with each of its seeds. Raises InputError for flags that make no sense."""
+def chosen(args: argparse.Namespace) -> list[tuple[str, Task, int]]:
+    """Each task, by its name or JSON file, with each of its seeds. Raises InputError for flags that make no sense."""
     preset = PRESETS[args.preset]
     names = list(preset.seeds) if args.tasks is None else args.tasks
-    unknown = [name for name in names if name.lower() not in TASKS]
+    unknown = [name for name in names if name.lower() not in TASKS and not name.lower().endswith(".json")]
     if unknown or not names:
-        raise InputError(f"--tasks: {', '.join(unknown) or 'none'} given; known: {', '.join(TASKS)}")
+        raise InputError(f"--tasks: {', '.join(unknown) or 'none'} given; known: {', '.join(TASKS)}, or a JSON file")
     found = []
-    for task in (get_task(name) for name in names):
+    for name, task in ((name, get_task(name)) for name in names):
         if task.text_b is None:
             raise InputError(f"--tasks: {task.name} has one sentence per row, and DSE scores pairs; leave it out")
         if task.train is None:
             raise InputError(f"--tasks: {task.name} has no training set; leave it out")
         if not (args.seeds or task.name in preset.seeds):
             raise InputError(f"--seeds: the preset {args.preset} has none for {task.name}; give some")
-        found += [(task, seed) for seed in args.seeds or preset.seeds[task.name]]
-    if len(set(found)) < len(found):
+        found += [(name, task, seed) for seed in args.seeds or preset.seeds[task.name]]
+    if len({(task.name, seed) for _, task, seed in found}) < len(found):
         raise InputError("--tasks, --seeds: one is given twice; the same run twice has no spread")
     called = dict(args.call)
     strangers = called.keys() - TASKS.keys()
@@ -64,17 +64,17 @@ def chosen(args: argparse.Namespace) -> list[tuple[Task, int]]:
 
 def make_works(args: argparse.Namespace) -> list[Experiment]:
     """Every task with every seed. Raises InputError for what cannot work."""
-    pairs, preset = chosen(args), PRESETS[args.preset]
+    runs, preset = chosen(args), PRESETS[args.preset]
     encoder = open_encoder(args.bert_model, preset, f"the preset {args.preset}")
     left_out = set() if args.variants else set(VARIANTS)
     if not reproduction.has_sentence_transformers():
         left_out.add("sentence_bert")
         logger.warning("Sentence-BERT is left out; for its row, pip install sentence-transformers and run this again")
     works = []
-    for task, seed in pairs:
-        data, place = Path(args.data_dir) / task.folder, Path(args.output_dir) / f"{task.name}_seed{seed}"
-        stages = [stage for stage in STAGES if stage not in left_out]
-        works.append(Experiment(preset, task, seed, data, encoder, place, stages))
+    for name, task, seed in runs:
+        data = Path(args.data_dir) / task.folder if task.name in TASKS else Path(name).parent
+        stages, place = [stage for stage in STAGES if stage not in left_out], f"{task.name}_seed{seed}"
+        works.append(Experiment(preset, task, seed, data, encoder, Path(args.output_dir, place), stages, name))
         works[-1].check_settings()
     return works
 

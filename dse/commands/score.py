@@ -99,10 +99,8 @@ def run(args: argparse.Namespace) -> None:
     logger.info("%d queries, %d candidates", len(queries), len(index))
     found: Any = index.search(queries, args.rerank_top if args.rerank else args.top_k, label, show_progress=None)
     if args.rerank:
-        found = [
-            rerank(model.task, teacher, *of_query, label)[: args.top_k]
-            for of_query in tqdm(zip(queries, found, strict=True), "rerank", len(queries), disable=None, leave=False)
-        ]
+        both = tqdm(zip(queries, found, strict=True), "rerank", len(queries), disable=None, leave=False)
+        found = [rerank(model.task, teacher, query, hits, label)[: args.top_k] for query, hits in both]
 
     # 3. Write.
     as_json = args.format == "jsonl" or (args.format is None and args.output.endswith((".jsonl", ".ndjson")))

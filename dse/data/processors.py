@@ -52,8 +52,10 @@ class Examples:
 
     def of_rows(self, rows: list[int], about: dict[str, Any]) -> "Examples":
         """The given rows alone; `about` is what `files` says of them."""
-        columns = [column and [column[row] for row in rows] for column in (self.first, self.second, self.labels)]
-        return Examples(columns[0] or [], *columns[1:], [{**entry, **about} for entry in self.files])
+        first, second, labels = (
+            column and [column[row] for row in rows] for column in (self.first, self.second, self.labels)
+        )
+        return Examples(first or [], second, labels, [{**entry, **about} for entry in self.files])
 
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:

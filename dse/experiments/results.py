@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dse.data.tasks import BINARY, REGRESSION, TASKS, Task, get_task
+from dse.data.tasks import BINARY, REGRESSION, TASKS, Task
 from dse.experiments.presets import OPTIONAL, STAGES, STUDENTS, TEACHER, VARIANTS, as_words
 from dse.experiments.reproduction import Experiment, Left, read_record
 from dse.system.device import count_of, machine
@@ -121,14 +121,19 @@ def summarize_task(task: Task, by_seed: dict[int, Records]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tasks_of(works: list[Experiment]) -> dict[str, Task]:
+    """The tasks that a table can have, by name: GLUE's, and users' own of this call."""
+    return {**{work.task.name: work.task for work in works}, **TASKS}
+
+
 def read_runs(output_dir: Path, works: list[Experiment]) -> Runs:
     """The records in the folder: of this call's works, and of other calls with the same preset and encoder."""
     preset, encoder = works[0].preset, works[0].encoder
-    runs = []
+    tasks, runs = tasks_of(works), []
     for folder, stage in product(sorted(output_dir.glob("*_seed*")), STAGES):
-        if record := read_record(folder / f"{stage}.json"):
-            settings = record["settings"]
-            flags = preset.flags(stage, get_task(settings["task"]))
+        record = read_record(folder / f"{stage}.json")
+        if record and (task := tasks.get((settings := record["settings"])["task"])):
+            flags = preset.flags(stage, task)
             if settings["bert"] == encoder.hashes and settings.get("flags", flags) == flags:
                 runs.append({"task": settings["task"], "seed": settings["seed"], **record})
     order = [(work.task.name, work.seed) for work in works]
@@ -160,7 +165,8 @@ def collect(
     by_task: dict[str, dict[int, Records]] = {}
     for run in runs:
         by_task.setdefault(run["task"], {}).setdefault(run["seed"], {})[run["stage"]] = run
-    tasks = {names.get(name, name.upper()): summarize_task(get_task(name), seeds) for name, seeds in by_task.items()}
+    known = tasks_of(works)
+    tasks = {names.get(name, name.upper()): summarize_task(known[name], seeds) for name, seeds in by_task.items()}
     dev, test = ([task["degradation"][split]["mean"] for task in tasks.values() if task["degradation"][split]]
                  for split in SPLITS)  # fmt: skip
     return without_nan({

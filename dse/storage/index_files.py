@@ -164,7 +164,7 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
             file.truncate(dtype.itemsize * math.prod(shape))  # what an append left that did not end
         for part in elements(parts, "parts", _PARTS):
             stored, strings = _checked_part(part, content)
-            start, pieces = 0, [stored]
+            start, pieces = 0, list[Any]([stored])
             for kind, encoded in zip(kinds, strings, strict=True):
                 ends = content[f"{kind}_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
                 pieces += [ends, encoded]

@@ -161,9 +161,9 @@ def find_student(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if (path / CONFIG).exists() or not path.is_dir():
         return path
-    epochs = {folder: told_by(folder).get("epoch") for folder in best_folders(path)}
     # `best`, or a folder beside it if `best` could not be replaced
-    return max((folder for folder in epochs if epochs[folder] is not None), key=epochs.__getitem__, default=path)
+    epochs = {epoch: folder for folder in best_folders(path) if (epoch := told_by(folder).get("epoch")) is not None}
+    return epochs[max(epochs)] if epochs else path
 
 
 def save_best(student: Student, run: Path) -> None:

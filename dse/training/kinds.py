@@ -237,13 +237,14 @@ def measure_student(
     Pearson correlation with the teacher's scores. Rows without label count in these alone.
     """
     kind, z, y, known = kind_of(task), torch.from_numpy(outputs), torch.from_numpy(labels), has_label(labels)
-    of_known = outputs[known], labels[known]
-    metrics = {"loss": kind.hard_loss(*map(torch.from_numpy, of_known)).item()} if known.any() else {}
+    metrics: Metrics = {}
+    if known.any():
+        metrics["loss"] = kind.hard_loss(torch.from_numpy(outputs[known]), torch.from_numpy(labels[known])).item()
     if targets is not None:
         metrics["distillation_loss"] = distillation_loss(z, targets).item()
         metrics["total_loss"] = kind.student_loss(z, y, targets, coefficient, not known.all()).item()
         metrics["teacher_agreement"] = kind.agreement(outputs, kind.decisions(targets.numpy()))
-    return metrics | kind.metrics(*of_known, thresholds) if known.any() else metrics
+    return metrics | kind.metrics(outputs[known], labels[known], thresholds) if known.any() else metrics
 
 
 def tell_agreement(

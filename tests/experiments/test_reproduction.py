@@ -2,13 +2,14 @@
 
 import json
 import math
+import random
 import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import write_task
+from helpers import NAMED, own_task, write_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -20,6 +21,7 @@ from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments import presets, reproduction, results, stages
 from dse.experiments.baselines import SentenceBert
+from dse.experiments.synthetic import make_pair
 from dse.storage import states
 from dse.storage.student_folder import read_config
 from dse.system.errors import RunError
@@ -534,3 +536,20 @@ def test_the_estimate_follows_what_was_measured(flags, tmp_path):
     new, begun = Fake({}), Fake({"teacher": {"seconds": 25.0}})
     assert reproduction.seconds_left([new], [(new, "teacher"), (new, "dse")]) == 50.0
     assert reproduction.seconds_left([new, begun], [(begun, "dse")]) == 100.0  # two and a half times as long
+
+
+def test_an_own_task_beside_its_data(flags, tmp_path):
+    """Its JSON file stands for it; a share of its pairs serves as dev."""
+    place = tmp_path / "mine"
+    place.mkdir()
+    rng = random.Random(0)
+    rows = ["\t".join([a, b, ("no", "yes")[label]]) for label, a, b in (make_pair(rng) for _ in range(60))]
+    (place / "train.tsv").write_text("\n".join(["q\ta\tgood", *rows]) + "\n")
+    path = own_task(place, **NAMED)
+    reproduce([*flags, "--tasks", path, "--seeds", 3])
+    found = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert found["complete"]
+    assert list(found["tasks"]) == ["MINE"]
+    record = json.loads((tmp_path / "results" / "mine_seed3" / "dse.json").read_text())
+    assert found["tasks"]["MINE"]["table"]["dev"]["f1"]["dse"]["mean"] == record["metrics"]["dev"]["f1"]
+    assert "| MINE | dev f1 |" in (tmp_path / "results" / "results.md").read_text()
