@@ -35,10 +35,11 @@ def world(student, tmp_path):
             last.weight *= 30
             last.bias *= 30
         model.save_pretrained(tmp_path / "student")
-        lines = ["sku,q,a,good"]
-        for row in range(80):
-            label = rng.choice(names) if names else f"{rng.random():.3f}"
-            lines.append(",".join([f"s{row}", *(f'"{text}, so"' for text in make_pair(rng)[1:]), label]))
+        lines, pairs = ["sku,q,a,good"], [[f"{text}, so" for text in make_pair(rng)[1:]] for _ in range(80)]
+        scores = model.score(pairs)
+        for row, pair in enumerate(pairs):  # scores that the student's follow in part
+            label = rng.choice(names) if names else f"{scores[row] / scores.std() + rng.gauss(0, 1):.3f}"
+            lines.append(",".join([f"s{row}", *(f'"{text}"' for text in pair), label]))
         lines.append('s80,"a ""text""",another,')
         (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
         return as_flags({"model": tmp_path / "student", "data": tmp_path / "pairs.csv", "id_column": "sku",
@@ -100,8 +101,10 @@ def test_scores_are_measured_as_by_scipy(world, tmp_path):
     other = bootstrap((scores, labels), lambda x, y: pearsonr(x, y)[0], paired=True, vectorized=False,
                       n_resamples=2000, method="percentile", rng=7).confidence_interval  # fmt: skip
     assert found["metrics"]["pearson"][1:] == pytest.approx([other.low, other.high], abs=0.05)
-    low, high = other.low, other.high
-    assert high - low > 0.3
+    assert 0.4 < other.low < other.high - 0.1
+    errors = ((scores - labels) ** 2,)
+    other = bootstrap(errors, np.mean, n_resamples=2000, method="percentile", rng=7).confidence_interval
+    assert found["metrics"]["mean_squared_error"][1:] == pytest.approx([other.low, other.high], rel=0.05)
 
 
 def test_a_tasks_split_a_teacher_and_tsv(student, data, teacher_flags, tmp_path, capsys):

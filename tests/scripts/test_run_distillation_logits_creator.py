@@ -207,6 +207,8 @@ def test_a_teacher_that_contradicts_the_labels_is_told_of(kind, teacher_flags, d
 def test_casing_length_and_cache_are_the_teachers(data, teacher_flags, copied, tmp_path, caplog):
     """Without flags for them, the file is the same as with them; another length is warned of."""
     folder = copied(data("mrpc"), "mine")
+    head, *rows = (folder / "train.tsv").read_text().splitlines()
+    (folder / "train.tsv").write_text("\n".join([head, *map(str.upper, rows)]) + "\n")
     finetune_bert.main(teacher_flags(data_dir=folder, do_eval=False))
     flags = {"task_name": "mrpc", "data_dir": folder, "bert_checkpoint_dir": tmp_path / "teacher"}
     with caplog.at_level("INFO", "dse"):

@@ -26,7 +26,7 @@ def test_the_second_ctrl_c_waits_for_nothing():
 def test_signals_outside_of_training(name, teacher_flags, student_flags, monkeypatch, capsys):
     script = {"finetune_bert": finetune_bert, "dse_train_runner": dse_train_runner}.get(name)
     script = script or run_distillation_logits_creator
-    monkeypatch.setattr(script, "get_task", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(script, "get_task", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     argv = student_flags() if name == "dse_train_runner" else teacher_flags()
     if name.startswith("run_"):
         argv = ["--task_name", "mrpc", "--data_dir", "x", "--train_features_path", "x", "--bert_checkpoint_dir", "x"]
