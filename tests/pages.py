@@ -83,7 +83,7 @@ MADE: dict[str, Callable[[], str]] = {
     "compared": lambda: results.compared_table(read("results")),
     "minutes": lambda: results.minutes_table(read("results")),
     "tried": tried_table,
-    "variants": lambda: results.variants_table(read("results")),
+    "variants": lambda: results.variants_table(read("variants")),  # of the concat head
     "transfer": lambda: transfer.to_markdown(read("transfer")["results"]),
     "memory": benchmarks.memory_table,
     "gpu-line": lambda: gpu_report.in_one_line(read("gpu")),

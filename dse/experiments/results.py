@@ -200,7 +200,7 @@ def show(value: Spread | None, form: str = ".3f") -> str:
     """ "0.861 ± 0.004", with the form "+.1%" "+1.2 % ± 0.3 %"; "-" for nothing."""
     if value is None:
         return "-"
-    spread = [] if value["sd"] is None else [format(value["sd"], form.lstrip("+"))]
+    spread = [format(value["sd"], form.lstrip("+"))] if value["sd"] else []  # 0: no seed changes it
     return " ± ".join([format(value["mean"], form), *spread]).replace("%", " %")
 
 
