@@ -155,10 +155,10 @@ def _read_file(task: Task, data_dir: Path, split: str, name: str) -> Examples:
 def labelled_test(task: Task, data_dir: Path) -> Examples | None:
     """The test set with its labels, if they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
     if task.test and task.test_label is not None and (data_dir / task.test).is_file():
-        return read_examples(task, data_dir, "test")
+        return with_labels(read_examples(task, data_dir, "test"), "are left out")
     if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
-        with_labels = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
-        return read_examples(with_labels, data_dir, "labelled_test")
+        line = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
+        return read_examples(line, data_dir, "labelled_test")
     return None
 
 

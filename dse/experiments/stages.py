@@ -25,7 +25,7 @@ import dse_train_runner
 import finetune_bert
 import run_distillation_logits_creator
 from dse import __version__
-from dse.data.processors import Examples
+from dse.data.processors import Examples, with_labels
 from dse.data.tasks import BINARY, MULTICLASS, REGRESSION, Task
 from dse.experiments.baselines import SentenceBert, mean_encoder
 from dse.experiments.predictions import (
@@ -158,14 +158,15 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     epochs, state = SENTENCE_BERT["epochs"], folder / "state.pt"
     device = select_device(False, 0)
     baseline = SentenceBert(work.encoder.folder, work.task, work.preset.max_seq_length, work.seed, device)
-    baseline.prepare(len(work.train))
+    train = with_labels(work.train, "are left out")
+    baseline.prepare(len(train))
     history: list[dict[str, Any]] = baseline.load(state) if state.is_file() else []
     for epoch in range(len(history), epochs):
         started = time.monotonic()
-        train = {"loss": baseline.train_epoch(work.train, epoch)}
+        losses = {"loss": baseline.train_epoch(train, epoch)}
         metrics = measure(work.task, work.sets, baseline.score, rank_by_cosine(baseline.embed))
         metrics = only_tuned(work.task, metrics)
-        history.append({"epoch": epoch, "train": train, "metrics": metrics, "validation": metrics["dev"],
+        history.append({"epoch": epoch, "train": losses, "metrics": metrics, "validation": metrics["dev"],
                         "rate": baseline.rate, "seconds": time.monotonic() - started})  # fmt: skip
         baseline.save(state, history)
         logger.info("Sentence-BERT, epoch %d of 0 to %d: %s", epoch, epochs - 1, format_record(history[-1]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import NAMED, REAL, check_outcome, names_of, outcome, own_task
 
-from dse.data.processors import read_examples
+from dse.data.processors import labelled_test, read_examples
 from dse.data.tasks import Task, get_task
 from dse.system.errors import InputError
 
@@ -431,3 +431,10 @@ def test_rows_of_dev_without_label_are_left_out(tmp_path, caplog):
     (tmp_path / "dev.tsv").write_text("q\ta\tgood\nwho\tme\t\n")
     with pytest.raises(InputError, match=r"dev\.tsv: no row has a label"):
         read_examples(task, tmp_path, "dev")
+
+
+def test_rows_of_a_labelled_test_set_without_label_are_left_out(tmp_path):
+    task = split_task(tmp_path, [("q", "a", "no")], test="test.tsv", test_label="good")
+    (tmp_path / "test.tsv").write_text("q\ta\tgood\nhow\tso\tyes\nwho\tme\t\n")
+    assert labelled_test(task, tmp_path).labels == [1]
+    assert read_examples(task, tmp_path, "test").labels == [1, -1]
