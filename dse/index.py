@@ -165,7 +165,8 @@ class CandidateIndex:
         best = torch.full((len(texts), kept), least, device=self.model.device)
         for row, start, some in _blocks(self, texts, rank_label, show_progress):
             of_some, keys = best[row : row + len(some)], _keys(some, start)
-            keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
+            if len(left_out):
+                keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
             of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
         scores, rows = _scores_and_rows(best.cpu())  # waits for a GPU, once
         found = zip(_finite(scores, self.folder), rows.tolist(), strict=True)
