@@ -80,7 +80,7 @@ def test_classes_are_measured_as_by_scikit_learn(kind, world, tmp_path, capsys):
         return np.mean(some)
 
     right = (np.array(labels) == np.array(predicted)).astype(float)
-    other = bootstrap((right,), accuracy, n_resamples=4000, method="percentile", rng=7).confidence_interval
+    other = bootstrap((right,), accuracy, n_resamples=2000, method="percentile", rng=7).confidence_interval
     assert found["metrics"]["accuracy"][1:] == pytest.approx([other.low, other.high], abs=0.026)  # two rows of 80
     score_of = {row["id"]: row["score"] for row in rows}
     for row in rows:
@@ -92,19 +92,19 @@ def test_classes_are_measured_as_by_scikit_learn(kind, world, tmp_path, capsys):
 
 
 def test_scores_are_measured_as_by_scipy(world, tmp_path):
-    main(world("regression"))
+    main([*world("regression"), "--resamples", "600"])
     rows, found = rows_and_metrics(tmp_path)
     scores, labels = (np.array([row[key] for row in rows[:80]]) for key in ("score", "label"))
     assert "probability" not in rows[0]
     expected = [pearsonr(scores, labels)[0], spearmanr(scores, labels)[0], ((scores - labels) ** 2).mean()]
     assert [values[0] for values in found["metrics"].values()] == pytest.approx(expected, rel=1e-4)
     other = bootstrap((scores, labels), lambda x, y: pearsonr(x, y)[0], paired=True, vectorized=False,
-                      n_resamples=2000, method="percentile", rng=7).confidence_interval  # fmt: skip
+                      n_resamples=600, method="percentile", rng=7).confidence_interval  # fmt: skip
     assert found["metrics"]["pearson"][1:] == pytest.approx([other.low, other.high], abs=0.05)
     assert 0.4 < other.low < other.high - 0.1
     errors = ((scores - labels) ** 2,)
     other = bootstrap(errors, np.mean, n_resamples=2000, method="percentile", rng=7).confidence_interval
-    assert found["metrics"]["mean_squared_error"][1:] == pytest.approx([other.low, other.high], rel=0.05)
+    assert found["metrics"]["mean_squared_error"][1:] == pytest.approx([other.low, other.high], rel=0.06)
 
 
 def test_a_tasks_split_a_teacher_and_tsv(student, data, teacher_flags, tmp_path, capsys):
