@@ -121,5 +121,5 @@ def run(args: argparse.Namespace) -> None:
     print_ranks(folder, best)
     print(f"\nAll files: {folder}. Go on with one of these; -h lists the flags of each:"
           "\n  python -m dse train --data YOUR_PAIRS.csv --output my_run"
-          f"\n  python -m dse score --model {best} --queries QUERIES.txt --candidates CANDIDATES.txt"
+          f"\n  python -m dse score --model {best.parent} --queries QUERIES.txt --candidates CANDIDATES.txt"
           "\n  python download_glue_data.py --tasks MRPC")  # fmt: skip
