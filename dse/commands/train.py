@@ -127,6 +127,8 @@ def prepare(args: argparse.Namespace, encoder: Encoder) -> Path:
         if changed := [flag for flag in made_from | before if before.get(flag) != made_from.get(flag)]:
             raise InputError(f"--output: {args.output} was made with another --{changed[0]}; name another folder")
         return folder
+    if folder.exists():
+        raise InputError(f"--output: {folder} is there and not of this command, so it is kept; name another folder")
     with replace_folder(folder) as beside:
         write_data(args, beside, encoder)
         write_json(beside / MADE_FROM, made_from)
@@ -144,12 +146,15 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.output, "--output")
     preset = RECIPES[args.recipe]._replace(max_seq_length=args.max_seq_length)
     encoder = open_encoder(args.bert_model, preset, "this command")
-    data, output = prepare(args, encoder), Path(args.output)
+    from dse.experiments import stages
+    from dse.storage.student_folder import check_replaceable, find_student
+
+    output = Path(args.output)
+    check_replaceable(output / STUDENT, "--output")
+    data = prepare(args, encoder)
     name = str(data / TASK)
     work = Experiment(preset, get_task(name), args.seed, data, encoder, output, STAGES, name)
     work.check_settings()
-    from dse.experiments import stages
-    from dse.storage.student_folder import find_student
 
     # 2. Teacher, logits, student.
     for stage in work.left():

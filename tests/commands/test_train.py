@@ -112,3 +112,14 @@ def test_another_files_output_is_not_touched(flags, refused, tmp_path):
     assert f"--output: {tmp_path / 'run'} was made with another --data; name another folder" in line
     assert "was made with another --dev_share" in refused(main, flags("pairs.csv", rows, "--dev_share", 0.2))
     assert (tmp_path / "run" / "data" / "train.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["data", "student"])
+def test_a_users_folder_in_the_output_is_kept(name, flags, refused, tmp_path):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "mine.txt").write_text("mine")
+    rows = [{"a": a, "b": b, "label": label} for label, a, b in pairs_of(40)]
+    line = refused(main, flags("pairs.csv", rows))
+    assert "--output: " in line
+    assert f"run/{name}" in line
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == [name, "mine.txt"]
