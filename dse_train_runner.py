@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dse import cli
 from dse.data.cache import cache_name, check_cache_path
-from dse.data.processors import Examples, read_examples, with_labels
+from dse.data.processors import Examples, has_label, read_examples, with_labels
 from dse.data.tasks import Task, check_sentence_pairs, get_task, task_to_dict
 from dse.networks.config import DSEConfig, check_fc_dims
 from dse.networks.pretrained import bert_hashes, last_part, open_bert
@@ -112,10 +112,10 @@ def check_flags(args: argparse.Namespace, task: Task, caches: dict[str, tuple[Pa
 
 
 def check_labels(args: argparse.Namespace, train: Examples) -> Examples:
-    """The rows that are trained on: without the teacher's logits those with a label. Raises InputError without any."""
-    known = sum(train.has_label())
+    """The rows to train on: all, or without logits those with a label. Raises InputError if none has one but must."""
+    known = int(train.labelled.sum())
     if not args.distillation_logits_path or not (known or args.distillation_coeff == 1):
-        return with_labels(train, "are left out")
+        return with_labels(train)
     if known < len(train):
         what = "%d of %d training rows have no label, and count in the distillation term alone"
         logger.info(what, len(train) - known, len(train))
@@ -183,7 +183,7 @@ def start_from_cosine(task: Task, network: "SiameseNetwork", batches: "Batches",
     from dse.networks.batches import Batches
     from dse.networks.inference import infer_pairs
     from dse.training.epoch_plan import epoch_order
-    from dse.training.kinds import fit_cosines, has_label
+    from dse.training.kinds import fit_cosines
 
     order = epoch_order(len(batches), seed, 0)
     rows = order[has_label(batches.features.labels[order])][:_PAIRS_FITTED]
@@ -208,7 +208,7 @@ def make_trainer(
     seed: int,
 ) -> "Trainer":
     from dse.training.epoch_plan import EpochPlan, count_updates
-    from dse.training.kinds import has_label, kind_of, measure_student
+    from dse.training.kinds import kind_of, measure_student
     from dse.training.optimization import make_optimizer
     from dse.training.trainer import Trainer
 

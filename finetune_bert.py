@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
     cli.set_up_logging(log_file)
     sets = results_dirs(output_dir, task.also_validate) if args.do_eval else {}
     splits = [*(["train"] if args.do_train else []), *sets]
-    data = {split: with_labels(read_examples(task, args.data_dir, split), "are left out") for split in splits}
+    data = {split: with_labels(read_examples(task, args.data_dir, split)) for split in splits}
     bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, cache_dir=args.cache_dir)
 
     # 2. The training: a new one, one that is under way, or one that is at its end.

@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def follow_teacher(args: argparse.Namespace, task: Task) -> None:
-    """Fill in what was not given from how the teacher was trained, if its folder says so: casing, length, cache."""
+    """Set casing, length and cache as in the teacher's training, where flags leave them open and its folder tells."""
     folder = Path(args.bert_checkpoint_dir)
     trained = (read_training(folder) or {"run": {}})["run"]
     args.do_lower_case = args.do_lower_case or trained.get("do_lower_case", False)

@@ -81,11 +81,9 @@ class Parser(argparse.ArgumentParser):
         if shown not in ("None", "False", "", argparse.SUPPRESS):
             options["help"] = f"{options['help']} (default: {shown})"
         title = _GROUP_OF.get(names[0].removeprefix("--"))
-        return (
-            super().add_argument(*names, **options)
-            if title is None
-            else self._titled[title].add_argument(*names, **options)
-        )
+        if title is not None:
+            return self._titled[title].add_argument(*names, **options)
+        return super().add_argument(*names, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after refusing words that logs, model cards and tables cannot show."""
@@ -304,7 +302,7 @@ add_call_flag = _flags(  # `dict(args.call)` has the names by task
 
 
 def tell_next(what: str, *words: object) -> None:
-    """Log what was written, and the command that takes it: its words, those that are empty left out."""
+    """Log what was written, and the command line that uses it; empty words are left out."""
     logger.info("%s; next: %s", what, shlex.join(str(word) for word in words if word != ""))
 
 

@@ -496,6 +496,7 @@ def test_documents_rank_as_in_an_index(student, task, monkeypatch):
     assert [(hit.row, hit.text) for hit in ranked] == [(hit.row, hit.text) for hit in found]
     np.testing.assert_allclose([hit.score for hit in ranked], [hit.score for hit in found], rtol=1e-5, atol=1e-6)
     assert model.rank(QUERIES[0], iter(CANDIDATES), top_k=3) == ranked[:3]
+    assert model.rank(QUERIES[0], []) == []
     if task == "rte":
         label = model.rank(QUERIES[0], CANDIDATES, rank_label="not_entailment", probabilities=True)
         assert [hit.row for hit in label] == [hit.row for hit in ranked][::-1]

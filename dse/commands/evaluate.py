@@ -59,7 +59,10 @@ def read_rows(args: argparse.Namespace) -> tuple[Task, Examples, list[str] | Non
         return task, read_examples(task, args.data_dir, args.split), None
     check_file(args.data, "--data", "a file with the columns of the model's task")
     path, task = Path(args.data), get_task(args.task_name) if args.task_name else task_of(args.model)
-    of_file = replace(task, train=path.name, dev=path.name, parts=())  # read as a training file is: all of its rows
+    if task.parts:
+        raise InputError(f"--data: {task.name} is made of several tasks; give --task_name with one of them")
+    # Read as a training file is, which keeps rows without label; a skipped row would shift the ids of those after it.
+    of_file = replace(task, train=path.name, dev=path.name, skip_short_rows=False)
     rows = read_examples(of_file, path.parent, "train")
     return task, rows, column_of(path, args.id_column, "--data") if args.id_column else None
 
@@ -71,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
         if path := getattr(args, flag):
             check_output_file(path, f"--{flag}")
     task, rows, ids = read_rows(args)
-    known = rows.has_label()
-    if not any(known):
+    known = rows.labelled
+    if not known.any():
         raise InputError(f"--split: {rows.files[0]['file']} has no labels; `predict` or `score` needs none")
     from dse.experiments.predictions import evaluate, load_scorer
     from dse.training.kinds import kind_of
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(args.disable_gpu, args.gpu_id, precision)
     score, threshold = load_scorer(args.model, task, device, args.batch_size, precision)
     threshold = threshold if args.threshold is None else args.threshold
-    logger.info("%d rows of %s, %d with a label, on %s", len(rows), task.name, sum(known),
+    logger.info("%d rows of %s, %d with a label, on %s", len(rows), task.name, int(known.sum()),
                 describe_device(device, precision))  # fmt: skip
     outputs, labels = score(rows), np.array(rows.labels)
     found = evaluate(task, outputs[known], labels[known], threshold, args.resamples)
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     # 3. Print, and write.
     print("\n" + to_text(task, found))
     if args.output:
-        write_json(args.output, {"command": args.command, "task": task.name, "rows": sum(known), **found})
+        write_json(args.output, {"command": args.command, "task": task.name, "rows": int(known.sum()), **found})
     if args.rows:
         lines = row_lines(task, rows, ids, outputs, threshold, args.rows.endswith((".jsonl", ".ndjson")))
         write_text(args.rows, "".join(lines))

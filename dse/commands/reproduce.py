@@ -75,7 +75,7 @@ def make_works(args: argparse.Namespace) -> list[Experiment]:
         data = Path(args.data_dir) / task.folder if task.name in TASKS else Path(name).parent
         stages, place = [stage for stage in STAGES if stage not in left_out], f"{task.name}_seed{seed}"
         works.append(Experiment(preset, task, seed, data, encoder, Path(args.output_dir, place), stages, name))
-        works[-1].check_settings()
+        works[-1].check_settings("--output_dir")
     return works
 
 

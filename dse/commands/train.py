@@ -128,7 +128,7 @@ def prepare(args: argparse.Namespace, encoder: Encoder) -> Path:
             raise InputError(f"--output: {args.output} was made with another --{changed[0]}; name another folder")
         return folder
     if folder.exists():
-        raise InputError(f"--output: {folder} is there and not of this command, so it is kept; name another folder")
+        raise InputError(f"--output: {folder} exists, but this command did not make it; name another folder")
     with replace_folder(folder) as beside:
         write_data(args, beside, encoder)
         write_json(beside / MADE_FROM, made_from)
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     data = prepare(args, encoder)
     name = str(data / TASK)
     work = Experiment(preset, get_task(name), args.seed, data, encoder, output, STAGES, name)
-    work.check_settings()
+    work.check_settings("--output")
 
     # 2. Teacher, logits, student.
     for stage in work.left():

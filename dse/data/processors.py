@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dse.data.tasks import DEFAULT_DEV_SHARE, REGRESSION, TASKS, Task
 from dse.system.errors import InputError
 from dse.system.files import sha256_file
@@ -44,11 +46,10 @@ class Examples:
         """The first texts and, of pairs, the second ones."""
         return [self.first] if self.second is None else [self.first, self.second]
 
-    def has_label(self) -> list[bool]:
-        """Of each row: does it have a label?"""
-        return [
-            label not in (None, NO_LABEL) if isinstance(label, int) else label == label for label in self.labels or []
-        ]
+    @property
+    def labelled(self) -> np.ndarray:
+        """Whether each row has a label, bool, (n,); without labels, of no row."""
+        return np.zeros(len(self), bool) if self.labels is None else has_label(np.array(self.labels))
 
     def of_rows(self, rows: list[int], about: dict[str, Any]) -> "Examples":
         """The given rows alone; `about` is what `files` says of them."""
@@ -86,18 +87,23 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
                 column += more
         return Examples(*whole)
     rows = _read_file(task, data_dir, split, name)
-    return rows if not own or split in ("train", "test") else with_labels(rows, "are left out")
+    return rows if not own or split in ("train", "test") else with_labels(rows)
 
 
-def with_labels(examples: Examples, what: str) -> Examples:
-    """The rows that have a label. Logs `what` happens to the others. Raises InputError if there is none."""
-    kept = [row for row, known in enumerate(examples.has_label()) if known]
+def has_label(labels: Any) -> Any:
+    """Whether each of an array's or a tensor's labels is one, and not NO_LABEL or NO_SCORE; bool, of the same shape."""
+    return labels != NO_LABEL if "int" in str(labels.dtype) else labels == labels
+
+
+def with_labels(examples: Examples) -> Examples:
+    """The rows that have a label. Warns that the others are left out. Raises InputError if no row has one."""
+    kept = np.flatnonzero(examples.labelled).tolist()
     if len(kept) == len(examples):
         return examples
     name = ", ".join(entry["file"] for entry in examples.files)
     if not kept:
         raise InputError(f"{name}: no row has a label; only a student with --distillation_coeff 1 needs none")
-    logger.warning("%s: %d of %d rows have no label, and %s", name, len(examples) - len(kept), len(examples), what)
+    logger.warning("%s: %d of %d rows have no label, and are left out", name, len(examples) - len(kept), len(examples))
     return examples.of_rows(kept, {"labelled": len(kept)})
 
 
@@ -106,7 +112,7 @@ def _dev_rows(task: Task, examples: Examples) -> list[int]:
 
     A hash of the pair's texts decides, so that the order of the file does not matter, and equal pairs stay together.
     """
-    share, labels, known = task.dev_share or DEFAULT_DEV_SHARE, examples.labels or [], examples.has_label()
+    share, labels, known = task.dev_share or DEFAULT_DEV_SHARE, examples.labels or [], examples.labelled
     rows_of: dict[tuple[str, ...], list[int]] = {}
     for row, texts in enumerate(zip(*examples.sides, strict=True)):
         rows_of.setdefault(texts, []).append(row)
@@ -130,7 +136,7 @@ def _without_dev_file(task: Task, examples: Examples, split: str) -> Examples:
     dev, name = _dev_rows(task, examples), examples.files[0]["file"]
     if split == "train":
         rest = sorted(set(range(len(examples))) - set(dev))
-        logger.info("%s: %d of %d rows are left out, which serve as dev", name, len(dev), len(examples))
+        logger.info("%s: %d of %d rows serve as dev, and are left out of train", name, len(dev), len(examples))
         return examples.of_rows(rest, {"without": dev})
     if not dev:
         raise InputError(f"{name}: too few labelled pairs to split a dev set off; give more, or a dev file")
@@ -155,7 +161,7 @@ def _read_file(task: Task, data_dir: Path, split: str, name: str) -> Examples:
 def labelled_test(task: Task, data_dir: Path) -> Examples | None:
     """The test set with its labels, if they are at hand: SNLI's file has them, MRPC's are in Microsoft's file."""
     if task.test and task.test_label is not None and (data_dir / task.test).is_file():
-        return with_labels(read_examples(task, data_dir, "test"), "are left out")
+        return with_labels(read_examples(task, data_dir, "test"))
     if task.name == "mrpc" and (data_dir / "msr_paraphrase_test.txt").is_file():  # in the layout of train.tsv
         line = replace(task, also_validate=(("labelled_test", "msr_paraphrase_test.txt"),))
         return read_examples(line, data_dir, "labelled_test")

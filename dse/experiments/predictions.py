@@ -107,6 +107,8 @@ def teacher_scorer(
 
 def rerank(task: Task, score: Scorer, query: str, hits: list[Hit], label: str | None) -> list[Hit]:
     """The hits of a query in the order of a teacher's scores, which take the place of the student's."""
+    if not hits:
+        return []
     outputs = score(Examples([query] * len(hits), [hit.text for hit in hits]))
     scores = rank_scores(torch.from_numpy(outputs), task, label)
     order = scores.argsort(descending=True, stable=True).tolist()

@@ -105,14 +105,14 @@ class Experiment:
             for name in STAGES[stage]
         }
 
-    def check_settings(self) -> None:
-        """Raise InputError, naming both values, if a finished stage had other settings."""
+    def check_settings(self, flag: str) -> None:
+        """Raise InputError, naming the flag of the output and both values, if a finished stage had other settings."""
         done = {stage: record for stage in self.stages if (record := self.record(stage))}
         for stage, record in done.items():
             for key, value in self.settings(stage).items():
                 if (there := record["settings"].get(key)) != value:
                     made = f"{self.folder / stage} was made with {key} {there}, and now it is {value}"
-                    raise InputError(f"--output_dir: {made}; name another --output_dir, or remove what is there")
+                    raise InputError(f"{flag}: {made}; name another {flag}, or remove what is there")
             for split in set(self.sets) - set(record.get("metrics", self.sets)):
                 logger.warning("%s was done before the labels of %s were there", self.folder / stage, split)
 

@@ -158,7 +158,7 @@ def _sentence_bert(work: Experiment, folder: Path) -> tuple[Result, list[Path]]:
     epochs, state = SENTENCE_BERT["epochs"], folder / "state.pt"
     device = select_device(False, 0)
     baseline = SentenceBert(work.encoder.folder, work.task, work.preset.max_seq_length, work.seed, device)
-    train = with_labels(work.train, "are left out")
+    train = with_labels(work.train)
     baseline.prepare(len(train))
     history: list[dict[str, Any]] = baseline.load(state) if state.is_file() else []
     for epoch in range(len(history), epochs):

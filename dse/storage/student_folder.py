@@ -157,7 +157,7 @@ def best_folders(run: Path) -> list[Path]:
 
 
 def find_student(name: str | Path) -> Path:
-    """Where a student is: of a run's folder its best epoch, else the path itself."""
+    """The path of a student: the best epoch if `name` is a run's folder, else `name` itself."""
     path = Path(name).expanduser()
     if (path / CONFIG).exists() or not path.is_dir():
         return path

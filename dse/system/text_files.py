@@ -140,19 +140,19 @@ def texts_of(
     that of a table; the usual columns are text and id. Empty texts count, with a warning.
     """
     if column is None and id_column is None and form_of(path) == "tsv":
-        return _warned_of(((line, "") for line in read_lines(path, _TEXTS, flag=flag)), flag), None
+        return _warned_of(read_lines(path, _TEXTS, flag=flag), flag), None
     rows = read_table(path, _TEXTS, flag)
     names = next(rows, (0, list[str | None]()))[1]
     wanted = [column or "text", *([id_column or "id"] if id_column or "id" in names else [])]
     for name in wanted:
         if names.count(name) != 1:
-            found = ", ".join(map(str, names))
-            raise InputError(f"{flag}: {path} has no column {name!r}, or two; give --text_column; it has {found}")
-    places = [names.index(name) for name in wanted]
-    if len(places) == 1:
-        return _warned_of(((cells[0], "") for cells in _cells_of(path, rows, places)), flag), None
-    both = itertools.tee(_cells_of(path, rows, places))
-    return _warned_of(both[0], flag), (cells[1] for cells in both[1])
+            mend = "rename one, or for candidates give --text_column and --id_column"
+            raise InputError(f"{flag}: {path} has no column {name!r}, or two: {', '.join(map(str, names))}; {mend}")
+    cells = _cells_of(path, rows, [names.index(name) for name in wanted])
+    if len(wanted) == 1:
+        return _warned_of((text for (text,) in cells), flag), None
+    for_texts, for_ids = itertools.tee(cells)
+    return _warned_of((text for text, _ in for_texts), flag), (own for _, own in for_ids)
 
 
 def _cells_of(path: str, rows: Iterator[Row], places: list[int]) -> Iterator[list[str]]:
@@ -163,9 +163,10 @@ def _cells_of(path: str, rows: Iterator[Row], places: list[int]) -> Iterator[lis
         yield [str(cell) for cell in found]
 
 
-def _warned_of(rows: Iterator[Any], flag: str) -> Iterator[str]:
+def _warned_of(texts: Iterator[str], flag: str) -> Iterator[str]:
+    """The texts as they come; after the last one, warns of empty ones."""
     empty = 0
-    for text, *_ in rows:
+    for text in texts:
         empty += not text.strip()
         yield text
     if empty:

@@ -14,7 +14,6 @@ Shapes: outputs are (n, 1), or (n, labels) for multiclass; labels are (n,), int6
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore
 from torch import Tensor
 from torch.nn import functional
 
-from dse.data.processors import NO_LABEL
+from dse.data.processors import has_label
 from dse.data.tasks import BINARY, DEFAULT_THRESHOLD, MULTICLASS, REGRESSION, SCORES, Task
 from dse.training.reporting import show_number
 
@@ -170,12 +169,6 @@ KINDS = {kind.name: kind for kind in (Binary(), Kind(), Regression())}
 def kind_of(task: Task) -> Kind:
     """The kind of a task."""
     return KINDS[task.kind]
-
-
-def has_label(labels: Any) -> Any:
-    """Of each label, an array or a tensor: is it one, not NO_LABEL or NO_SCORE (processors.py)?"""
-    floating = labels.is_floating_point() if isinstance(labels, Tensor) else labels.dtype.kind == "f"
-    return labels == labels if floating else labels != NO_LABEL
 
 
 def distillation_loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precisio
 import finetune_bert
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import make_pair
-from dse.storage.student_folder import read_student
+from dse.storage.student_folder import read_student, write_student
 
 main = command_main("evaluate")
 LABELS = {"binary": ["no", "yes"], "multiclass": ["c", "a", "b"], "regression": []}
@@ -146,3 +147,20 @@ def test_pairs_without_labels(world, refused, tmp_path):
     (tmp_path / "pairs.csv").write_text("sku,q,a,good\ns,how,so,\n")
     assert "pairs.csv has no labels; `predict` or `score` needs none" in refused(main, argv)
     assert read_student(tmp_path / "student").task.name == "mine"
+
+
+def test_a_short_row_is_refused_for_skipping_it_would_shift_the_ids(world, student, refused, tmp_path):
+    argv = world("binary")
+    model = read_student(tmp_path / "student")
+    model.task = replace(model.task, skip_short_rows=True)
+    write_student(model, tmp_path / "student")
+    with (tmp_path / "pairs.csv").open("a") as file:
+        file.write("s81,too short\n")
+    assert re.search(r"pairs\.csv, line 83: 4 cells expected, as in line 1, found 2", refused(main, argv))
+
+
+def test_a_task_of_several_parts_has_no_columns_of_its_own(student, refused, tmp_path):
+    student("allnli").save_pretrained(tmp_path / "student")
+    (tmp_path / "pairs.tsv").write_text("a\tb\tc\n")
+    argv = as_flags({"model": tmp_path / "student", "data": tmp_path / "pairs.tsv"})
+    assert "--data: allnli is made of several tasks; give --task_name with one of them" in refused(main, argv)

@@ -199,7 +199,7 @@ def test_candidates_of_a_table_with_ids(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "flags", "line"),
     [
-        ('{"a": "b"}\n', (), "--candidates: .* has no column 'text', or two; give --text_column; it has a"),
+        ('{"a": "b"}\n', (), "--candidates: .* has no column 'text', or two: a; rename one"),
         ('{"a": "b"}\n', ("--text_column", "a", "--id_column", "c"), "has no column 'c', or two"),
         ('{"text": "b"}\n{"id": 1}\n', (), r"c\.jsonl, line 2: a text or an id is missing"),
     ],
@@ -232,5 +232,10 @@ def test_a_cross_encoder_re_orders_the_best(saved, teacher_flags, tmp_path, caps
         assert [hit[5] for hit in ordered] == [texts[place] for place in best]
         np.testing.assert_allclose([float(hit[4]) for hit in ordered], logits[best], rtol=1e-4, atol=1e-5)
         assert [hit[2] for hit in ordered] == ["1", "2", "3", "4"]
+    (tmp_path / "candidates.txt").write_text("")
+    run_score(*flags, "--rerank", tmp_path / "teacher")
+    assert capsys.readouterr().out.splitlines() == [
+        "\t".join(("query_row", "query", "rank", "row", "score", "candidate"))
+    ]
     argv = ["score", *map(str, flags), "--rerank", "x", "--rerank_top", "3"]
     assert "--rerank_top: 3 is below --top_k, 10" in refused(entry.main, argv)

@@ -8,12 +8,12 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score
 
+from dse.data.processors import has_label
 from dse.data.tasks import get_task
 from dse.training.kinds import (
     KINDS,
     best_threshold,
     fit_cosines,
-    has_label,
     measure_student,
     teacher_metrics,
     tell_agreement,
