@@ -44,8 +44,8 @@ _GROUPS = {
             "path_to_mrpc base_url snli_url no_verify distillation_logits_path train_features_path dev_features_path "
             "queries candidates text_column id_column",
     "model": "bert_model model bert_checkpoint_dir teacher cache_dir do_lower_case max_seq_length pooler_type "
-             "pooler_num_top_hidden_layers siamese_head_type additional_embedding_layer_size fc_dims freeze_bert "
-             "threshold rank_label rerank rerank_top",
+             "pooler_num_top_hidden_layers siamese_head_type symmetric additional_embedding_layer_size fc_dims "
+             "freeze_bert threshold rank_label rerank rerank_top",
     "training": "do_train do_eval recipe preset variants epochs num_train_epochs lr learning_rate head_lr dropout "
                 "warmup_proportion schedule_in_updates distillation_coeff tune_positive_thresholds batch_size "
                 "train_batch_size val_batch_size eval_batch_size gradient_accumulation_steps validate_every patience "
@@ -272,6 +272,7 @@ add_architecture_flags = _flags(
     siamese_head_type={"default": "concat", "choices": HEAD_TYPES,
                        "help": "head over embeddings u, v: layers on [u, v, u*v, |u-v|] (concat), these added to the "
                                "cosine (residual), or layers on u.v (dot)"},
+    symmetric=_SWITCH | {"help": "for texts that may change places: learn and give the mean of both orders' scores"},
     additional_embedding_layer_size={"default": -1, "help": "size of a linear layer after the pooler, or -1 for none",
                                      "type": extra_size},
     fc_dims={"default": [512, 1], "help": "sizes of the head's layers; the last is 1, or 3 for three classes",

@@ -19,7 +19,7 @@ from dse.data.features import Ragged, SeparateFeatures
 from dse.data.processors import Examples
 from dse.data.tasks import REGRESSION, TASKS, Task, get_task
 from dse.experiments.synthetic import make_pair
-from dse.networks.config import DSEConfig
+from dse.networks.config import HEAD_TYPES, DSEConfig
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, empty_network
 from dse.storage import states
@@ -82,6 +82,9 @@ def stop_at(monkeypatch, number: int, call: str = "update", sent: int = signal.S
 # Files and folders
 
 SHORT_RUN = {"gradient_accumulation_steps": 1, "save_every": 2}
+# Heads: names for tests, and the flags of the architecture.
+HEADS = {name: {"siamese_head_type": name} for name in HEAD_TYPES}
+HEADS["symmetric"] = {"siamese_head_type": "residual", "symmetric": True}
 STAMP = r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d"
 
 

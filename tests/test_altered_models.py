@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import ODD_TEXTS
+from helpers import HEADS, ODD_TEXTS
 
 from dse.data.features import joint_features
 from dse.data.processors import Examples
@@ -17,7 +17,6 @@ from dse.data.tokenizers import load_tokenizer
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
-from dse.networks.config import HEAD_TYPES
 from dse.networks.teacher import load_teacher
 from dse.system.errors import InputError
 
@@ -96,11 +95,11 @@ IN_MEMORY = {
 }
 
 
-@pytest.mark.parametrize("head", HEAD_TYPES)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("altered", "tolerance"), IN_MEMORY.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_all_ways_to_a_score_agree(altered, tolerance, head, student):
     """Against the modules themselves, called with one text at a time and no padding."""
-    model = student(siamese_head_type=head)
+    model = student(**HEADS[head])
     texts = ["the doctor bought a car", "lamp", "the thief hid a lamp in the forest yesterday", "a car"]
     pairs = [(texts[0], text) for text in texts]
     torch.manual_seed(0)

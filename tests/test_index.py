@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CANDIDATES, OWN_TASK, QUERIES, TRIO, as_flags, flip, pair_scores
+from helpers import CANDIDATES, HEADS, OWN_TASK, QUERIES, TRIO, as_flags, flip, pair_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dse_train_runner
@@ -20,7 +20,6 @@ from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, Hit, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks import heads
-from dse.networks.config import HEAD_TYPES
 from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
 
@@ -29,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 @pytest.mark.parametrize("extra", [-1, 12])
 @pytest.mark.parametrize("fc_dims", [(1,), (8, 1), (8, 4, 1)])
-@pytest.mark.parametrize("head", HEAD_TYPES)
+@pytest.mark.parametrize("head", HEADS)
 def test_scores_are_the_heads(student, head, fc_dims, extra):
-    model = student(siamese_head_type=head, fc_dims=fc_dims, additional_embedding_layer_size=extra)
+    model = student(**HEADS[head], fc_dims=fc_dims, additional_embedding_layer_size=extra)
     scores = CandidateIndex.build(model, CANDIDATES).score(QUERIES)
     expected = pair_scores(model, QUERIES, CANDIDATES)[..., 0]
     assert scores.shape == (3, 23)
@@ -364,10 +363,10 @@ FREE = {"held": 1e9, "streamed": 0}
 
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("head", HEAD_TYPES)
+@pytest.mark.parametrize("head", HEADS)
 def test_a_gpu_finds_what_the_cpu_does(student, as_on_cuda, head, dtype, free):
     """In 70 rows, 7 steps; 40 of them are zeros, so that u . v ties."""
-    model = student(siamese_head_type=head)
+    model = student(**HEADS[head])
     texts = [f"candidate {i}" for i in range(70)]
     vectors = np.random.default_rng(0).standard_normal((70, model.network.config.embedding_size), np.float32)
     vectors[5:65:3] = vectors[1:40:2] = 0

@@ -40,6 +40,7 @@ from dse.system.files import (
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 RECIPES = {"recommended": PRESETS["small"], "paper": PRESETS["large"]}
 STAGES = ["teacher", "logits", "dse"]
+NAME = "pairs"  # of the task
 DATA, STUDENT = "data", "student"  # folders in --output
 TASK, CANDIDATES, MADE_FROM = "task.json", "candidates.jsonl", "made_from.json"  # files beside the data
 COLUMNS = ("text_a", "text_b", "label")  # of pairs with negatives
@@ -58,6 +59,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--labels", nargs="+", help="the labels; of two the negative one first (default: found)")
     add("--negatives", type=cli.whole_number(1), metavar="N",
         help="for pairs that all match: make N that do not for each, half from the texts that are nearest")  # fmt: skip
+    add(
+        "--symmetric",
+        action="store_true",
+        help="for texts that may change places: the score is the mean of both orders",
+    )
     add("--output", default="outputs/train", help="folder for all that is made; a later call continues there")
     add("--recipe", choices=RECIPES, default="recommended", help="settings: those of the README, or the paper's")
     add("--bert_model", default=ENCODER, help="pre-trained encoder: hub name or folder")
@@ -69,7 +75,7 @@ def write_data(args: argparse.Namespace, folder: Path, encoder: Encoder) -> None
     """Copy the pairs into a folder, with negatives if wanted, and describe them in its task.json."""
     paths = {"train": Path(args.data), **({"dev": Path(args.dev)} if args.dev else {})}
     given = (args.text_a, args.text_b, args.label, args.kind, args.labels, args.negatives is not None)
-    line = {"name": "pairs", "dev": None, **describe(paths["train"], *given)}
+    line = {"name": NAME, "dev": None, **describe(paths["train"], *given)}
     if args.negatives is not None:
         line |= write_negatives(args, paths, line, folder, encoder)
     elif "label" not in line:
@@ -145,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
             check_file(path, f"--{flag}", "a table with a header")
     check_writable(args.output, "--output")
     preset = RECIPES[args.recipe]._replace(max_seq_length=args.max_seq_length)
+    preset = preset._replace(symmetric=(NAME,) if args.symmetric else ())
     encoder = open_encoder(args.bert_model, preset, "this command")
     from dse.experiments import stages
     from dse.storage.student_folder import check_replaceable, find_student

@@ -14,12 +14,15 @@ STUDENTS: dict[str, Flags] = {
 TEACHER = "the teacher"  # as the value of --bert_model: the folder of the same task and seed
 VARIANTS: dict[str, Flags] = {  # made with --variants alone: each shows what one choice of the preset is worth
     "concat_head": {"siamese_head_type": None},
+    "one_order": {"symmetric": None},
     "with_dropout": {"dropout": None},
     "one_rate": {"head_lr": None},
     "schedule_in_batches": {"schedule_in_updates": None},
     "top_layer": {"pooler_type": "mean_top_mean_with_cls", "pooler_num_top_hidden_layers": 1},
     "from_teacher": {"bert_model": TEACHER},
-    "defaults": dict.fromkeys(("siamese_head_type", "lr", "head_lr", "dropout", "schedule_in_updates", "epochs")),
+    "defaults": dict.fromkeys(
+        ("siamese_head_type", "symmetric", "lr", "head_lr", "dropout", "schedule_in_updates", "epochs")
+    ),
 }
 # The stages in order, and for each the stages whose files it reads.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -38,13 +41,15 @@ class Preset(NamedTuple):
     teacher: Flags
     student: Flags
     max_seq_length: int = 128
+    symmetric: tuple[str, ...] = ()  # tasks whose students get --symmetric: the texts of a pair may change places
 
     def flags(self, stage: str, task: Task) -> list[str]:
         """The flags of a stage's script."""
         changes = (STUDENTS | VARIANTS).get(stage)
         if changes is None:
             return as_words(self.teacher)
-        return as_words({**self.student, "fc_dims": ("512", task.num_student_outputs), **changes})
+        of_task = {"fc_dims": ("512", task.num_student_outputs), "symmetric": task.name in self.symmetric or None}
+        return as_words({**self.student, **of_task, **changes})
 
     def epochs(self, stage: str) -> int:
         """Passes over the training pairs; a stage that trains nothing makes one."""
@@ -83,7 +88,10 @@ STUDENT_RECIPE: Flags = {
     "epochs": 3, "tune_positive_thresholds": tuple(f"{threshold / 20:g}" for threshold in range(4, 19)),
 }  # fmt: skip
 PRESETS = {
-    "small": Preset({"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)}, TEACHER_RECIPE, STUDENT_RECIPE),
+    "small": Preset(
+        {"mrpc": (1, 2), "sts-b": (1, 2), "snli": (1,)}, TEACHER_RECIPE, STUDENT_RECIPE,
+        symmetric=("mrpc", "qqp", "sts-b"),
+    ),
     "large": Preset(
         dict.fromkeys(("mrpc", "sts-b", "qqp", "qnli", "mnli"), (42,)),
         teacher={"learning_rate": "2e-5", "num_train_epochs": 3, "gradient_accumulation_steps": 2},

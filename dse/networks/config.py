@@ -29,6 +29,7 @@ class DSEConfig:
     additional_embedding_layer_size: int = -1  # -1: none
     fc_dims: tuple[int, ...] = (512, 1)
     freeze_bert: bool = False
+    symmetric: bool = False  # do outputs become the mean of those of (u, v) and (v, u)?
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, bert: dict[str, Any]) -> "DSEConfig":

@@ -34,6 +34,7 @@ class SiameseHead(nn.Module):
 
     def __init__(self, config: DSEConfig) -> None:
         super().__init__()
+        self.symmetric = config.symmetric
         none = torch.empty(0, config.embedding_size)
         sizes = (self.blocks(none, none).shape[1], *config.fc_dims)
         self.fc_layers: Any = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
@@ -43,14 +44,19 @@ class SiameseHead(nn.Module):
         raise NotImplementedError
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """(batch, embedding_size) twice to (batch, fc_dims[-1]), computed in the dtype of its weights."""
+        """(batch, embedding_size) twice to (batch, fc_dims[-1]), computed in the dtype of its weights.
+
+        If symmetric, the outputs are the mean of those of (u, v) and (v, u).
+        """
         if not torch.is_autocast_enabled(u.device.type):
             kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), torch.float32)
             u, v = u.to(kind), v.to(kind)
+        if self.symmetric:
+            u, v = torch.cat([u, v]), torch.cat([v, u])
         x = self.blocks(u, v)
         for place, layer in enumerate(self.fc_layers):
             x = layer(x.relu() if place else x)
-        return x
+        return (x[: len(x) // 2] + x[len(x) // 2 :]) / 2 if self.symmetric else x
 
     def factorised(self) -> Callable[[Tensor, Tensor], Tensor]:
         """A function from (queries, size) and (candidates, size) to (queries, candidates, outputs), all float32.
@@ -81,6 +87,8 @@ class ConcatHead(SiameseHead):
 
     has a constant, one matrix for v, and |u - v| as the only term to compute for each pair; only v is stored. The
     matrices of several queries, one below the other, are one matrix for v.
+
+    For the other order, of a symmetric head, the first layer gives (W_u - W_v) (v - u) more.
     """
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
@@ -89,6 +97,7 @@ class ConcatHead(SiameseHead):
 
     def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
         of_u, of_v, of_product, of_difference = (block.contiguous() for block in first[0].chunk(4, dim=1))
+        turn = of_u - of_v
         zero, width = torch.zeros_like(first[1]), len((rest or [first])[-1][1])
         hidden_size, size = of_v.shape
 
@@ -96,13 +105,18 @@ class ConcatHead(SiameseHead):
             # Made first: small results kept between the large steps would keep these from using the same memory again.
             scores = queries.new_empty(len(queries), len(candidates), width)
             constants = queries @ of_u.t() + first[1]
+            turned = linear(candidates, turn, zero)[:, None] if self.symmetric else None
             some = _queries_at_once(candidates, max(size, hidden_size))
             for us, constant, rows in zip(queries.split(some), constants.split(some), scores.split(some), strict=True):
                 of_some = torch.addcmul(of_v, of_product, us[:, None])  # (queries, hidden, size)
                 hidden = linear(candidates, of_some.view(-1, size), constant.view(-1)).view(-1, hidden_size)
                 difference = torch.sub(candidates[:, None], us).abs_()  # (candidates, queries, size)
                 hidden += linear(difference.view(-1, size), of_difference, zero)  # (candidates * queries, hidden)
-                rows.copy_(_after_first(hidden, rest).view(len(candidates), len(us), width).transpose(0, 1))
+                if turned is not None:  # both orders, one below the other
+                    other = hidden.view(len(candidates), len(us), -1) + (turned - us @ turn.t())
+                    hidden = torch.cat([hidden, other.view(-1, hidden_size)])
+                found = _after_first(hidden, rest).view(1 + self.symmetric, len(candidates), len(us), width)
+                rows.copy_((found.mean(0) if self.symmetric else found[0]).transpose(0, 1))
             return scores
 
         return outputs

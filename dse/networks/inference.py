@@ -230,6 +230,18 @@ def score_stored(
     return np.concatenate(outputs)
 
 
+def order_difference(network: SiameseNetwork, rows: Batches, batch_size: int, device: torch.device) -> float:
+    """Mean over pairs and outputs of |head(u, v) - head(v, u)| of a symmetric head, before it takes their mean."""
+    embeddings, head = embed_texts(network, rows, 2 * batch_size, device, "both orders"), network.siamese_head
+    sides = rows.features.first, rows.features.second
+    head.symmetric = False
+    try:
+        one, other = (score_stored(network, embeddings, *order, device) for order in (sides, sides[::-1]))
+    finally:
+        head.symmetric = True
+    return float(np.abs(one - other).mean())
+
+
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without gradients, weights that stay as they are, and the mode from before at the end."""

@@ -26,13 +26,16 @@ def test_presets_are_the_settings_of_the_five_commands_and_the_issue():
 def test_the_flags_of_students():
     small, task = presets.PRESETS["small"], get_task("mrpc")
     thresholds = "0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
-    of_all = f"--epochs 3 --tune_positive_thresholds {thresholds} --fc_dims 512 1"
+    of_all = f"--epochs 3 --tune_positive_thresholds {thresholds} --fc_dims 512 1 --symmetric"
     dse = f"--siamese_head_type residual --lr 3e-5 --head_lr 1e-3 --dropout 0 --schedule_in_updates {of_all}"
     assert " ".join(small.flags("dse", task)) == dse
     assert " ".join(small.flags("labels_only", task)) == f"{dse} --distillation_coeff 0.0"
     assert " ".join(small.flags("one_rate", task)) == dse.replace(" --head_lr 1e-3", "")
     assert " ".join(small.flags("concat_head", task)) == dse.removeprefix("--siamese_head_type residual ")
-    assert " ".join(small.flags("defaults", task)) == of_all.removeprefix("--epochs 3 ")
+    assert " ".join(small.flags("one_order", task)) == dse.removesuffix(" --symmetric")
+    assert " ".join(small.flags("defaults", task)) == of_all.removeprefix("--epochs 3 ").removesuffix(" --symmetric")
+    ordered = get_task("snli")  # a premise is not its hypothesis
+    assert " ".join(small.flags("dse", ordered)) == dse.replace("512 1 --symmetric", "512 3")
 
 
 def test_the_page_on_data_recommends_the_recipe():

@@ -31,6 +31,13 @@ def test_concat_head_by_hand():
     assert layers(torch.tensor([[2.0]]), torch.tensor([[-3.0]])).tolist() == [[7 * 2.5 + 0.5]]  # 2, -3, -6, 5
 
 
+def test_symmetric_concat_head_by_hand():
+    """u = 2, v = 3: of (2, 3, 6, 1) 4 + .5, of (3, 2, 6, 1) -1 + .5, which ReLU drops; 2 * 4.5 + .5 and .5."""
+    config = DSEConfig(bert={"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=(1, 1), symmetric=True)
+    layers = head(config, [[-2.0, 3.0, 0.0, -1.0]], [[2.0]])
+    assert layers(torch.tensor([[2.0], [3.0]]), torch.tensor([[3.0], [2.0]])).tolist() == [[5.0], [5.0]]
+
+
 def test_dot_head_by_hand():
     config = DSEConfig(bert={"hidden_size": 2}, pooler_num_top_hidden_layers=1, siamese_head_type="dot", fc_dims=(1,))
     assert head(config, [[2.0]])(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])).tolist() == [[22.5]]
@@ -58,12 +65,13 @@ def test_residual_head_by_hand():
 
 
 @pytest.mark.parametrize("fc_dims", [(3,), (8, 3), (8, 4, 3)])
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("kind", HEAD_TYPES)
-def test_queries_in_one_product(monkeypatch, kind, fc_dims):
-    """Five queries, two or all at once, against pair by pair."""
+def test_queries_in_one_product(monkeypatch, kind, symmetric, fc_dims):
+    """Five queries, two or all at once, against pair by pair; only a symmetric head takes both orders for the same."""
     torch.manual_seed(0)
     layers = HEADS[kind](DSEConfig(bert={"hidden_size": 6}, pooler_num_top_hidden_layers=1, siamese_head_type=kind,
-                                   fc_dims=fc_dims))  # fmt: skip
+                                   fc_dims=fc_dims, symmetric=symmetric))  # fmt: skip
     torch.nn.init.normal_(layers.fc_layers[-1].weight)
     queries, candidates = torch.randn(5, 6), torch.randn(7, 6)
     with torch.no_grad():
@@ -71,6 +79,8 @@ def test_queries_in_one_product(monkeypatch, kind, fc_dims):
         for some in (2, 9):
             monkeypatch.setattr(heads, "_queries_at_once", lambda candidates, numbers, some=some: some)
             torch.testing.assert_close(layers.factorised()(queries, candidates), expected)
+        same = torch.allclose(layers(queries, candidates[:5]), layers(candidates[:5], queries))
+        assert same is (symmetric or kind == "dot")
 
 
 def test_a_gpu_takes_more_at_once():

@@ -17,6 +17,7 @@ from dse.data.features import separate_features
 from dse.data.processors import read_examples
 from dse.data.tasks import get_task
 from dse.experiments.synthetic import make_pair
+from dse.models import DSESiameseClassifier
 from dse.networks.batches import Batches
 from dse.networks.inference import infer, infer_pairs
 from dse.storage.checkpoint import Checkpoint
@@ -153,6 +154,25 @@ def test_a_bare_tensor_of_logits_is_taken_with_a_warning(student_flags, copied, 
     (folder / "mrpc_logits.json").unlink()
     dse_train_runner.main(student_flags(distillation_logits_path=folder / "mrpc_logits.pt", epochs=1))
     assert "no mrpc_logits.json beside it" in caplog.text
+
+
+@pytest.mark.parametrize("head", ["concat", "residual"])
+def test_a_symmetric_student(head, student_flags, checkpoints, data, caplog):
+    """Its scores are the means of both orders', and the log has the difference."""
+    with caplog.at_level("INFO", "dse"):
+        dse_train_runner.main(student_flags(symmetric=True, siamese_head_type=head, head_lr=0.01))
+    model = DSESiameseClassifier.from_pretrained(checkpoints()[-1])
+    dev = read_examples(get_task("mrpc"), data("mrpc"), "dev")
+    u, v = (model.encode(side, convert_to="tensor") for side in dev.sides)
+    layers = model.network.siamese_head
+    with torch.no_grad():
+        mean = layers(u, v)
+        layers.symmetric = False
+        one, other = layers(u, v), layers(v, u)
+    torch.testing.assert_close(mean, (one + other) / 2)
+    assert (one - other).abs().max() > 1e-4
+    difference = (one - other).abs().mean()
+    assert f"two orders differ by {difference:.3f} on average" in caplog.text
 
 
 def test_labels_alone_need_no_logits(student_flags, checkpoints, tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import PAIRS, TEXTS
+from helpers import HEADS, PAIRS, TEXTS
 from processes import ended, start
 
 import dse_train_runner
@@ -13,7 +13,6 @@ from dse import __main__ as entry
 from dse.data.tasks import Task, get_task
 from dse.index import CandidateIndex
 from dse.models import DSESiameseClassifier
-from dse.networks.config import HEAD_TYPES
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import command_line, read_config
 from dse.system.errors import InputError
@@ -54,10 +53,10 @@ def test_a_new_process_gives_the_same_bits(student, tmp_path):
     np.testing.assert_array_equal(scores, model.score(PAIRS))
 
 
-@pytest.mark.parametrize("head", HEAD_TYPES)
+@pytest.mark.parametrize("head", HEADS)
 def test_the_runner_leaves_the_best_epoch_and_export_makes_the_same(student_flags, checkpoints, tmp_path, head):
     """Checkpoint, folder and index give the same scores."""
-    dse_train_runner.main(student_flags(epochs=4, lr=3e-3, siamese_head_type=head))
+    dse_train_runner.main(student_flags(epochs=4, lr=3e-3, **HEADS[head]))
     best = checkpoints()[-1].parent / Checkpoint.read(checkpoints()[-1]).best["file"]
     entry.main(["export", "--trainer_checkpoint", str(best), "--output", str(tmp_path / "exported")])
     for name in ("config.json", "README.md", "model.safetensors", "tokenizer.json"):
