@@ -252,7 +252,8 @@ def _facts(student: Student) -> list[str]:
         f"encoder: BERT, {config.bert['num_hidden_layers']} layers of size {config.bert['hidden_size']}, {casing}; at "
         f"most {student.max_seq_length} tokens per sentence",
         f"pooler: `{config.pooler_type}`, over the top {config.pooler_num_top_hidden_layers} layers; head: "
-        f"`{config.siamese_head_type}`, with layers of sizes {', '.join(map(str, config.fc_dims))}",
+        f"`{config.siamese_head_type}`, with layers of sizes {', '.join(map(str, config.fc_dims))}"
+        f"{', the mean of both orders' * config.symmetric}",
         f"candidates are ranked by {'the probability of ' + ranked if labels else 'the score'}",
     ]
     if task.kind == BINARY:

@@ -45,3 +45,4 @@ def test_the_page_on_data_recommends_the_recipe():
     for name, value in (presets.TEACHER_RECIPE | presets.STUDENT_RECIPE).items():
         if name != "tune_positive_thresholds":
             assert " ".join(presets.as_words({name: value})) in commands
+    assert "--symmetric" in commands

@@ -71,6 +71,7 @@ def test_the_runner_leaves_the_best_epoch_and_export_makes_the_same(student_flag
     assert f"epoch {record['epoch']}" in card
     assert f"| f1_0.5 | {record['validation']['f1_0.5']:.4f} |" in card
     assert "--lr 0.003" in card
+    assert ("the mean of both orders" in card) is (head == "symmetric")
 
 
 def test_the_cards_command_is_the_runs(student_flags):
