@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
-from dse.models import DSESiameseClassifier, Hit, check_probabilities, make_hits, rank_scores
+from dse.models import DSESiameseClassifier, Hit, check_probabilities, finite, make_hits, rank_scores
 from dse.networks.heads import at_once
 from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
 from dse.storage.student_folder import fingerprint
@@ -132,10 +132,10 @@ class CandidateIndex:
         IndexError for a row that is not there.
         """
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        wanted = None if rows is None else np.asarray(rows, np.int64)
+        wanted = None if rows is None else _row_numbers(rows, "rows", len(self))
         scores = np.empty((len(texts), len(self) if wanted is None else len(wanted)), np.float32)
         for row, start, some in _blocks(self, texts, rank_label, False, wanted):
-            scores[row : row + some.shape[0], start : start + some.shape[1]] = _finite(some.cpu(), self.folder).numpy()
+            scores[row : row + some.shape[0], start : start + some.shape[1]] = finite(some.cpu(), self.folder).numpy()
         return scores[0] if isinstance(queries, str) else scores
 
     @torch.inference_mode()
@@ -159,8 +159,7 @@ class CandidateIndex:
             raise ValueError(f"top_k: {top_k} is below 1")
         check_probabilities(self.model.task, probabilities)
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        left_out = np.unique(np.asarray(exclude, np.int64))
-        left_out = left_out[(left_out >= 0) & (left_out < len(self))]
+        left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))
         kept, least = min(top_k, len(self) - len(left_out)), torch.iinfo(torch.int64).min
         best = torch.full((len(texts), kept), least, device=self.model.device)
         for row, start, some in _blocks(self, texts, rank_label, show_progress):
@@ -169,7 +168,7 @@ class CandidateIndex:
                 keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
             of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
         scores, rows = _scores_and_rows(best.cpu())  # waits for a GPU, once
-        found = zip(_finite(scores, self.folder), rows.tolist(), strict=True)
+        found = zip(finite(scores, self.folder), rows.tolist(), strict=True)
         hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
         return hits[0] if isinstance(queries, str) else hits
 
@@ -212,11 +211,14 @@ def _blocks(
                 bar.update(scores.numel())
 
 
-def _finite(scores: Tensor, folder: Path) -> Tensor:
-    """The scores, which are on the host. Raises InputError if any is NaN or infinite."""
-    if not bool(scores.isfinite().all()):
-        raise InputError(f"{folder}: the student's scores are NaN or infinite; train it again")
-    return scores
+def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:
+    """Rows as int64. Raises TypeError for anything but whole numbers, IndexError for a row that is not there."""
+    numbers = np.asarray(rows)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise TypeError(f"{what}: expected whole numbers, found {numbers.dtype}")
+    for row in numbers[(numbers < 0) | (numbers >= count)]:
+        raise IndexError(f"{what}: row {row}, but there are {count} candidates")
+    return numbers.astype(np.int64)
 
 
 def _keys(scores: Tensor, start: int) -> Tensor:

@@ -28,6 +28,7 @@ from dse.networks.inference import embed_texts, infer_pairs
 from dse.networks.student import SiameseNetwork, Student
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import read_student, write_student
+from dse.system.errors import InputError
 from dse.system.text_files import checked_texts, elements
 from dse.training.kinds import kind_of
 
@@ -134,11 +135,13 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
             (pairs, labels) logits for multiclass, labels in the task's order.
 
-        Raises TypeError for anything but pairs of texts, ValueError for wrong arguments.
+        Raises TypeError for anything but pairs of texts, ValueError for wrong arguments, InputError for NaN or infinite
+        outputs.
         """
         _check_batch_size(batch_size)
         batches, width = _batches(self, *_sides(pairs)), self.network.config.fc_dims[-1]
         outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
+        finite(torch.from_numpy(outputs), "score")
         return outputs[:, 0] if width == 1 else outputs
 
     def predict(
@@ -185,11 +188,13 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         `rank_label` and `probabilities` are as in `CandidateIndex.search`, which keeps embeddings for more queries.
         """
         check_probabilities(self.task, probabilities)
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: {top_k} is below 1")
         texts = list(checked_texts(documents, "documents"))
         embeddings = self.encode([query, *texts], batch_size, convert_to="tensor")
         outputs = self.network.siamese_head.factorised()
         parts = [outputs(embeddings[:1], some) for some in embeddings[1:].split(_RANKED_AT_ONCE)]
-        scores = rank_scores(torch.cat(parts, dim=1), self.task, rank_label)[0].cpu()
+        scores = finite(rank_scores(torch.cat(parts, dim=1), self.task, rank_label)[0].cpu(), "rank")
         rows = scores.argsort(descending=True, stable=True)[:top_k]
         return make_hits(scores[rows], rows.tolist(), texts.__getitem__, lambda row: None, None, probabilities)
 
@@ -252,6 +257,13 @@ def rank_scores(outputs: torch.Tensor, task: Task, rank_label: str | None = None
     """What ranks candidates, of the head's outputs: (..., outputs) to (...), float; raises as `ranked_label` does."""
     label = ranked_label(task, rank_label)
     return kind_of(task).rank_scores(outputs, None if label is None else task.labels.index(label))
+
+
+def finite(scores: torch.Tensor, where: object) -> torch.Tensor:
+    """The scores, which are on the host. Raises InputError if any is NaN or infinite."""
+    if not bool(scores.isfinite().all()):
+        raise InputError(f"{where}: the student's scores are NaN or infinite; train it again")
+    return scores
 
 
 def make_hits(

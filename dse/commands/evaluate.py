@@ -10,7 +10,6 @@ one; a regression has a score alone. Rows without a label do not count in the me
 """
 
 import argparse
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,12 @@ import numpy as np
 
 from dse import cli
 from dse.commands import logger
-from dse.data.processors import NO_LABEL, Examples, column_of, read_examples
-from dse.data.tasks import Task, get_task
+from dse.data.processors import Examples, column_of, read_examples
+from dse.data.tasks import Task, check_threshold, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
 from dse.system.files import check_file, check_output_file, json_text, write_json, write_text
+from dse.system.text_files import tsv_line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def read_rows(args: argparse.Namespace) -> tuple[Task, Examples, list[str] | Non
     # Read as a training file is, which keeps rows without label; a skipped row would shift the ids of those after it.
     of_file = replace(task, train=path.name, dev=path.name, skip_short_rows=False)
     rows = read_examples(of_file, path.parent, "train")
-    return task, rows, column_of(path, args.id_column, "--data") if args.id_column else None
+    return task, rows, column_of(path, args.id_column, "--id_column") if args.id_column else None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         if path := getattr(args, flag):
             check_output_file(path, f"--{flag}")
     task, rows, ids = read_rows(args)
+    check_threshold(task, args.threshold)
     known = rows.labelled
     if not known.any():
         raise InputError(f"--split: {rows.files[0]['file']} has no labels; `predict` or `score` needs none")
@@ -129,10 +130,10 @@ def row_lines(
     from dse.experiments.predictions import answers, scores_of
 
     predicted = answers(task, outputs, threshold)
-    scores, probabilities = scores_of(task, outputs)
+    (scores, probabilities), known = scores_of(task, outputs), rows.labelled
     for row, texts in enumerate(zip(*rows.sides, strict=True)):
         label = (rows.labels or [])[row]
-        named = None if label != label or label == NO_LABEL else task.labels[label] if task.labels else label
+        named = None if not known[row] else task.labels[label] if task.labels else label
         entries: dict[str, Any] = {"row": row, **({} if ids is None else {"id": ids[row]})}
         entries |= dict(zip(("text_a", "text_b"), texts, strict=False))
         entries |= {"label": named, "predicted": predicted[row], "score": float(scores[row])}
@@ -141,6 +142,5 @@ def row_lines(
             yield json_text(entries, ensure_ascii=False) + "\n"
             continue
         if row == 0:
-            yield "\t".join(entries) + "\n"
-        shown = ("" if value is None else str(value) for value in entries.values())
-        yield "\t".join(re.sub(r"[\t\r\n]", " ", value) for value in shown) + "\n"
+            yield tsv_line(entries)
+        yield tsv_line(entries.values())

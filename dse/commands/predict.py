@@ -17,10 +17,11 @@ import numpy as np
 from dse import cli
 from dse.commands import logger
 from dse.data.processors import column_of, read_examples
-from dse.data.tasks import BINARY, get_task
+from dse.data.tasks import BINARY, check_threshold, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, write_text
+from dse.system.text_files import tsv_line
 
 GLUE_FILES = {
     "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "sts-b": "STS-B", "mnli": "MNLI-m",
@@ -52,8 +53,7 @@ def run(args: argparse.Namespace) -> None:
     check_output_file(path, "--output_dir")
     if task.test is None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
-    if args.threshold is not None and task.kind != BINARY:
-        raise InputError(f"--threshold: is for binary tasks, and {task.name} is {task.kind}; leave it out")
+    check_threshold(task, args.threshold)
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")
     ids = column_of(Path(args.data_dir) / task.test, args.id_column, "--id_column") if args.id_column else None
@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
     # 3. Write.
     columns: dict[str, Any] = {"index": range(len(rows)) if ids is None else ids, "prediction": predictions}
     columns |= {"score": scores_of(task, outputs)[0]} if args.scores else {}
-    lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "".join(map(tsv_line, [columns, *zip(*columns.values(), strict=True)])))
     counts = Counter(predictions).most_common() if task.labels else []
     logger.info("%s: %s", path, ", ".join(f"{label} {count}" for label, count in counts) or f"{len(rows)} scores")

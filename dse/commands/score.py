@@ -10,7 +10,6 @@ becomes a space; JSON lines keep texts as they are.
 
 import argparse
 import io
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from dse.commands import load_student, logger
 from dse.data.tasks import ranked_label
 from dse.system.errors import InputError
 from dse.system.files import check_output_file, json_text, write_text
-from dse.system.text_files import check_texts, texts_of
+from dse.system.text_files import check_texts, texts_of, tsv_line
 
 COLUMNS = ("query_row", "query", "rank", "row", "score", "candidate")
 
@@ -54,14 +53,14 @@ def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool, with_ids:
     """A line per query and hit, after a header line in TSV."""
     columns = (*COLUMNS, *(["id"] if with_ids else []))
     if not as_json:
-        yield "\t".join(columns) + "\n"
+        yield tsv_line(columns)
     for query_row, (query, hits) in enumerate(zip(queries, found, strict=True)):
         for rank, hit in enumerate(hits, 1):
             values = (query_row, query, rank, hit.row, hit.score, hit.text, hit.id)[: len(columns)]
             if as_json:
                 yield json_text(dict(zip(columns, values, strict=True)), ensure_ascii=False) + "\n"
             else:
-                yield "\t".join(re.sub(r"[\t\r\n]", " ", str(value)) for value in values) + "\n"
+                yield tsv_line(values)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -74,6 +74,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def write_data(args: argparse.Namespace, folder: Path, encoder: Encoder) -> None:
     """Copy the pairs into a folder, with negatives if wanted, and describe them in its task.json."""
     paths = {"train": Path(args.data), **({"dev": Path(args.dev)} if args.dev else {})}
+    if args.negatives is not None and (args.kind or args.labels):
+        raise InputError("--negatives: makes a binary task of labels 0 and 1; leave --kind and --labels out")
     given = (args.text_a, args.text_b, args.label, args.kind, args.labels, args.negatives is not None)
     line = {"name": NAME, "dev": None, **describe(paths["train"], *given)}
     if args.negatives is not None:
@@ -84,7 +86,7 @@ def write_data(args: argparse.Namespace, folder: Path, encoder: Encoder) -> None
         )
     else:
         for split, path in paths.items():
-            line[split] = split + "".join(path.suffixes[-1 - path.name.endswith(".gz") :])
+            line[split] = split + "".join(path.suffixes[-1 - path.name.lower().endswith(".gz") :])
             shutil.copyfile(path, folder / line[split])
         line |= {} if args.dev else {"dev_share": args.dev_share}
     write_json(folder / TASK, line)
@@ -108,8 +110,9 @@ def write_negatives(
     student = mean_encoder(
         encoder.folder, encoder.lower_case, TASKS["mrpc"], args.max_seq_length, select_device(False, 0)
     )
+    units, known = partial(student.encode, normalize=True), list(chain.from_iterable(pairs.values()))
     for split, some in pairs.items():
-        rows = with_negatives(some, args.negatives, partial(student.encode, normalize=True), args.seed) if some else []
+        rows = with_negatives(some, args.negatives, units, args.seed, known) if some else []
         counts = Counter(label for *_, label in rows)
         if not counts[0]:
             raise InputError(
@@ -127,6 +130,8 @@ def prepare(args: argparse.Namespace, encoder: Encoder) -> Path:
     folder = Path(args.output) / DATA
     flags = ("text_a", "text_b", "label", "kind", "labels", "negatives", "dev_share", "seed")
     made_from = {flag: getattr(args, flag) for flag in flags}
+    if args.negatives is not None:  # which the encoder chooses
+        made_from |= {"bert_model": encoder.hashes, "max_seq_length": args.max_seq_length}
     made_from |= {flag: sha256_file(path) for flag, path in (("data", args.data), ("dev", args.dev)) if path}
     if (folder / MADE_FROM).is_file():
         before = read_json(folder / MADE_FROM, "what the data was made from")

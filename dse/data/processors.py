@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -108,27 +109,47 @@ def with_labels(examples: Examples) -> Examples:
 
 
 def _dev_rows(task: Task, examples: Examples) -> list[int]:
-    """The rows that serve as dev: a share of the labelled pairs, the same for each label, or each tenth of the scores.
+    """The rows that serve as dev: about a share of the labelled pairs, of each label or tenth of the scores alike.
 
-    A hash of the pair's texts decides, so that the order of the file does not matter, and equal pairs stay together.
+    Rows with the same first text stay together, so that none of dev's first texts was learned from. Where this would
+    take too many rows, or part a pair from its reverse, only the rows of a pair and its reverse stay together. Hashes
+    of the texts decide, so that the order of the file does not matter.
     """
-    share, labels, known = task.dev_share or DEFAULT_DEV_SHARE, examples.labels or [], examples.labelled
-    rows_of: dict[tuple[str, ...], list[int]] = {}
-    for row, texts in enumerate(zip(*examples.sides, strict=True)):
-        rows_of.setdefault(texts, []).append(row)
-    label_of = {texts: labels[rows[0]] for texts, rows in rows_of.items() if all(known[row] for row in rows)}
-    strata: dict[Any, list[tuple[str, ...]]] = {}
-    tenths = max(1, min(10, round(share * len(label_of))))
-    for place, texts in enumerate(sorted(label_of, key=label_of.__getitem__)):
-        stratum = tenths * place // len(label_of) if task.kind == REGRESSION else label_of[texts]
-        strata.setdefault(stratum, []).append(texts)
-    dev: list[int] = []
-    for pairs in strata.values():
-        count = max(1, round(share * len(pairs)))
-        if count < len(pairs):  # else there is nothing left to learn from
-            chosen = sorted(pairs, key=lambda texts: hashlib.sha256("\0".join(texts).encode()).digest())[:count]
-            dev += [row for texts in chosen for row in rows_of[texts]]
-    return sorted(dev)
+    pairs, share = list(zip(*examples.sides, strict=True)), task.dev_share or DEFAULT_DEV_SHARE
+    alike = ["\0".join(sorted(pair)) for pair in pairs]  # of a pair and its reverse
+    dev = _rows_of_share(task, examples, share, [pair[0] for pair in pairs])
+    train = sorted(set(range(len(pairs))) - set(dev))
+    labels = examples.labels or []
+    kept = task.kind == REGRESSION or {labels[row] for row in train} >= set(labels)
+    parted = {alike[row] for row in train} & {alike[row] for row in dev}
+    if not dev or not kept or parted or len(dev) > min(2 * share, (1 + share) / 2) * len(pairs):
+        dev = _rows_of_share(task, examples, share, alike)
+    return dev
+
+
+def _rows_of_share(task: Task, examples: Examples, share: float, keys: list[str]) -> list[int]:
+    """About a share of the labelled rows, of each stratum alike; rows with the same key all or none.
+
+    Keys of which a row has no label are left out.
+    """
+    labels, known = examples.labels or [], examples.labelled
+    partly = {key for key, has in zip(keys, known, strict=True) if not has}
+    rows = [row for row, key in enumerate(keys) if key not in partly]
+    strata: dict[Any, list[str]] = {}
+    tenths = max(1, min(10, round(share * len(rows))))
+    for place, row in enumerate(sorted(rows, key=lambda row: (labels[row], keys[row]))):
+        strata.setdefault(tenths * place // len(rows) if task.kind == REGRESSION else labels[row], []).append(keys[row])
+    chosen: set[str] = set()
+    for of_stratum in strata.values():
+        counts = Counter(of_stratum)
+        wanted, some = max(1, round(share * len(of_stratum))), list[str]()
+        for key in sorted(counts, key=lambda key: hashlib.sha256(key.encode()).digest()):
+            if sum(counts[each] for each in some) >= wanted:
+                break
+            some.append(key)
+        if len(some) < len(counts):  # else there is nothing left to learn from
+            chosen.update(some)
+    return [row for row in rows if keys[row] in chosen]
 
 
 def _without_dev_file(task: Task, examples: Examples, split: str) -> Examples:
@@ -325,10 +346,15 @@ def read_pairs(path: Path, text_a: str, text_b: str, flag: str) -> list[tuple[st
 
 
 def column_of(path: Path, name: str, flag: str) -> list[str]:
-    """A column of a table with a header, in file order. Raises InputError if it has none of that name."""
+    """A column of a table with a header, in file order. Raises InputError if it, or a cell of it, is not there."""
     rows = read_table(path, "the rows", flag)
     (place,) = _find_columns(path, [str(cell) for cell in next(rows, (0, []))[1]], (name,), own=True)
-    return ["" if (cell := cells[place]) is None else cell for _, cells in rows]
+    found = []
+    for number, cells in rows:
+        if not (cell := cells[place] if place < len(cells) else None):
+            raise InputError(f"{path}, line {number}: {name!r} is empty; give each row one, or leave {flag} out")
+        found.append(cell)
+    return found
 
 
 def in_share(text: str, share: float) -> bool:

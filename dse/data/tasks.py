@@ -32,6 +32,7 @@ DEFAULT_METRICS = {  # of fine-tuning
 SCORES = {BINARY: "f1", MULTICLASS: "accuracy", REGRESSION: "pearson"}  # the student's, by which checkpoints are ranked
 DEFAULT_DEV_SHARE = 0.1
 _LABEL_NAMES = ("label", "labels", "score", "similarity")  # of columns
+_ID_NAMES = re.compile(r"(.*[ _-])?(id|idx|index|uid|guid|uuid)")  # of columns that are neither text nor label
 _NEGATIVE = ("0", "no", "false", "negative", "different", "f", "n")  # labels
 _MOST_CLASSES, _MOST_LABELS = 3, 50  # numbers that count as classes, not as scores; labels at all
 DEFAULT_THRESHOLD = 0.5  # of the second label's probability, in binary tasks
@@ -165,6 +166,12 @@ def check_sentence_pairs(task: Task) -> None:
         raise InputError(f"--task_name: {task.name} {why}")
 
 
+def check_threshold(task: Task, threshold: float | None) -> None:
+    """Raise InputError for the --threshold of a task that has none."""
+    if threshold is not None and task.kind != BINARY:
+        raise InputError(f"--threshold: is for binary tasks, and {task.name} is {task.kind}; leave it out")
+
+
 _COLUMNS = {
     "text_a": int | str, "text_b": int | str | None, "label": int | str, "test_text_a": int | str | None,
     "test_text_b": int | str | None, "test_label": int | str | None,
@@ -237,8 +244,8 @@ def describe(
     """The JSON task of a file with a header: what is not given is found from the file, and said in the log.
 
     Columns: of two or three, the texts in their order, and the label, which is the one named label or score, else the
-    last. Without a label column, or for pairs that all match (`matching`), there are no `labels` and no `kind`. Raises
-    InputError if nothing says which is which.
+    last; columns of ids do not count. Without a label column, or for pairs that all match (`matching`), there are no
+    `labels` and no `kind`. Raises InputError if nothing says which is which, and for one label in two spellings.
     """
     rows = read_table(path, "the pairs", "--data")
     names = [str(name) for name in next(rows, (0, []))[1]]
@@ -249,10 +256,11 @@ def describe(
         logger.info("%s, without labels", told)
         return task
     place = names.index(task["label"])
-    values = Counter(cells[place] for _, cells in rows if len(cells) > place and cells[place])
+    values = Counter(cell for _, cells in rows if len(cells) > place and (cell := cells[place] or "").strip())
     if matching:
         if len(values) > 1:
-            raise InputError(f"--negatives: {path} has {len(values)} labels in {names[place]!r}; leave the flag out")
+            mend = "leave the flag out or, if these are not labels, give --text_a and --text_b"
+            raise InputError(f"--negatives: {path} has {len(values)} labels in {names[place]!r}; {mend}")
         del task["label"]
         logger.info("%s, which all match", told)
         return task
@@ -271,9 +279,11 @@ def _named_columns(path: Path, names: list[str], *given: str | None) -> list[str
     for flag, name in zip(flags, given, strict=True):
         if name is not None and names.count(name) != 1:
             raise InputError(f"{flag}: {path} has no column {name!r}, or two; its columns are {', '.join(names)}")
-    left = [name for name in names if name not in given]
+    left = [name for name in names if name not in given and not _ID_NAMES.fullmatch(name.lower())]
     usual = next((name for name in left if name.lower() in _LABEL_NAMES), None)
-    label = given[2] or usual or (left[-1] if len(names) == 3 else None)
+    texts_given = sum(name is not None for name in given[:2])
+    third = left[-1] if texts_given < 2 and texts_given + len(left) == 3 else None
+    label = given[2] or usual or third
     texts = [name for name in left if name != label]
     chosen = [name or (texts.pop(0) if texts else "") for name in given[:2]]
     if "" in chosen or (texts and None in given[:2]):
@@ -282,15 +292,19 @@ def _named_columns(path: Path, names: list[str], *given: str | None) -> list[str
     return [*chosen, *([label] if label else [])]
 
 
-def _kind_of(path: Path, values: Counter[str | None]) -> str:
+def _kind_of(path: Path, values: Counter[str]) -> str:
     if len(values) < 2:
         one = f"all labels are {next(iter(values))!r}" if values else "no row has a label"
         raise InputError(f"{path}: {one}; for pairs that all match, give --negatives 4, which makes others")
-    numbers = []
+    numbers: set[float] = set()
     with contextlib.suppress(ValueError):
-        numbers = [float(str(value)) for value in values]
+        numbers = {float(value) for value in values}
     if numbers and (len(numbers) > _MOST_CLASSES or not all(map(float.is_integer, numbers))):
         return REGRESSION
+    seen: dict[object, str] = {}
+    for value in values:
+        if (other := seen.setdefault(float(value) if numbers else value.strip().casefold(), value)) != value:
+            raise InputError(f"{path}: the labels {other!r} and {value!r} look like one: write it in one way")
     if len(values) > _MOST_LABELS:
         raise InputError(
             f"{path}: {len(values)} different labels, such as {next(iter(values))!r}; is it the label's column?"

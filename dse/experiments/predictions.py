@@ -78,9 +78,16 @@ def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32
     def score(rows: Examples) -> np.ndarray:
         features = separate_features(task, rows, model.tokenizer, model.max_seq_length)
         batches = Batches(features, "packed")
-        return infer_pairs(model.network, batches, batch_size, model.device, "student")
+        return _checked(infer_pairs(model.network, batches, batch_size, model.device, "student"), task, "--model")
 
     return score
+
+
+def _checked(outputs: np.ndarray, task: Task, flag: str) -> np.ndarray:
+    """The outputs. Raises InputError if some are NaN or infinite, as those of a model whose training diverged."""
+    if not np.isfinite(outputs).all():
+        raise InputError(f"{flag}: its outputs on {task.name} are NaN or infinite; train it again at a lower rate")
+    return outputs
 
 
 def teacher_scorer(
@@ -99,8 +106,8 @@ def teacher_scorer(
 
     def score(rows: Examples) -> np.ndarray:
         batches = Batches(joint_features(task, rows, tokenizer, length), "packed")
-        logits = torch.from_numpy(infer(teacher, batches, batch_size, device, "teacher"))
-        return kind_of(task).targets(logits).numpy()
+        logits = _checked(infer(teacher, batches, batch_size, device, "teacher"), task, flag)
+        return kind_of(task).targets(torch.from_numpy(logits)).numpy()
 
     return score
 
@@ -175,8 +182,7 @@ def rank_by_cosine(embed: Callable[[list[str]], torch.Tensor]) -> Ranker:
 def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[str]:
     """The outputs in GLUE's words: names of labels, or scores with three decimals (STS-B's within 0 to 5).
 
-    In a binary task, a probability strictly above the threshold is positive. Raises InputError for outputs that are NaN
-    or infinite, as those of a model whose training diverged.
+    In a binary task, a probability strictly above the threshold is positive.
 
     >>> from dse.data.tasks import TASKS
     >>> answers(TASKS["rte"], np.array([[-0.1], [0.1]], np.float32))
@@ -184,8 +190,6 @@ def answers(task: Task, outputs: np.ndarray, threshold: float = DEFAULT_THRESHOL
     >>> answers(TASKS["sts-b"], np.array([[5.7], [2.34567]], np.float32))
     ['5.000', '2.346']
     """
-    if not np.isfinite(outputs).all():
-        raise InputError(f"--model: its outputs on {task.name} are NaN or infinite; train it again at a lower rate")
     if task.kind == REGRESSION:
         scores = np.clip(outputs[:, 0], 0.0, 5.0) if task.name == "sts-b" else outputs[:, 0]
         return [f"{score + 0.0:.3f}" for score in scores]  # + 0.0 turns -0.0 into 0.0

@@ -92,7 +92,8 @@ class Experiment:
         """All that the user chose and that decides what a stage gives: flags, data, encoder."""
         chosen = SENTENCE_BERT if stage == "sentence_bert" else {"flags": self.preset.flags(stage, self.task)}
         return {"task": self.task.name, "seed": self.seed, "data": self.data, "bert": self.encoder.hashes,
-                "do_lower_case": self.encoder.lower_case, **chosen}  # fmt: skip
+                "do_lower_case": self.encoder.lower_case, "max_seq_length": self.preset.max_seq_length,
+                **chosen}  # fmt: skip
 
     def record(self, stage: str) -> dict[str, Any]:
         """The record of a stage; {} if it is not done."""
@@ -110,7 +111,7 @@ class Experiment:
         done = {stage: record for stage in self.stages if (record := self.record(stage))}
         for stage, record in done.items():
             for key, value in self.settings(stage).items():
-                if (there := record["settings"].get(key)) != value:
+                if (there := record["settings"].get(key, value)) != value:  # an older record may lack a key
                     made = f"{self.folder / stage} was made with {key} {there}, and now it is {value}"
                     raise InputError(f"{flag}: {made}; name another {flag}, or remove what is there")
             for split in set(self.sets) - set(record.get("metrics", self.sets)):

@@ -8,7 +8,7 @@ five concepts differ.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -108,22 +108,28 @@ def random_features(pairs: int, vocabulary: int = 30522) -> tuple[SeparateFeatur
 
 
 def with_negatives(
-    pairs: list[tuple[str, str]], count: int, units: Callable[[list[str]], np.ndarray], seed: int
-) -> list[tuple[str, str, int]]:
+    pairs: list[tuple[str, str]], count: int, units: Callable[[list[str]], np.ndarray], seed: int,
+    known: Iterable[tuple[str, str]] = (),
+) -> list[tuple[str, str, int]]:  # fmt: skip
     """The pairs, which all match, with label 1; for each, `count` second texts of others, with label 0, follow.
 
     Half of these, rounded up, are the nearest by `units`, which gives (texts, size) vectors of length 1; the others
-    are random. None equals the first text, or makes a pair that is among the pairs. Few pairs may give fewer.
+    are random. None equals the first text, or makes a pair that is among the pairs, or more `known` ones, in either
+    order. Few pairs may give fewer.
     """
     rng, seconds_of = np.random.default_rng(seed), dict[str, list[str]]()
     for first, second in dict.fromkeys(pairs):
         seconds_of.setdefault(first, []).append(second)
+    partners = dict[str, set[str]]()
+    for one, other in chain(pairs, known):
+        partners.setdefault(one, {one}).add(other)
+        partners.setdefault(other, {other}).add(one)
     firsts, seconds = list(seconds_of), list(dict.fromkeys(second for _, second in pairs))
     of_firsts, of_seconds = units(firsts), units(seconds)
     rows = []
     for first, vector in zip(firsts, of_firsts, strict=True):
         own = seconds_of[first]
-        wanted, taken = count * len(own), {first, *own}
+        wanted, taken = count * len(own), partners[first].copy()
         chosen = list[str]()
         for order, most in (
             (np.argsort(-(of_seconds @ vector), kind="stable"), (wanted + 1) // 2),

@@ -135,9 +135,7 @@ class IndexFiles:
         return content
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """The embeddings of any rows, int, as stored, (rows, width). Raises IndexError for a row that is not there."""
-        for row in rows[(rows < 0) | (rows >= len(self))]:
-            raise IndexError(f"row {row}: there are {len(self)} candidates")
+        """The embeddings of any rows, int, as stored, (rows, width)."""
         for start in np.unique(rows // BLOCK * BLOCK).tolist():
             self.block(start)  # compared
         return self.arrays[VECTORS][rows]

@@ -134,6 +134,8 @@ def fingerprint(student: Student) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     architecture = student.network.config.to_dict()
+    if not architecture["symmetric"]:
+        del architecture["symmetric"]  # as before there was one
     bert = architecture.pop("bert")  # of which another version of transformers may know more
     bert = {key: bert[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     about = [architecture, bert, tokenizer_key(student.tokenizer), student.max_seq_length]

@@ -124,6 +124,15 @@ def _json_cell(value: Any, place: str) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
+def tsv_line(values: Iterable[Any]) -> str:
+    r"""Values as a line of TSV without quoting: None is empty, and tabs and ends of lines become spaces.
+
+    >>> tsv_line([1, "a\tb", None])
+    '1\\ta b\\t\\n'
+    """
+    return "\t".join(re.sub(r"[\t\r\n]", " ", "" if value is None else str(value)) for value in values) + "\n"
+
+
 def check_texts(path: str, flag: str) -> None:
     """Raise InputError unless `path` is a pipe, `-` or a readable UTF-8 file, which is read once to find out."""
     if path != "-" and not (Path(path).is_fifo() or Path(path).is_char_device()):  # these can be read only once
@@ -140,6 +149,8 @@ def texts_of(
     that of a table; the usual columns are text and id. Empty texts count, with a warning.
     """
     if column is None and id_column is None and form_of(path) == "tsv":
+        if path.lower().removesuffix(".gz").endswith(".tsv"):
+            logger.warning("%s: each line of %s is one text; a table needs --text_column", flag, path)
         return _warned_of(read_lines(path, _TEXTS, flag=flag), flag), None
     rows = read_table(path, _TEXTS, flag)
     names = next(rows, (0, list[str | None]()))[1]

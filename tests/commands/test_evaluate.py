@@ -39,7 +39,8 @@ def world(student, tmp_path):
         lines, pairs = ["sku,q,a,good"], [[f"{text}, so" for text in make_pair(rng)[1:]] for _ in range(80)]
         scores = model.score(pairs)
         for row, pair in enumerate(pairs):  # scores that the student's follow in part
-            label = rng.choice(names) if names else f"{scores[row] / scores.std() + rng.gauss(0, 1):.3f}"
+            score = scores[row] / scores.std() + rng.gauss(0, 1) if row else -1
+            label = rng.choice(names) if names else f"{score:.3f}"
             lines.append(",".join([f"s{row}", *(f'"{text}"' for text in pair), label]))
         lines.append('s80,"a ""text""",another,')
         (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
@@ -97,6 +98,7 @@ def test_scores_are_measured_as_by_scipy(world, tmp_path):
     rows, found = rows_and_metrics(tmp_path)
     scores, labels = (np.array([row[key] for row in rows[:80]]) for key in ("score", "label"))
     assert "probability" not in rows[0]
+    assert rows[0]["label"] == -1
     expected = [pearsonr(scores, labels)[0], spearmanr(scores, labels)[0], ((scores - labels) ** 2).mean()]
     assert [values[0] for values in found["metrics"].values()] == pytest.approx(expected, rel=1e-4)
     other = bootstrap((scores, labels), lambda x, y: pearsonr(x, y)[0], paired=True, vectorized=False,
@@ -106,6 +108,10 @@ def test_scores_are_measured_as_by_scipy(world, tmp_path):
     errors = ((scores - labels) ** 2,)
     other = bootstrap(errors, np.mean, n_resamples=2000, method="percentile", rng=7).confidence_interval
     assert found["metrics"]["mean_squared_error"][1:] == pytest.approx([other.low, other.high], rel=0.06)
+
+
+def test_a_regression_has_no_threshold(world, refused):
+    assert "--threshold: is for binary tasks, and " in refused(main, [*world("regression"), "--threshold", "0.5"])
 
 
 def test_a_tasks_split_a_teacher_and_tsv(student, data, teacher_flags, tmp_path, capsys):
@@ -133,6 +139,7 @@ def test_a_tasks_split_a_teacher_and_tsv(student, data, teacher_flags, tmp_path,
         ({"id_column": "x"}, "no column 'x' in the header, which has sku, q, a, good"),
         ({"data": "nowhere.csv"}, "--data: .*nowhere.csv"),
         ({"threshold": 1.5}, "--threshold"),
+        ({"id_column": "good"}, "line 82: 'good' is empty; give each row one, or leave --id_column out"),
     ],
 )
 def test_what_cannot_be_measured(change, line, world, refused):

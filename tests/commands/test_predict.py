@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import OWN_TASK, TRIO, as_flags
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
 import finetune_bert
@@ -18,6 +19,7 @@ from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
 from dse.experiments.synthetic import make_pair, vocabulary
 from dse.networks.teacher import load_teacher
+from dse.system.errors import InputError
 
 # The leaderboard's name of the file, the labels that it takes, the test file and its columns; * marks the texts.
 ZERO_ONE, TWO_WAY = ("0", "1"), ("entailment", "not_entailment")
@@ -360,6 +362,7 @@ def test_models_of_other_tasks_are_refused(refusal, teacher, bert):
         "rte", model=teacher("mrpc")
     )
     assert "gives 2 logits, but mnli needs 3" in refusal("mnli", model=teacher("mrpc"))
+    assert "gives the scores of sts-b, a regression, and not logits of rte" in refusal("rte", model=teacher("sts-b"))
     assert "not a fine-tuned teacher: classifier.bias, classifier.weight missing" in refusal("rte", model=bert)
 
 
@@ -371,6 +374,17 @@ def test_a_student_that_gives_nan_is_refused(refusal, student, tmp_path):
             model.network.siamese_head.fc_layers[-1].bias[0] = torch.nan
         model.save_pretrained(tmp_path / name)
         assert f"--model: its outputs on {name} are NaN or infinite" in refusal(name, model=tmp_path / name)
+        for use, texts in ((model.predict, ([TRIO[:2]],)), (model.rank, ("a query", TRIO))):
+            with pytest.raises(InputError, match="scores are NaN or infinite"):
+                use(*texts)
+
+
+def test_a_teacher_that_gives_nan_is_refused(refusal, teacher, copied):
+    folder = copied(teacher("mrpc"))
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "--model: its outputs on mrpc are NaN or infinite" in refusal("mrpc", model=folder)
 
 
 def test_other_refusals(refusal, tmp_path):
@@ -433,7 +447,8 @@ def test_predict_tells_how_far_it_agrees_with_labels_that_are_there(student, tmp
 
 
 def test_scores_and_ids_of_the_users_file(student, tmp_path):
-    lines = ["left,right,sku,verdict", *(f'"{a}","{b}",s{row},' for row, (a, b) in enumerate(PAIRS[:5]))]
+    """In which a tab becomes a space."""
+    lines = ["left,right,sku,verdict", *(f'"{a}","{b}",s\t{row},' for row, (a, b) in enumerate(PAIRS[:5]))]
     (tmp_path / "test.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "own.json").write_text(json.dumps({**OWN_TASK, "test": "test.csv"}))
     model = student()
@@ -444,6 +459,6 @@ def test_scores_and_ids_of_the_users_file(student, tmp_path):
     entry.main(["predict", *as_flags(flags)])
     header, *rows = [line.split("\t") for line in (tmp_path / "out" / "own.tsv").read_text().splitlines()]
     assert header == ["index", "prediction", "score"]
-    assert [row[0] for row in rows] == [f"s{row}" for row in range(5)]
+    assert [row[0] for row in rows] == [f"s {row}" for row in range(5)]
     np.testing.assert_allclose([float(row[2]) for row in rows], -model.score(PAIRS[:5]), rtol=1e-5)  # of "match"
     assert [row[1] for row in rows] == model.predict(PAIRS[:5])

@@ -196,6 +196,19 @@ def test_candidates_of_a_table_with_ids(saved, tmp_path, capsys):
     assert "id" not in capsys.readouterr().out.splitlines()[0].split("\t")
 
 
+def test_lines_of_a_tsv_are_texts_with_a_warning(saved, tmp_path, capsys, caplog):
+    (tmp_path / "c.tsv").write_text("id\ttext\n1\tone\n2\ttwo\n")
+    (tmp_path / "q.txt").write_text("a query\n")
+    base = ("--model", saved, "--queries", tmp_path / "q.txt", "--candidates", tmp_path / "c.tsv")
+    run_score(*base)
+    assert "is one text; a table needs --text_column" in caplog.text
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    caplog.clear()
+    run_score(*base, "--text_column", "text")
+    assert "table needs" not in caplog.text
+    assert {line.split("\t")[5] for line in capsys.readouterr().out.splitlines()[1:]} == {"one", "two"}
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "line"),
     [

@@ -48,7 +48,7 @@ def pairs_of(count: int, matching: bool = False) -> list[tuple[int, str, str]]:
     return [pair for pair in pairs if pair[0] or not matching][:count]
 
 
-def test_questions_and_answers_that_all_match(flags, tmp_path, capsys, monkeypatch):
+def test_questions_and_answers_that_all_match(flags, tmp_path, capsys, monkeypatch, refused):
     """From CSV with quotes and commas to a line that ranks answers; the same command again has nothing to do."""
     rows = [{"question": f'{a} "please"', "answer": f"well, {b}"} for _, a, b in pairs_of(40, matching=True)]
     argv = flags("faq.csv", rows, "--negatives", 3, "--dev_share", 0.3)
@@ -77,6 +77,7 @@ def test_questions_and_answers_that_all_match(flags, tmp_path, capsys, monkeypat
     monkeypatch.setattr(stages, "do", None)
     main(argv)
     assert capsys.readouterr().out == shown
+    assert "was made with another --max_seq_length" in refused(main, [*argv, "--max_seq_length", "32"])
 
 
 def test_json_lines_with_labels_in_words(flags, tmp_path, caplog):
@@ -95,6 +96,7 @@ def test_json_lines_with_labels_in_words(flags, tmp_path, caplog):
         ([{"q": "how", "a": "so"}], (), "has no column of labels; name it with --label, or give --negatives 4"),
         ([{"q": "how", "a": "so", "l": "1"}], (), "all labels are '1'; for pairs that all match, give --negatives 4"),
         ([{"q": "how", "a": "so"}], ("--negatives", 2), "has too few pairs to make negatives for train"),
+        ([{"q": "how", "a": "so"}], ("--negatives", 2, "--kind", "regression"), "--negatives: makes a binary task"),
         ([{"q": "how", "a": "so"}], ("--label", "x"), "--label: .* has no column 'x', or two; its columns are q, a"),
         ([{"q": "how", "a": "so", "x": "1", "y": "2"}], (), "nothing says which of its columns are the texts; give"),
     ],
@@ -110,6 +112,7 @@ def test_another_files_output_is_not_touched(flags, refused, tmp_path):
     before = (tmp_path / "run" / "data" / "train.csv").read_bytes()
     line = refused(main, flags("pairs.csv", rows[:30]))
     assert f"--output: {tmp_path / 'run'} was made with another --data; name another folder" in line
+    assert "teacher was made with max_seq_length 48" in refused(main, flags("pairs.csv", rows, "--max_seq_length", 32))
     assert "was made with another --dev_share" in refused(main, flags("pairs.csv", rows, "--dev_share", 0.2))
     assert (tmp_path / "run" / "data" / "train.csv").read_bytes() == before
 

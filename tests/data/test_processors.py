@@ -386,15 +386,14 @@ def split_task(tmp_path, rows: list[tuple[str, str, str]], **line) -> Task:
 
 
 def test_a_share_of_train_serves_as_dev(tmp_path, caplog):
-    """The same share of each label; equal pairs stay together; rows without label stay in train."""
+    """The same share of each label, 67 rows each; equal pairs stay together; rows without label stay in train."""
     rows = [(f"q{i % 150}", f"a{i % 150}", ["no", "yes", ""][(i % 150) % 3]) for i in range(200)]
     task = split_task(tmp_path, rows)
     with caplog.at_level("INFO", "dse"):
         train, dev = (read_examples(task, tmp_path, split) for split in ("train", "dev"))
     pairs = [set(zip(part.first, part.second, strict=True)) for part in (train, dev)]
     assert not pairs[0] & pairs[1]
-    assert (len(pairs[0]), len(pairs[1])) == (140, 10)
-    assert [sum(int(q[1:]) % 3 == place for q, _ in pairs[1]) for place in range(3)] == [5, 5, 0]
+    assert [sum(int(q[1:]) % 3 == place for q in dev.first) for place in range(3)] == [7, 7, 0]
     assert len(train) + len(dev) == 200
     chosen = dev.files[0]["rows"]
     assert [rows[row][0] for row in chosen] == dev.first
@@ -403,10 +402,31 @@ def test_a_share_of_train_serves_as_dev(tmp_path, caplog):
     split_task(tmp_path, rows[::-1])
     assert sorted(read_examples(task, tmp_path, "dev").first) == sorted(dev.first)
     half = get_task(str(own_task(tmp_path, **NAMED)), dev_share=0.5)
-    assert len(set(read_examples(half, tmp_path, "dev").first)) == 50
+    assert 68 <= len(read_examples(half, tmp_path, "dev")) <= 70
     (tmp_path / "dev.tsv").write_text("q\ta\tgood\nhow\tso\tyes\n")
     assert read_examples(task, tmp_path, "dev").first == ["how"]
     assert len(read_examples(task, tmp_path, "train")) == 200
+
+
+def test_first_texts_of_dev_are_not_in_train(tmp_path):
+    """100 questions, each with one right answer of five."""
+    task = split_task(tmp_path, [(f"q{i // 5}", f"a{i}", ["no", "yes"][i % 5 == 0]) for i in range(500)])
+    train, dev = (read_examples(task, tmp_path, split) for split in ("train", "dev"))
+    assert not set(train.first) & set(dev.first)
+    assert len(dev) == 5 * sum(dev.labels)
+    assert 50 <= len(dev) <= 100
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_pair_and_its_reverse_stay_together(tmp_path, reverse):
+    """Also where one first text has most of the rows."""
+    pairs = [("q", f"a{i}", ["no", "yes"][i % 2]) for i in range(100)]
+    rows = [*pairs, *((b, a, label) for a, b, label in pairs)] if reverse else pairs
+    task = split_task(tmp_path, rows)
+    parts = [read_examples(task, tmp_path, split) for split in ("train", "dev")]
+    train, dev = ({frozenset(pair) for pair in zip(*part.sides, strict=True)} for part in parts)
+    assert not train & dev
+    assert (len(dev), sum(parts[1].labels)) == (10, 5 * (1 + reverse))
 
 
 def test_dev_has_scores_of_every_size(tmp_path):

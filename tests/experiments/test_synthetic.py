@@ -43,4 +43,7 @@ def test_negatives_by_hand():
     assert set(of_first["q180"][:2]) == {"150", "210"}
     assert not {"0", "30"} & set(of_first["q0"])
     assert all(first[1:] not in seconds for first, seconds in of_first.items())
+    known = [("q180", "150"), ("210", "q180")]  # in either order
+    of_more = synthetic.with_negatives(pairs, 3, units, 5, known)
+    assert not {"150", "210"} & {second for first, second, label in of_more if first == "q180"}
     assert [row[2] for row in synthetic.with_negatives([("q", "a")], 2, lambda texts: np.ones((1, 2)), 0)] == [1]

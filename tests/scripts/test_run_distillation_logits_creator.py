@@ -224,29 +224,33 @@ def test_casing_length_and_cache_are_the_teachers(data, teacher_flags, copied, t
     assert "--max_seq_length: 24, but the teacher was trained with 48" in caplog.text
 
 
-@pytest.mark.parametrize("logits", [1, 2])
-def test_a_teacher_that_was_made_elsewhere(logits, bert, data, tmp_path, caplog):
-    """A cross-encoder of transformers, or of sentence-transformers, which has one logit for a binary task."""
+@pytest.mark.parametrize(("name", "logits"), [("mrpc", 1), ("mrpc", 2), ("qnli", 1)])
+def test_a_teacher_that_was_made_elsewhere(name, logits, bert, data, tmp_path, caplog):
+    """A cross-encoder of transformers, or of sentence-transformers, which has one logit for a binary task.
+
+    The logit is that of the label that ranks: the first one of qnli, the second one of mrpc.
+    """
     torch.manual_seed(0)
     model = BertForSequenceClassification.from_pretrained(bert, num_labels=logits).eval()
     torch.nn.init.normal_(model.classifier.weight)
     tokenizer = load_tokenizer(bert, True, "bert")
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "elsewhere")
-    flags = {"task_name": "mrpc", "data_dir": data("mrpc"), "bert_checkpoint_dir": tmp_path / "elsewhere"}
+    flags = {"task_name": name, "data_dir": data(name), "bert_checkpoint_dir": tmp_path / "elsewhere"}
     flags |= {"do_lower_case": True, "max_seq_length": 48, "train_features_path": tmp_path / "features"}
     with caplog.at_level("INFO", "dse"):
         run_distillation_logits_creator.main(as_flags({**flags, "output_dir": tmp_path}))
     written = torch.load(tmp_path / "elsewhere_logits.pt", weights_only=True)
-    rows = read_examples(get_task("mrpc"), data("mrpc"), "train")
+    rows = read_examples(get_task(name), data(name), "train")
     inputs = tokenizer(rows.first, rows.second, padding=True, return_tensors="pt")
     with torch.inference_mode():
         expected = model(**inputs).logits
     if logits == 1:
-        expected = torch.cat([torch.zeros_like(expected), expected], dim=1)
-        assert "gives one logit, which is taken for that of '1'" in caplog.text
+        zero, label = torch.zeros_like(expected), {"mrpc": "1", "qnli": "entailment"}[name]
+        expected = torch.cat([expected, zero] if name == "qnli" else [zero, expected], dim=1)
+        assert f"gives one logit, which is taken for that of '{label}'" in caplog.text
     torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
-    assert written[:, 1].std() > 0.01
+    assert written[:, int(name == "mrpc")].std() > 0.01
 
 
 def test_each_stage_tells_the_command_that_takes_what_it_wrote(data, teacher_flags, tmp_path, caplog):
