@@ -251,6 +251,13 @@ def validate(
     return metrics
 
 
+def tell_order_difference(network: "SiameseNetwork", dev: "Batches", batch_size: int) -> None:
+    from dse.networks.inference import order_difference
+
+    difference = order_difference(network, dev, batch_size, network.device)
+    logger.info("after the last epoch, a dev pair's two orders differ by %.3f on average, before the mean", difference)
+
+
 def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the data, before anything heavy is loaded.
     task, stamp = get_task(args.task_name, args.dev_share), utc_stamp()
@@ -263,7 +270,6 @@ def run(args: argparse.Namespace) -> None:
     training = find_start(args, task, {split: rows.files for split, rows in examples.items()}, stamp, log_file)
 
     # 2. Teacher logits that belong to this data; device and seed; batches.
-    from dse.networks.inference import order_difference
     from dse.storage.logits import load_logits, logits_identity
     from dse.training.epoch_plan import cached_batches
 
@@ -296,10 +302,7 @@ def run(args: argparse.Namespace) -> None:
     # 5. The best epoch.
     training.report_best()
     if training.config.symmetric:
-        difference = order_difference(network, batches["dev"], args.val_batch_size, device)
-        logger.info(
-            "after the last epoch, a dev pair's two orders differ by %.3f on average, before the mean", difference
-        )
+        tell_order_difference(network, batches["dev"], args.val_batch_size)
     cli.tell_next(
         f"student: {training.states.folder}", "python", "-m", "dse", "score", "--model", training.states.folder,
         "--queries", "QUERIES", "--candidates", "CANDIDATES",

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
-from dse.models import DSESiameseClassifier, Hit, check_probabilities, finite, make_hits, rank_scores
+from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
 from dse.networks.heads import at_once
 from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
 from dse.storage.student_folder import fingerprint
@@ -155,8 +155,7 @@ class CandidateIndex:
         Memory does not grow with the candidates, but for what a GPU holds of them. Raises as `score` does, ValueError
         for other wrong arguments.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k: {top_k} is below 1")
+        check_top_k(top_k)
         check_probabilities(self.model.task, probabilities)
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))

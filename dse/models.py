@@ -135,8 +135,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             float32, in the order given: (pairs,) logits of the task's second label, or scores for regression;
             (pairs, labels) logits for multiclass, labels in the task's order.
 
-        Raises TypeError for anything but pairs of texts, ValueError for wrong arguments, InputError for NaN or infinite
-        outputs.
+        Raises TypeError for anything but pairs of texts, ValueError for wrong arguments, InputError for NaN outputs.
         """
         _check_batch_size(batch_size)
         batches, width = _batches(self, *_sides(pairs)), self.network.config.fc_dims[-1]
@@ -188,8 +187,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         `rank_label` and `probabilities` are as in `CandidateIndex.search`, which keeps embeddings for more queries.
         """
         check_probabilities(self.task, probabilities)
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: {top_k} is below 1")
+        check_top_k(top_k)
         texts = list(checked_texts(documents, "documents"))
         embeddings = self.encode([query, *texts], batch_size, convert_to="tensor")
         outputs = self.network.siamese_head.factorised()
@@ -274,6 +272,12 @@ def make_hits(
     values = (scores.double().sigmoid() if probabilities else scores).tolist()
     found = [(score, row) for score, row in zip(values, rows, strict=True) if min_score is None or score >= min_score]
     return [Hit(score, row, text(row), id_of(row)) for score, row in found]
+
+
+def check_top_k(top_k: int | None) -> None:
+    """Raise ValueError for fewer hits than one."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: {top_k} is below 1")
 
 
 def check_probabilities(task: Task, wanted: bool) -> None:
