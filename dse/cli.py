@@ -45,7 +45,7 @@ _GROUPS = {
             "queries candidates text_column id_column",
     "model": "bert_model model bert_checkpoint_dir teacher cache_dir do_lower_case max_seq_length pooler_type "
              "pooler_num_top_hidden_layers siamese_head_type symmetric additional_embedding_layer_size fc_dims "
-             "freeze_bert threshold rank_label rerank rerank_top",
+             "freeze_bert threshold rank_label rerank rerank_top shortlist",
     "training": "do_train do_eval recipe preset variants epochs num_train_epochs lr learning_rate head_lr dropout "
                 "warmup_proportion schedule_in_updates distillation_coeff tune_positive_thresholds batch_size "
                 "train_batch_size val_batch_size eval_batch_size gradient_accumulation_steps validate_every patience "
@@ -184,6 +184,12 @@ _POSITIVE = (lambda x: x > 0, "is not above 0")
 def whole_number(least: int) -> Callable[[str], int]:
     """A flag's type: an integer of at least `least`."""
     return _whole((lambda n: n >= least, f"is below {least}: give {least} or more"))
+
+
+def whole_number_or(word: str, least: int) -> Callable[[str], int | str]:
+    """A flag's type: a word, or an integer of at least `least`."""
+    number = whole_number(least)
+    return lambda text: word if text == word else number(text)
 
 
 # Types of flags

@@ -6,13 +6,14 @@
 
 The query is the pair's first text. Nothing but the candidates' texts and embeddings is stored (storage/index_files.py);
 each head knows how to score one query against many of them at once (networks/heads.py). A GPU keeps the embeddings
-while they fit, or else they stream to it for each call.
+while they fit, or else they stream to it for each call. A shortlist, the candidates that are nearest by the cosine of
+the top layer, spares the head most of them.
 """
 
 import itertools
+import logging
 import math
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -25,16 +26,30 @@ from tqdm import tqdm
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
-from dse.networks.heads import at_once
-from dse.storage.index_files import BLOCK, VECTORS, IndexFiles, Part
+from dse.networks.kernels import int8_products
+from dse.storage.index_files import (
+    BLOCK,
+    DIRECTIONS,
+    FACTORS,
+    VECTORS,
+    Embeddings,
+    IndexFiles,
+    Part,
+    directions,
+    stored,
+)
 from dse.storage.student_folder import fingerprint
 from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
 
+logger = logging.getLogger(__name__)
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
-_OF_FREE_MEMORY = 0.6  # that embeddings may take of a GPU's; the rest is for scoring, and for other work
+_NEAREST_AT_ONCE = 16  # blocks
+_SHORTLISTS, _RECALL = (20, 50, 100, 200, 500, 1000), 0.99  # sizes that are measured, and the recall that "auto" needs
+_ASKED, _BEST, _GROWN = 32, 10, 1.1  # queries and hits of the measurement; growth after which it is made again
+_WORTH = 1000  # candidates from which on a shortlist is worth measuring
 _LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
 
 
@@ -44,7 +59,7 @@ class CandidateIndex:
     def __init__(self, model: DSESiameseClassifier, files: IndexFiles, keep: Any = None) -> None:
         self.model, self.files, self.folder, self.width = model, files, files.folder, files.content["width"]
         self._keep = keep  # a temporary folder, removed with the last reference to it
-        self.embeddings = _Embeddings()
+        self.embeddings = Embeddings()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -69,6 +84,7 @@ class CandidateIndex:
                 folder, which is removed with the index.
             dtype: "float32", or "float16" for half the space (embeddings rounded to 11 bits).
 
+        In a folder, the index also has the recall of shortlists, measured with some of its own candidates as queries.
         Raises InputError for a folder with other files in it.
         """
         return cls.from_embeddings(model, _embedded(model, sentences, batch_size, show_progress, ids), folder, dtype)
@@ -81,8 +97,11 @@ class CandidateIndex:
         """As `build`, from parts: embeddings (n, embedding_size) as `model.encode` gives them, n texts, maybe n ids."""
         keep: Any = tempfile.TemporaryDirectory(prefix="dse-index-") if folder is None else None
         folder = Path(keep.name, "index") if folder is None else Path(folder)
-        width = model.network.config.embedding_size
-        return cls(model, IndexFiles.create(folder, fingerprint(model), width, dtype, parts), keep)
+        config = model.network.config
+        sizes = {"width": config.embedding_size, "top": config.top_size}
+        index = cls(model, IndexFiles.create(folder, fingerprint(model), dtype=dtype, parts=parts, **sizes), keep)
+        _measure_shortlists(index)
+        return index
 
     @classmethod
     def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
@@ -108,6 +127,7 @@ class CandidateIndex:
             raise InputError(f"{self.folder}: the candidates that are there {found}")
         parts = _embedded(self.model, sentences, batch_size, show_progress, ids)
         self.files = self.files.append(fingerprint(self.model), parts)
+        _measure_shortlists(self)
 
     def save(self, folder: str | Path) -> None:
         """Copy the index to another folder, whole. Raises InputError for a folder with other files in it."""
@@ -142,11 +162,13 @@ class CandidateIndex:
     def search(
         self, queries: str | Sequence[str], top_k: int = 10, rank_label: str | None = None,
         show_progress: bool | None = False, exclude: Sequence[int] = (), min_score: float | None = None,
-        probabilities: bool = False,
+        probabilities: bool = False, shortlist: int | str | None = None,
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
         """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
 
         Args:
+            shortlist: score only so many candidates, the nearest by the cosine of the top layer; "auto": as few as the
+                index was measured to need for 99 % of the ten best, or all. None: all.
             rank_label: as in `score`.
             exclude: rows that are never found, such as the query's own.
             min_score: hits below it are left out.
@@ -159,13 +181,11 @@ class CandidateIndex:
         check_probabilities(self.model.task, probabilities)
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))
-        kept, least = min(top_k, len(self) - len(left_out)), torch.iinfo(torch.int64).min
-        best = torch.full((len(texts), kept), least, device=self.model.device)
-        for row, start, some in _blocks(self, texts, rank_label, show_progress):
-            of_some, keys = best[row : row + len(some)], _keys(some, start)
-            if len(left_out):
-                keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
-            of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
+        kept, size = min(top_k, len(self) - len(left_out)), _shortlist_size(self, shortlist, top_k, rank_label)
+        if size is None:
+            best = _best_of_all(self, texts, kept, left_out, rank_label, show_progress)
+        else:
+            best = _best_of_nearest(self, texts, kept, left_out, rank_label, size)
         scores, rows = _scores_and_rows(best.cpu())  # waits for a GPU, once
         found = zip(finite(scores, self.folder), rows.tolist(), strict=True)
         hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
@@ -210,6 +230,100 @@ def _blocks(
                 bar.update(scores.numel())
 
 
+def _best_of_all(
+    index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, show: bool | None
+) -> Tensor:
+    """The keys of the best candidates of each query, (queries, kept), the best first."""
+    least = torch.iinfo(torch.int64).min
+    best = torch.full((len(texts), kept), least, device=index.model.device)
+    for row, start, some in _blocks(index, texts, label, show):
+        of_some = best[row : row + len(some)]
+        keys = _keys(some, torch.arange(start, start + some.shape[1], device=some.device))
+        if len(left_out):
+            keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
+        of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
+    return best
+
+
+def _best_of_nearest(
+    index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, size: int
+) -> Tensor:
+    """As `_best_of_all`, of the `size` nearest candidates of each query alone, (queries, kept or fewer)."""
+    task, device = index.model.task, index.model.device
+    ranked_label(task, label)  # refused before anything is embedded
+    queries, outputs = index.model.encode(texts, convert_to="tensor"), index.model.network.siamese_head.factorised()
+    count, best = min(size, len(index) - len(left_out)), list[Tensor]()
+    for some in queries.split(_QUERIES):
+        nearest = _nearest(index.files, some, count + len(left_out))
+        for u, rows in zip(some, nearest, strict=True):
+            rows = rows[~torch.isin(rows, torch.from_numpy(left_out))][:count]
+            candidates = torch.from_numpy(index.files.rows(rows.numpy())).to(device, torch.float32)
+            scores = rank_scores(outputs(u[None], candidates), task, label)
+            best.append(_keys(scores, rows.to(device)).topk(min(kept, count)).values)
+    return torch.cat(best) if best else torch.empty(0, kept, dtype=torch.int64)
+
+
+def _nearest(files: IndexFiles, queries: Tensor, count: int) -> Tensor:
+    """The rows with about the highest cosines of the top layer with each query, (queries, count), on CPU."""
+    asked = torch.from_numpy(directions(queries.float().cpu().numpy(), files.content["top"])[0])
+    found = [(torch.empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64))]
+    for start in range(0, len(files), _NEAREST_AT_ONCE * BLOCK):
+        rows, factors = (stored(files, start, file, _NEAREST_AT_ONCE) for file in (DIRECTIONS, FACTORS))
+        cosines = (int8_products(rows, asked) * factors[:, None]).t()  # times the length of what is asked
+        scores, places = cosines.topk(min(count, len(rows)))
+        found.append((scores, places + start))
+    scores, rows = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return _scores_and_rows(_keys(scores, rows).topk(min(count, len(files))).values)[1]
+
+
+def _shortlist_size(index: CandidateIndex, shortlist: int | str | None, top_k: int, label: str | None) -> int | None:
+    """How many of the nearest candidates are scored; None: all. Raises ValueError for what is no shortlist."""
+    if shortlist is None:
+        return None
+    if "top" not in index.files.content:
+        raise InputError(f"{index.folder}: was built before there were shortlists; build it again")
+    if shortlist != "auto":
+        if not isinstance(shortlist, int) or isinstance(shortlist, bool) or shortlist < top_k:
+            raise ValueError(
+                f"shortlist: {shortlist!r} is neither 'auto' nor a whole number of at least top_k, {top_k}"
+            )
+        return shortlist
+    measured = index.files.content.get("shortlists", {"recalls": {}})["recalls"]
+    enough = [int(size) for size, recall in measured.items() if recall >= _RECALL]
+    if not enough or top_k > _BEST or label not in (None, ranked_label(index.model.task)):
+        return None
+    return min(enough)
+
+
+def _measure_shortlists(index: CandidateIndex) -> None:
+    """Note what share of the ten best candidates shortlists hold, for some of the index's own texts as queries."""
+    before = index.files.content.get("shortlists")
+    grown = before is None or len(index) >= _GROWN * before["count"]
+    if index._keep is not None or len(index) < _WORTH or not grown:
+        return
+    try:
+        ranked_label(index.model.task)
+    except InputError:  # nothing says which label ranks
+        return
+    asked = np.random.default_rng(0).choice(len(index), min(_ASKED, len(index)), replace=False)
+    texts = [index.text(row) for row in asked.tolist()]
+    hits: Any = index.search(texts, _BEST + 1, show_progress=None)
+    with torch.inference_mode():
+        nearest = _nearest(
+            index.files, index.model.encode(texts, convert_to="tensor"), min(len(index), _SHORTLISTS[-1] + 1)
+        )
+    recalls = {size: 0.0 for size in _SHORTLISTS if size < len(index)}
+    for own, of_query, near in zip(asked.tolist(), hits, nearest.tolist(), strict=True):
+        best, near = [hit.row for hit in of_query if hit.row != own][:_BEST], [row for row in near if row != own]
+        for size in recalls:
+            recalls[size] += len(set(best) & set(near[:size])) / len(best) / len(asked)
+    index.files.note(
+        shortlists={"count": len(index), "recalls": {str(size): recall for size, recall in recalls.items()}}
+    )
+    told = ", ".join(f"{size}: {100 * recall:.1f} %" for size, recall in recalls.items())
+    logger.info("of the ten best, shortlists of the nearest hold %s", told)
+
+
 def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:
     """Rows as int64. Raises TypeError for anything but whole numbers, IndexError for a row that is not there."""
     numbers = np.asarray(rows)
@@ -220,8 +334,8 @@ def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-def _keys(scores: Tensor, start: int) -> Tensor:
-    """Scores (queries, candidates), float32, of the candidates from row `start` on, to int64 keys of the same shape.
+def _keys(scores: Tensor, rows: Tensor) -> Tensor:
+    """Scores (queries, candidates), float32, and the candidates' rows (candidates,) to int64 keys of the scores' shape.
 
     Keys order as scores do, and of equal scores the earlier row has the larger key: `topk` of keys is exact, which it
     is not for equal scores, and nothing waits for a GPU. The high 32 bits are those of the score, of which negative
@@ -230,99 +344,13 @@ def _keys(scores: Tensor, start: int) -> Tensor:
     """
     bits = (scores.nan_to_num(math.inf, math.inf, math.inf) + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
     ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
-    after = _LAST_ROW - start
-    return (ordered.long() << 32) + torch.arange(after, after - scores.shape[1], -1, device=scores.device)
+    return (ordered.long() << 32) + (_LAST_ROW - rows)
 
 
 def _scores_and_rows(keys: Tensor) -> tuple[Tensor, Tensor]:
     """What `_keys` made the keys from, each of their shape: float32 and int64."""
     ordered = (keys >> 32).int()
     return (ordered ^ ((ordered >> 31) & _MAGNITUDE)).view(torch.float32), _LAST_ROW - (keys & _LAST_ROW)
-
-
-def _stored(files: IndexFiles, start: int) -> Tensor:
-    """Up to BLOCK embeddings as stored, from row `start` on, a multiple of BLOCK."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
-        return torch.from_numpy(files.block(start))
-
-
-def _rows_on_cuda(device: torch.device, widest: int) -> int:
-    """How many rows a GPU takes at once, a multiple of BLOCK; 0 for another device."""
-    return BLOCK * at_once(device, BLOCK * widest) if device.type == "cuda" else 0
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses, those that torch holds in reserve included."""
-    in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + in_reserve
-
-
-class _Embeddings:
-    """The embeddings of an index, block by block, on any device; a GPU holds them all while they fit."""
-
-    def __init__(self) -> None:
-        self._held: tuple[IndexFiles, Tensor] | None = None  # what they are of, and all of them as stored, on a GPU
-
-    def blocks(self, files: IndexFiles, device: torch.device, hidden: int) -> Iterator[tuple[int, Tensor]]:
-        """The first row of each block, and its embeddings (rows, width), float32, on the device.
-
-        A block is valid until the next one is asked for. `hidden` numbers per row are computed from it.
-        """
-        if self._held is not None and (self._held[0] is not files or self._held[1].device != device):
-            self._held = None  # candidates were appended, or the model was moved
-        if rows := _rows_on_cuda(device, max(files.content["width"], hidden)):
-            return self._on_cuda(files, device, rows)
-        return ((start, _stored(files, start).to(device, torch.float32)) for start in range(0, len(files), BLOCK))
-
-    def _on_cuda(self, files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
-        """So many rows at a time, from what the GPU holds, or can hold from now on, or else from a stream."""
-        blocks, stored = _streamed(files, device, rows), files.arrays[VECTORS]
-        if self._held is None and stored.nbytes <= _OF_FREE_MEMORY * _free_memory(device):
-            held = torch.empty(stored.shape, dtype=getattr(torch, files.content["dtype"]), device=device)
-            for start, block in blocks:
-                held[start : start + len(block)] = block
-            self._held = files, held  # whole, or not at all
-        if self._held is not None:
-            blocks = zip(range(0, len(files), rows), self._held[1].split(rows), strict=False)  # none: one empty part
-        for start, block in blocks:
-            yield start, block.float()  # float16 is widened block by block
-
-
-def _streamed(files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """So many rows at a time, a multiple of BLOCK: the first row, and embeddings as stored, on a GPU.
-
-    Two pinned buffers and two on the GPU take turns: while a block is used, the next one is copied in another stream.
-    A block is valid until the next one is asked for.
-    """
-    shape, dtype = (min(rows, len(files)), files.content["width"]), getattr(torch, files.content["dtype"])
-    using, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    pinned = device.type == "cuda"
-    turns = [
-        (torch.empty(shape, dtype=dtype, pin_memory=pinned), torch.empty(shape, dtype=dtype, device=device), copied)
-        for copied in (torch.cuda.Event(), torch.cuda.Event())
-    ]
-
-    def copy(start: int, turn: tuple[Tensor, Tensor, Any]) -> tuple[int, Tensor, Any]:
-        on_host, on_device, copied = turn
-        count = min(rows, len(files) - start)
-        copied.synchronize()  # the buffer on the host is free again
-        for first in range(0, count, BLOCK):
-            block = _stored(files, start + first)
-            on_host[first : first + len(block)] = block
-        copying.wait_stream(using)  # all that uses the GPU's buffer was launched
-        with torch.cuda.stream(copying):
-            on_device[:count].copy_(on_host[:count], non_blocking=True)
-            copied.record(copying)
-        return start, on_device[:count], copied
-
-    copies: Iterator[Any] = map(copy, range(0, len(files), rows), itertools.cycle(turns))
-    try:
-        for (start, block, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):  # begins the next one
-            using.wait_event(copied)
-            yield start, block
-    finally:
-        using.wait_stream(copying)  # before the buffers' memory serves anything else
 
 
 def _embedded(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dse import cli
 from dse.commands import load_student, logger
-from dse.storage.index_files import check_index_place
 from dse.system.errors import InputError
 from dse.system.files import check_writable
 from dse.system.text_files import check_texts, texts_of
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
     from dse.index import CandidateIndex
+    from dse.storage.index_files import check_index_place
 
     check_index_place(Path(args.output), "--output")
     model = load_student(args)

@@ -42,6 +42,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=50,
         help="hits per query that --rerank reads; at least --top_k",
     )
+    nearest = "score only the N candidates nearest by cosine, or, with auto, as few as the index needs (default: all)"
+    add("--shortlist", type=cli.whole_number_or("auto", 1), metavar="N", help=nearest)
     usual = "the task's rank_label, else entailment, else a binary task's second label"
     add("--rank_label", help=f"label whose probability ranks candidates (default: {usual})")
     add("--output", default="-", help="output file; - for standard output")
@@ -63,6 +65,14 @@ def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool, with_ids:
                 yield tsv_line(values)
 
 
+def check_shortlist(args: argparse.Namespace, wanted: int) -> None:
+    """Raise InputError for a --shortlist with fewer candidates than the hits that are wanted, or that nothing says."""
+    if isinstance(args.shortlist, int) and args.shortlist < wanted:
+        raise InputError(f"--shortlist: {args.shortlist} is below the hits per query, {wanted}: give as many, or more")
+    if args.shortlist == "auto" and not Path(args.candidates).is_dir():
+        raise InputError(f"--shortlist: auto needs an index, and {args.candidates} is not one; `index` makes it")
+
+
 def run(args: argparse.Namespace) -> None:
     """Score the candidates for each query, and write each query's best."""
     # 1. Refuse what cannot work.
@@ -71,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
     check_texts(args.queries, "--queries")
     if args.rerank and args.rerank_top < args.top_k:
         raise InputError(f"--rerank_top: {args.rerank_top} is below --top_k, {args.top_k}: give as many, or more")
-    is_index = Path(args.candidates).is_dir()
+    wanted, is_index = args.rerank_top if args.rerank else args.top_k, Path(args.candidates).is_dir()
+    check_shortlist(args, wanted)
     if not is_index:
         check_texts(args.candidates, "--candidates")
     if args.output != "-":
@@ -96,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         texts, ids = texts_of(args.candidates, "--candidates", args.text_column, args.id_column)
         index = CandidateIndex.build(model, texts, batch_size=args.batch_size, ids=ids)
     logger.info("%d queries, %d candidates", len(queries), len(index))
-    found: Any = index.search(queries, args.rerank_top if args.rerank else args.top_k, label, show_progress=None)
+    found: Any = index.search(queries, wanted, label, show_progress=None, shortlist=args.shortlist)
     if args.rerank:
         both = tqdm(zip(queries, found, strict=True), "rerank", len(queries), disable=None, leave=False)
         found = [rerank(model.task, teacher, query, hits, label)[: args.top_k] for query, hits in both]

@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 MANY_QUERIES = 64
 CROSS_ENCODER_PAIRS = 512
-TEACHER, NAIVE, OURS = "cross-encoder", "head on blocks", "index (ours)"
+TEACHER, NAIVE, OURS, NEAREST = "cross-encoder", "head on blocks", "index (ours)", "shortlist (ours)"
+SHORTLIST = 100
 
 
 @torch.inference_mode()
@@ -132,6 +133,7 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
     variants: Variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
+        NEAREST: partial(watched, memory, NEAREST, partial(index.search, shortlist=SHORTLIST), query, 10),
     }
     turns = take_turns(variants, args.rounds, device=args.device)
     # In fewer rounds, as it takes 64 times as long.
@@ -141,11 +143,14 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
     used = on_gpu(args.device, variants, seconds, dict.fromkeys(variants, 1))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
     logger.info("%d candidates: %.4g s a query", count, seconds[OURS])
+    both: Any = zip(index.search(many, 10), index.search(many, 10, shortlist=SHORTLIST), strict=True)
+    shares = [np.mean([hit.score >= all_hits[-1].score - 1e-5 for hit in hits]) for all_hits, hits in both]
     return {
         "seconds": seconds,
         "ratio_to_naive_head": seconds[NAIVE] / seconds[OURS],
         "ratio_to_cross_encoder": seconds[TEACHER] / seconds[OURS],
         "ratio_of_one_query_to_each_of_many": seconds[OURS] / seconds["many"],
+        "shortlist_recall": float(np.mean(shares)),
         "max_relative_difference": difference,
         "anonymous_mib": memory,
         **used,
@@ -170,7 +175,11 @@ def scoring_table(*measured: dict[str, Any]) -> str:
         "against the head on blocks", "against faiss", f"each of {MANY_QUERIES} queries at once, s",
         "largest difference of a score", "memory above, MiB",
     )  # fmt: skip
-    with_gpu = any("gpu" in numbers for found in measured for numbers in found["candidates"].values())
+    with_gpu, with_shortlist = (
+        any(key in numbers for found in measured for numbers in found["candidates"].values())
+        for key in ("gpu", "shortlist_recall")
+    )
+    header += (f"shortlist of {SHORTLIST}, s", "what it has of the ten best") if with_shortlist else ()
     header += USE_OF_GPU if with_gpu else ()
     rows = [
         (
@@ -180,12 +189,20 @@ def scoring_table(*measured: dict[str, Any]) -> str:
             f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",
             f"{numbers['seconds']['many']:.3g}", f"{numbers['max_relative_difference']:.0e}",
             f"{numbers['anonymous_mib'][OURS]:,.0f}",
+            *(shortlist_cells(numbers) if with_shortlist else ()),
             *(use_cells(numbers.get("gpu"), (NAIVE, OURS)) if with_gpu else ()),
         )
         for found in measured
         for count, numbers in found["candidates"].items()
     ]  # fmt: skip
     return markdown_table(header, rows)
+
+
+def shortlist_cells(numbers: dict[str, Any]) -> tuple[str, str]:
+    """Seconds for one query, and the share of the ten best that it finds; dashes if they were not measured."""
+    if "shortlist_recall" not in numbers:
+        return "-", "-"
+    return f"{numbers['seconds'][NEAREST]:.3g}", f"{100 * numbers['shortlist_recall']:.1f} %"
 
 
 def in_one_line(found: dict[str, Any]) -> str:

@@ -1,14 +1,18 @@
-"""The files of an index of candidates, independent of any model.
+"""The files of an index of candidates, independent of any model, and their embeddings on a device.
 
 A folder holds vectors.bin (rows of float32 or float16, little-endian), ends.bin (int64: where each text ends),
-texts.bin (UTF-8, end to end), the same two files of ids if the rows have some, and index.json: the model's hash, the
-number of rows, and a CRC-32 of each block of rows in each file. A block is compared with its CRC when it is first read.
+texts.bin (UTF-8, end to end), the same two files of ids if rows have some, directions.bin (int8: the last columns of
+each row, rounded to a 127th of the largest one), factors.bin (float32: what gives these vectors length 1), and
+index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows in each file. A block is compared
+with its CRC when it is first read.
 Appending writes after what is there and then replaces index.json, so a stop in between leaves the index as it was.
 """
 
 import contextlib
+import itertools
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -16,23 +20,27 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from filelock import FileLock
+from torch import Tensor
 
+from dse.networks.heads import at_once
 from dse.storage.folder_format import FolderFormat
 from dse.system.errors import InputError
 from dse.system.files import remove_stale_parts, replace_folder, write_text
 from dse.system.text_files import checked_texts, elements
 
+_OF_FREE_MEMORY = 0.6  # that embeddings may take of a GPU's; the rest is for scoring, and for other work
 BLOCK = 4096  # rows that are scored, and checked, at once
 _INDEX, _LOCK = "index.json", ".lock"  # locked while an append writes, or another index takes the folder's place
-VECTORS = "vectors.bin"
+VECTORS, DIRECTIONS, FACTORS = "vectors.bin", "directions.bin", "factors.bin"
 _STRINGS = {"text": ("ends.bin", "texts.bin"), "id": ("id_ends.bin", "ids.bin")}  # of each row: ends, and UTF-8
 _DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-_INT64 = np.dtype("<i8")
+_INT64, _INT8 = np.dtype("<i8"), np.dtype("i1")
 _PARTS = "a list of (embeddings, texts) or (embeddings, texts, ids) parts"
 _ATTEMPTS = 5  # to open one that is replaced meanwhile
 _FORMAT = FolderFormat(
-    "index of candidates", "dse index", 1, _INDEX, (VECTORS, *chain(*_STRINGS.values()), _LOCK),
+    "index of candidates", "dse index", 1, _INDEX, (VECTORS, DIRECTIONS, FACTORS, *chain(*_STRINGS.values()), _LOCK),
     "build the index again with `python -m dse index`",
 )  # fmt: skip
 check_index_place, _read_content = _FORMAT.check_place, _FORMAT.read
@@ -70,8 +78,11 @@ class IndexFiles:
         return "id" in _kinds(self.content)
 
     @classmethod
-    def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part]) -> Self:
-        """Write an index, whole or not at all. Raises InputError for a folder with other files, or NaN embeddings."""
+    def create(cls, folder: Path, model: str, width: int, dtype: str, parts: Iterable[Part], top: int = 0) -> Self:
+        """Write an index, whole or not at all, with directions of the last `top` columns, if that is not 0.
+
+        Raises InputError for a folder with other files, or NaN embeddings.
+        """
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
         check_index_place(folder, str(folder))
@@ -80,6 +91,7 @@ class IndexFiles:
         if (first := next(parts, None)) is not None:
             parts = chain([first], parts)
             content |= {"id_bytes": 0} if isinstance(first, tuple | list) and len(first) == 3 else {}
+        content |= {"top": top} if top else {}
         with contextlib.ExitStack() as held, replace_folder(folder) as beside:
             _extend(beside, content, parts)
             files = cls(beside, content)
@@ -112,6 +124,14 @@ class IndexFiles:
                 raise InputError(f"{self.folder}: was replaced by an index of another model")
             _extend(self.folder, content, parts)
             return type(self)(self.folder, content)
+
+    def note(self, **entries: Any) -> None:
+        """Add entries to index.json, unless rows were added or another index has taken its place since."""
+        with _locked(self.folder):
+            content = _read_content(self.folder)
+            if (content["model"], content["sums"]) == (self.content["model"], self.content["sums"]):
+                self.content |= entries
+                write_text(self.folder / _INDEX, _FORMAT.text(content | entries))
 
     def save(self, folder: Path) -> None:
         """Write a copy of the opened index, as `create` does, even if another one has taken its place since."""
@@ -166,6 +186,7 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
             for kind, encoded in zip(kinds, strings, strict=True):
                 ends = content[f"{kind}_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
                 pieces += [ends, encoded]
+            pieces += directions(stored, content["top"]) if "top" in content else []
             while start < len(stored):
                 place = content["count"] % BLOCK
                 if place == 0:
@@ -217,7 +238,18 @@ def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...
     for kind in _kinds(content):
         ends, strings = _STRINGS[kind]
         shapes |= {ends: (_INT64, (rows,)), strings: (np.dtype("u1"), (content[f"{kind}_bytes"],))}
+    if "top" in content:
+        shapes |= {DIRECTIONS: (_INT8, (rows, content["top"])), FACTORS: (_DTYPES["float32"], (rows,))}
     return shapes
+
+
+def directions(stored: np.ndarray, top: int) -> list[np.ndarray]:
+    """The last `top` columns of each row, int8, and (rows,) factors, float32, that give these vectors length 1 or 0."""
+    some = stored[:, -top:].astype(np.float64)  # whose squares float32 may not hold
+    largest = np.abs(some).max(axis=1, keepdims=True, initial=0.0)
+    rounded = np.rint(127 * some / np.maximum(largest, np.finfo(np.float32).tiny)).astype(_INT8)
+    lengths = np.linalg.norm(rounded.astype(np.float32), axis=1)
+    return [rounded, (1 / np.maximum(lengths, 1)).astype(_DTYPES["float32"])]
 
 
 @contextlib.contextmanager
@@ -236,3 +268,91 @@ def _number(folder: Path) -> int | None:
     with contextlib.suppress(OSError):
         return folder.stat().st_ino
     return None
+
+
+def stored(files: IndexFiles, start: int, file: str = VECTORS, blocks: int = 1) -> Tensor:
+    """Up to so many blocks of a file's rows, the embeddings, as stored, from row `start` on, a multiple of BLOCK."""
+    stop = min(start + blocks * BLOCK, len(files))
+    for first in range(start, stop, BLOCK):
+        files.block(first, file)  # compared
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        return torch.from_numpy(files.arrays[file][start:stop])
+
+
+def _rows_on_cuda(device: torch.device, widest: int) -> int:
+    """How many rows a GPU takes at once, a multiple of BLOCK; 0 for another device."""
+    return BLOCK * at_once(device, BLOCK * widest) if device.type == "cuda" else 0
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, those that torch holds in reserve included."""
+    in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + in_reserve
+
+
+class Embeddings:
+    """The embeddings of an index, block by block, on any device; a GPU holds them all while they fit."""
+
+    def __init__(self) -> None:
+        self._held: tuple[IndexFiles, Tensor] | None = None  # what they are of, and all of them as stored, on a GPU
+
+    def blocks(self, files: IndexFiles, device: torch.device, hidden: int) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each block, and its embeddings (rows, width), float32, on the device.
+
+        A block is valid until the next one is asked for. `hidden` numbers per row are computed from it.
+        """
+        if self._held is not None and (self._held[0] is not files or self._held[1].device != device):
+            self._held = None  # candidates were appended, or the model was moved
+        if rows := _rows_on_cuda(device, max(files.content["width"], hidden)):
+            return self._on_cuda(files, device, rows)
+        return ((start, stored(files, start).to(device, torch.float32)) for start in range(0, len(files), BLOCK))
+
+    def _on_cuda(self, files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """So many rows at a time, from what the GPU holds, or can hold from now on, or else from a stream."""
+        blocks, whole = _streamed(files, device, rows), files.arrays[VECTORS]
+        if self._held is None and whole.nbytes <= _OF_FREE_MEMORY * _free_memory(device):
+            held = torch.empty(whole.shape, dtype=getattr(torch, files.content["dtype"]), device=device)
+            for start, block in blocks:
+                held[start : start + len(block)] = block
+            self._held = files, held  # whole, or not at all
+        if self._held is not None:
+            blocks = zip(range(0, len(files), rows), self._held[1].split(rows), strict=False)  # none: one empty part
+        for start, block in blocks:
+            yield start, block.float()  # float16 is widened block by block
+
+
+def _streamed(files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """So many rows at a time, a multiple of BLOCK: the first row, and embeddings as stored, on a GPU.
+
+    Two pinned buffers and two on the GPU take turns: while a block is used, the next one is copied in another stream.
+    A block is valid until the next one is asked for.
+    """
+    shape, dtype = (min(rows, len(files)), files.content["width"]), getattr(torch, files.content["dtype"])
+    using, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    pinned = device.type == "cuda"
+    turns = [
+        (torch.empty(shape, dtype=dtype, pin_memory=pinned), torch.empty(shape, dtype=dtype, device=device), copied)
+        for copied in (torch.cuda.Event(), torch.cuda.Event())
+    ]
+
+    def copy(start: int, turn: tuple[Tensor, Tensor, Any]) -> tuple[int, Tensor, Any]:
+        on_host, on_device, copied = turn
+        count = min(rows, len(files) - start)
+        copied.synchronize()  # the buffer on the host is free again
+        for first in range(0, count, BLOCK):
+            block = stored(files, start + first)
+            on_host[first : first + len(block)] = block
+        copying.wait_stream(using)  # all that uses the GPU's buffer was launched
+        with torch.cuda.stream(copying):
+            on_device[:count].copy_(on_host[:count], non_blocking=True)
+            copied.record(copying)
+        return start, on_device[:count], copied
+
+    copies: Iterator[Any] = map(copy, range(0, len(files), rows), itertools.cycle(turns))
+    try:
+        for (start, block, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):  # begins the next one
+            using.wait_event(copied)
+            yield start, block
+    finally:
+        using.wait_stream(copying)  # before the buffers' memory serves anything else

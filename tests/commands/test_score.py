@@ -196,6 +196,27 @@ def test_candidates_of_a_table_with_ids(saved, tmp_path, capsys):
     assert "id" not in capsys.readouterr().out.splitlines()[0].split("\t")
 
 
+def test_shortlists(saved, tmp_path, capsys, refused):
+    """Of as many as there are, the hits are those of a search; auto takes all of an index that is not measured."""
+    (tmp_path / "c.txt").write_text("\n".join(TEXTS) + "\n")
+    (tmp_path / "q.txt").write_text(TEXTS[0] + "\n")
+    entry.main(
+        ["index", "--model", saved, "--candidates", str(tmp_path / "c.txt"), "--output", str(tmp_path / "index")]
+    )
+    base = ["--model", saved, "--queries", str(tmp_path / "q.txt"), "--top_k", "4", "--candidates"]
+    capsys.readouterr()
+    outputs = []
+    for flags in ((), ("--shortlist", 50), ("--shortlist", "auto")):
+        run_score(*base, tmp_path / "index", *flags)
+        outputs.append([line.split("\t")[3] for line in capsys.readouterr().out.splitlines()])
+    assert outputs[0] == outputs[1] == outputs[2]
+    for wrong, line in (("3", "--shortlist: 3 is below the hits per query, 4"), ("all", "'all' is not a whole number")):
+        argv = ["score", *base, str(tmp_path / "index"), "--shortlist", wrong]
+        assert line in refused(entry.main, argv)
+    argv = ["score", *base, str(tmp_path / "c.txt"), "--shortlist", "auto"]
+    assert f"--shortlist: auto needs an index, and {tmp_path / 'c.txt'} is not one" in refused(entry.main, argv)
+
+
 def test_lines_of_a_tsv_are_texts_with_a_warning(saved, tmp_path, capsys, caplog):
     (tmp_path / "c.tsv").write_text("id\ttext\n1\tone\n2\ttwo\n")
     (tmp_path / "q.txt").write_text("a query\n")

@@ -93,6 +93,8 @@ def test_scoring(run, data, task, head, tmp_path):
         shown = (f"{seconds[name]:.3g}" for name in ("cross-encoder", "head on blocks", "index (ours)"))
         assert f"| `{head}` | {count} | {' | '.join(shown)} | " in output
         assert 0 <= each["max_relative_difference"] <= 1e-5
+        assert each["shortlist_recall"] == 1
+        assert f"| {seconds['shortlist (ours)']:.3g} | 100.0 % |" in output
     assert 1e-6 < numbers["max_relative_difference_float16"] < 1e-2
     sizes = {count: each["seconds"]["cross-encoder"] for count, each in numbers["candidates"].items()}
     assert sizes["30"] == pytest.approx(sizes["7"] * 30 / 7)

@@ -126,8 +126,8 @@ def test_an_index_larger_than_memory_opens(student, tmp_path):
     os.truncate(tmp_path / "index" / "vectors.bin", 4 * rows * index.width)
     content = index_files._read_content(tmp_path / "index")
     mapped = {**content, "count": rows, "text_bytes": 0}
-    with open(tmp_path / "index" / "ends.bin", "ab") as file:
-        file.truncate(8 * rows)
+    for name, size in (("ends.bin", 8), ("directions.bin", content["top"]), ("factors.bin", 4)):
+        os.truncate(tmp_path / "index" / name, size * rows)
     opened = CandidateIndex(model, index_files.IndexFiles(tmp_path / "index", mapped))
     assert len(opened.vectors(rows - 1, rows)) == 1
 
