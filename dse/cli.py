@@ -51,7 +51,7 @@ _GROUPS = {
                 "train_batch_size val_batch_size eval_batch_size gradient_accumulation_steps validate_every patience "
                 "random_seed seed seeds run_evaluation_before_fine_tune",
     "output": "output output_dir overwrite_output_dir experiment_name store_checkpoints save_checkpoint_every_epoch "
-              "checkpoint_dir file_log log_dir plot_metrics plots_dir plot rows scores format top_k append half "
+              "checkpoint_dir file_log log_dir plot_metrics plots_dir plot rows scores format top_k append half export "
               "resamples",
     "long runs": "resume save_every trainer_checkpoint",
     "hardware": "disable_gpu no_cuda no_parallel gpu_id device precision fp16 bf16 padding gradient_checkpointing",

@@ -56,6 +56,7 @@ TRIED_METRICS = {
     "STS-B, dev MRR": ("sts-b", "dev", "mrr"),
     "MRPC, dev f1": ("mrpc", "dev", "tuned_f1"),
     "MRPC, test f1": ("mrpc", "test", "tuned_f1"),
+    "MRPC, test accuracy": ("mrpc", "test", "tuned_accuracy"),
     "MRPC, test MRR": ("mrpc", "test", "mrr"),
 }
 

@@ -217,6 +217,32 @@ def test_shortlists(saved, tmp_path, capsys, refused):
     assert f"--shortlist: auto needs an index, and {tmp_path / 'c.txt'} is not one" in refused(entry.main, argv)
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_unit_vectors_for_a_vector_database(with_ids, saved, tmp_path, refused):
+    """Of a new index, and of one that is there; the nearest of them are those of a shortlist."""
+    lines = ["text,id", *(f'"{text}",s{row}' for row, text in enumerate(TEXTS))]
+    (tmp_path / "c.csv").write_text(
+        "\n".join(lines if with_ids else [line.rpartition(",")[0] for line in lines]) + "\n"
+    )
+    base = ["index", "--model", saved, "--output", str(tmp_path / "index"), "--export"]
+    entry.main([*base, str(tmp_path / "one.npy"), "--candidates", str(tmp_path / "c.csv")])
+    entry.main([*base, str(tmp_path / "two.npy")])
+    for end in (".npy", ".ids.txt"):
+        assert (tmp_path / f"one{end}").read_bytes() == (tmp_path / f"two{end}").read_bytes()
+    assert (tmp_path / "one.ids.txt").read_text().split() == [
+        f"s{i}" if with_ids else str(i) for i in range(len(TEXTS))
+    ]
+    units, model = np.load(tmp_path / "one.npy"), DSESiameseClassifier.from_pretrained(saved)
+    size = model.network.config.top_size
+    expected = model.encode(TEXTS)[:, -size:]
+    np.testing.assert_allclose(units, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-5)
+    for wrong in (["--output", "x"], ["--output", "x", "--append", "--export", "y.npy"]):
+        assert "--candidates: is needed, but for --export" in refused(entry.main, ["index", "--model", saved, *wrong])
+    assert "holds no index of candidates" in refused(
+        entry.main, [*base[:4], str(tmp_path / "none"), *base[5:], "y.npy"]
+    )
+
+
 def test_lines_of_a_tsv_are_texts_with_a_warning(saved, tmp_path, capsys, caplog):
     (tmp_path / "c.tsv").write_text("id\ttext\n1\tone\n2\ttwo\n")
     (tmp_path / "q.txt").write_text("a query\n")
