@@ -321,7 +321,8 @@ def _measure_shortlists(index: CandidateIndex) -> None:
         shortlists={"count": len(index), "recalls": {str(size): recall for size, recall in recalls.items()}}
     )
     told = ", ".join(f"{size}: {100 * recall:.1f} %" for size, recall in recalls.items())
-    logger.info("of the ten best, shortlists of the nearest hold %s", told)
+    taken = _shortlist_size(index, "auto", _BEST, None) or "all"
+    logger.info("of the ten best, shortlists of the nearest hold %s; auto takes %s", told, taken)
 
 
 def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:

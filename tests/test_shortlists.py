@@ -71,6 +71,7 @@ def test_the_recall_of_shortlists_is_noted(student, measured, tmp_path, caplog):
     assert noted == {"count": 23, "recalls": pytest.approx(wanted)}
     assert 0 < wanted["2"] < wanted["12"]
     assert f"shortlists of the nearest hold 2: {100 * wanted['2']:.1f} %, 5: " in caplog.text
+    assert caplog.text.endswith("; auto takes all\n")
     assert CandidateIndex.open(tmp_path / "index", model).files.content["shortlists"] == noted
     index.append(["one more"])
     assert index.files.content["shortlists"]["count"] == 23
