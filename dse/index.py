@@ -15,6 +15,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dse.data.features import batches_of
-from dse.data.tasks import ranked_label
+from dse.data.tasks import ENTAILMENT, MULTICLASS, ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
 from dse.networks.kernels import int8_products
 from dse.storage.index_files import (
@@ -39,6 +40,7 @@ from dse.storage.index_files import (
     stored,
 )
 from dse.storage.student_folder import fingerprint
+from dse.system import signals
 from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
 
@@ -48,7 +50,8 @@ _CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
 _NEAREST_AT_ONCE = 16  # blocks
 _SHORTLISTS, _RECALL = (20, 50, 100, 200, 500, 1000), 0.99  # sizes that are measured, and the recall that "auto" needs
-_ASKED, _BEST, _GROWN = 32, 10, 1.1  # queries and hits of the measurement; growth after which it is made again
+_BEST, _COPIES, _GROWN = 10, 20, 1.1  # hits of the measurement; of a query's text; growth after which it is made again
+_ASKED, _PAIRS_ASKED = (16, 64), 3_200_000  # its queries, at least and at most; pairs that they score, about
 _WORTH = 1000  # candidates from which on a shortlist is worth measuring
 _LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
 
@@ -168,7 +171,8 @@ class CandidateIndex:
 
         Args:
             shortlist: score only so many candidates, the nearest by the cosine of the top layer; "auto": as few as the
-                index was measured to need for 99 % of the ten best, or all. None: all.
+                index was measured to need for 99 % of the ten best; all if none are enough, or for more hits. None:
+                all.
             rank_label: as in `score`.
             exclude: rows that are never found, such as the query's own.
             min_score: hits below it are left out.
@@ -182,7 +186,7 @@ class CandidateIndex:
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))
         kept, size = min(top_k, len(self) - len(left_out)), _shortlist_size(self, shortlist, top_k, rank_label)
-        if size is None:
+        if size is None or kept == 0:
             best = _best_of_all(self, texts, kept, left_out, rank_label, show_progress)
         else:
             best = _best_of_nearest(self, texts, kept, left_out, rank_label, size)
@@ -266,14 +270,13 @@ def _best_of_nearest(
 def _nearest(files: IndexFiles, queries: Tensor, count: int) -> Tensor:
     """The rows with about the highest cosines of the top layer with each query, (queries, count), on CPU."""
     asked = torch.from_numpy(directions(queries.float().cpu().numpy(), files.content["top"])[0])
-    found = [(torch.empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64))]
+    best = torch.full((len(asked), min(count, len(files))), torch.iinfo(torch.int64).min)
     for start in range(0, len(files), _NEAREST_AT_ONCE * BLOCK):
         rows, factors = (stored(files, start, file, _NEAREST_AT_ONCE) for file in (DIRECTIONS, FACTORS))
         cosines = (int8_products(rows, asked) * factors[:, None]).t()  # times the length of what is asked
-        scores, places = cosines.topk(min(count, len(rows)))
-        found.append((scores, places + start))
-    scores, rows = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return _scores_and_rows(_keys(scores, rows).topk(min(count, len(files))).values)[1]
+        keys = _keys(cosines, torch.arange(start, start + len(rows)))
+        best = torch.cat([best, keys], dim=1).topk(best.shape[1]).values
+    return _scores_and_rows(best)[1]
 
 
 def _shortlist_size(index: CandidateIndex, shortlist: int | str | None, top_k: int, label: str | None) -> int | None:
@@ -283,44 +286,47 @@ def _shortlist_size(index: CandidateIndex, shortlist: int | str | None, top_k: i
     if "top" not in index.files.content:
         raise InputError(f"{index.folder}: was built before there were shortlists; build it again")
     if shortlist != "auto":
-        if not isinstance(shortlist, int) or isinstance(shortlist, bool) or shortlist < top_k:
-            raise ValueError(
-                f"shortlist: {shortlist!r} is neither 'auto' nor a whole number of at least top_k, {top_k}"
-            )
-        return shortlist
+        if not isinstance(shortlist, Integral) or isinstance(shortlist, bool) or shortlist < top_k:
+            what = f"neither 'auto' nor a whole number of at least top_k, {top_k}"
+            raise ValueError(f"shortlist: {shortlist!r} is {what}")
+        return int(shortlist)
     measured = index.files.content.get("shortlists", {"recalls": {}})["recalls"]
-    enough = [int(size) for size, recall in measured.items() if recall >= _RECALL]
+    enough = [int(size) for size, (recall, error) in measured.items() if recall - error >= _RECALL]
     if not enough or top_k > _BEST or label not in (None, ranked_label(index.model.task)):
         return None
     return min(enough)
 
 
 def _measure_shortlists(index: CandidateIndex) -> None:
-    """Note what share of the ten best candidates shortlists hold, for some of the index's own texts as queries."""
-    before = index.files.content.get("shortlists")
-    grown = before is None or len(index) >= _GROWN * before["count"]
-    if index._keep is not None or len(index) < _WORTH or not grown:
+    """Note what share of the ten best candidates shortlists hold, with some of the index's own texts as queries.
+
+    Rows with the text of the query do not count. A stop leaves the index as it is, without the note.
+    """
+    content, task = index.files.content, index.model.task
+    grown = "shortlists" not in content or len(index) >= _GROWN * content["shortlists"]["count"]
+    if index._keep is not None or "top" not in content or len(index) < _WORTH or not grown:
         return
-    try:
-        ranked_label(index.model.task)
-    except InputError:  # nothing says which label ranks
-        return
-    asked = np.random.default_rng(0).choice(len(index), min(_ASKED, len(index)), replace=False)
-    texts = [index.text(row) for row in asked.tolist()]
-    hits: Any = index.search(texts, _BEST + 1, show_progress=None)
-    with torch.inference_mode():
-        nearest = _nearest(
-            index.files, index.model.encode(texts, convert_to="tensor"), min(len(index), _SHORTLISTS[-1] + 1)
-        )
-    recalls = {size: 0.0 for size in _SHORTLISTS if size < len(index)}
-    for own, of_query, near in zip(asked.tolist(), hits, nearest.tolist(), strict=True):
-        best, near = [hit.row for hit in of_query if hit.row != own][:_BEST], [row for row in near if row != own]
-        for size in recalls:
-            recalls[size] += len(set(best) & set(near[:size])) / len(best) / len(asked)
-    index.files.note(
-        shortlists={"count": len(index), "recalls": {str(size): recall for size, recall in recalls.items()}}
-    )
-    told = ", ".join(f"{size}: {100 * recall:.1f} %" for size, recall in recalls.items())
+    if task.kind == MULTICLASS and task.rank_label is None and ENTAILMENT not in task.labels:
+        return  # nothing says which label ranks
+    count = max(_ASKED[0], min(_ASKED[1], _PAIRS_ASKED // len(index)))
+    logger.info("%d candidates are stored; measuring shortlists with %d of them as queries", len(index), count)
+    rows = np.random.default_rng(0).choice(len(index), min(count, len(index)), replace=False).tolist()
+    texts = [index.text(row) for row in rows]
+    with signals.advice(f"{index.folder} is whole, but its shortlists are not measured"), torch.inference_mode():
+        hits: Any = index.search(texts, _BEST + _COPIES, show_progress=None)
+        queries = index.model.encode(texts, convert_to="tensor", show_progress=False)
+        nearest = _nearest(index.files, queries, _SHORTLISTS[-1] + _COPIES).tolist()
+    shares: dict[int, list[float]] = {size: [] for size in _SHORTLISTS if size < len(index)}
+    for text, of_query, near in zip(texts, hits, nearest, strict=True):
+        best = [hit.row for hit in of_query if hit.text != text][:_BEST]
+        others = [row for row in near[: _SHORTLISTS[-1] + _COPIES] if index.text(row) != text]
+        for size, found in shares.items():
+            if len(best) == _BEST:  # else there are too many copies
+                found.append(len(set(best) & set(others[:size])) / _BEST)
+    recalls = {size: (np.mean(found), np.std(found) / len(found) ** 0.5) for size, found in shares.items() if found}
+    noted = {str(size): [float(number) for number in numbers] for size, numbers in recalls.items()}
+    index.files.note(shortlists={"count": len(index), "recalls": noted})
+    told = ", ".join(f"{size}: {100 * recall:.1f} %" for size, (recall, _) in recalls.items())
     taken = _shortlist_size(index, "auto", _BEST, None) or "all"
     logger.info("of the ten best, shortlists of the nearest hold %s; auto takes %s", told, taken)
 

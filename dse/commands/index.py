@@ -39,13 +39,15 @@ def export(index: "CandidateIndex", path: Path) -> None:
     """Write the unit vectors of an index's candidates, and their ids."""
     import numpy as np
 
-    size, at_once = index.model.network.config.top_size, 1 << 14
+    from dse.storage.index_files import BLOCK
+
+    size = index.model.network.config.top_size
     with atomic_write(path) as beside:
         units = np.lib.format.open_memmap(beside, "w+", "<f4", (len(index), size))
-        for start in range(0, len(index), at_once):
-            some = index.vectors(start, start + at_once)[:, -size:].astype(np.float64)
+        for start in range(0, len(index), BLOCK):
+            some = index.files.block(start)[:, -size:].astype(np.float64)
             lengths = np.linalg.norm(some, axis=1, keepdims=True)
-            units[start : start + at_once] = some / np.maximum(lengths, np.finfo(np.float32).tiny)
+            units[start : start + BLOCK] = some / np.maximum(lengths, np.finfo(np.float32).tiny)
         units.flush()
     names = (index.id(row) if index.files.has_ids else row for row in range(len(index)))
     write_text(path.with_suffix(".ids.txt"), "".join(tsv_line([name]) for name in names))
@@ -56,10 +58,15 @@ def run(args: argparse.Namespace) -> None:
     """Embed the candidates into a new index, or append them to one; export them."""
     if args.candidates is None and (args.append or not args.export):
         raise InputError("--candidates: is needed, but for --export of an index that is there")
-    if args.append and args.half:
-        raise InputError("--half: is decided when an index is made; leave it out with --append")
+    if args.half and (args.append or args.candidates is None):
+        raise InputError(
+            "--half: is decided when an index is made; leave it out with --append and without --candidates"
+        )
     if args.export:
-        check_output_file(args.export, "--export")
+        for path in (Path(args.export), Path(args.export).with_suffix(".ids.txt")):
+            check_output_file(path, "--export")
+            if path.resolve().parent == Path(args.output).resolve():
+                raise InputError(f"--export: {path} is in the index; name another folder")
     if args.candidates is not None:
         check_texts(args.candidates, "--candidates")
     output = Path(args.output).resolve()

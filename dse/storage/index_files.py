@@ -2,7 +2,7 @@
 
 A folder holds vectors.bin (rows of float32 or float16, little-endian), ends.bin (int64: where each text ends),
 texts.bin (UTF-8, end to end), the same two files of ids if rows have some, directions.bin (int8: the last columns of
-each row, rounded to a 127th of the largest one), factors.bin (float32: what gives these vectors length 1), and
+each row, rounded to a 63rd of the largest one), factors.bin (float32: what gives these vectors length 1), and
 index.json: the model's hash, the number of rows, and a CRC-32 of each block of rows in each file. A block is compared
 with its CRC when it is first read.
 Appending writes after what is there and then replaces index.json, so a stop in between leaves the index as it was.
@@ -186,14 +186,14 @@ def _extend(folder: Path, content: dict[str, Any], parts: Iterable[Part]) -> Non
             for kind, encoded in zip(kinds, strings, strict=True):
                 ends = content[f"{kind}_bytes"] + np.cumsum([len(text) for text in encoded], dtype=_INT64)
                 pieces += [ends, encoded]
-            pieces += directions(stored, content["top"]) if "top" in content else []
             while start < len(stored):
                 place = content["count"] % BLOCK
                 if place == 0:
                     content["sums"].append([0] * len(files))
                 some, sums = slice(start, min(start + BLOCK - place, len(stored))), content["sums"][-1]
-                for i, (file, whole) in enumerate(zip(files, pieces, strict=True)):
-                    piece = b"".join(whole[some]) if isinstance(whole, list) else whole[some]
+                written = [b"".join(whole[some]) if isinstance(whole, list) else whole[some] for whole in pieces]
+                written += directions(stored[some], content["top"]) if "top" in content else []
+                for i, (file, piece) in enumerate(zip(files, written, strict=True)):
                     file.write(piece)
                     sums[i] = zlib.crc32(piece, sums[i])
                 content["count"] += some.stop - start
@@ -244,10 +244,10 @@ def _shapes(content: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...
 
 
 def directions(stored: np.ndarray, top: int) -> list[np.ndarray]:
-    """The last `top` columns of each row, int8, and (rows,) factors, float32, that give these vectors length 1 or 0."""
+    """The last `top` columns of each row in 7 bits, int8, and (rows,) factors, float32, that give these length 1."""
     some = stored[:, -top:].astype(np.float64)  # whose squares float32 may not hold
     largest = np.abs(some).max(axis=1, keepdims=True, initial=0.0)
-    rounded = np.rint(127 * some / np.maximum(largest, np.finfo(np.float32).tiny)).astype(_INT8)
+    rounded = np.rint(63 * some / np.maximum(largest, np.finfo(np.float32).tiny)).astype(_INT8)
     lengths = np.linalg.norm(rounded.astype(np.float32), axis=1)
     return [rounded, (1 / np.maximum(lengths, 1)).astype(_DTYPES["float32"])]
 

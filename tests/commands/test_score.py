@@ -197,7 +197,7 @@ def test_candidates_of_a_table_with_ids(saved, tmp_path, capsys):
 
 
 def test_shortlists(saved, tmp_path, capsys, refused):
-    """Of as many as there are, the hits are those of a search; auto takes all of an index that is not measured."""
+    """The hits are those of a search; auto takes all of an index that is not measured."""
     (tmp_path / "c.txt").write_text("\n".join(TEXTS) + "\n")
     (tmp_path / "q.txt").write_text(TEXTS[0] + "\n")
     entry.main(
@@ -206,10 +206,13 @@ def test_shortlists(saved, tmp_path, capsys, refused):
     base = ["--model", saved, "--queries", str(tmp_path / "q.txt"), "--top_k", "4", "--candidates"]
     capsys.readouterr()
     outputs = []
-    for flags in ((), ("--shortlist", 50), ("--shortlist", "auto")):
+    for flags in ((), ("--shortlist", "auto"), ("--shortlist", 4)):
         run_score(*base, tmp_path / "index", *flags)
-        outputs.append([line.split("\t")[3] for line in capsys.readouterr().out.splitlines()])
-    assert outputs[0] == outputs[1] == outputs[2]
+        outputs.append([line.split("\t")[3] for line in capsys.readouterr().out.splitlines()[1:]])
+    index = CandidateIndex.open(tmp_path / "index", DSESiameseClassifier.from_pretrained(saved))
+    hits = [index.search(TEXTS[0], 4, shortlist=size) for size in (None, None, 4)]
+    assert outputs == [[str(hit.row) for hit in found] for found in hits]
+    assert outputs[0] != outputs[2]
     for wrong, line in (("3", "--shortlist: 3 is below the hits per query, 4"), ("all", "'all' is not a whole number")):
         argv = ["score", *base, str(tmp_path / "index"), "--shortlist", wrong]
         assert line in refused(entry.main, argv)
@@ -238,6 +241,8 @@ def test_unit_vectors_for_a_vector_database(with_ids, saved, tmp_path, refused):
     np.testing.assert_allclose(units, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-5)
     for wrong in (["--output", "x"], ["--output", "x", "--append", "--export", "y.npy"]):
         assert "--candidates: is needed, but for --export" in refused(entry.main, ["index", "--model", saved, *wrong])
+    line = "--export: .*units.npy is in the index; name another folder"
+    assert re.search(line, refused(entry.main, [*base, str(tmp_path / "index" / "units.npy")]))
     assert "holds no index of candidates" in refused(
         entry.main, [*base[:4], str(tmp_path / "none"), *base[5:], "y.npy"]
     )
