@@ -25,7 +25,6 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
-from dse import index as index_module
 from dse.data.features import in_batches
 from dse.data.tasks import get_task
 from dse.data.tokenizers import load_tokenizer
@@ -41,6 +40,7 @@ from dse.networks.inference import TOKENS_PER_STEP, embed_texts
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, empty_network, new_network
 from dse.networks.teacher import Teacher
+from dse.storage import index_files
 from dse.storage.index_files import BLOCK
 from dse.storage.states import States
 from dse.training.epoch_plan import EpochPlan
@@ -289,7 +289,7 @@ def search(report: Report, device: torch.device, sizes: Sizes) -> None:
 
 def holding(share: float) -> Any:
     """A context in which an index keeps its candidates on the GPU up to that share of the free memory."""
-    return patch.object(index_module, "_OF_FREE_MEMORY", share)
+    return patch.object(index_files, "_OF_FREE_MEMORY", share)
 
 
 def _as_before(index: CandidateIndex, texts: list[str]) -> None:

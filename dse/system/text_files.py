@@ -128,7 +128,7 @@ def tsv_line(values: Iterable[Any]) -> str:
     r"""Values as a line of TSV without quoting: None is empty, and tabs and ends of lines become spaces.
 
     >>> tsv_line([1, "a\tb", None])
-    '1\\ta b\\t\\n'
+    '1\ta b\t\n'
     """
     return "\t".join(re.sub(r"[\t\r\n]", " ", "" if value is None else str(value)) for value in values) + "\n"
 
