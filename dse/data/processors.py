@@ -144,9 +144,10 @@ def _rows_of_share(task: Task, examples: Examples, share: float, keys: list[str]
         counts = Counter(of_stratum)
         wanted, some = max(1, round(share * len(of_stratum))), list[str]()
         for key in sorted(counts, key=lambda key: hashlib.sha256(key.encode()).digest()):
-            if sum(counts[each] for each in some) >= wanted:
+            if wanted <= 0:
                 break
             some.append(key)
+            wanted -= counts[key]
         if len(some) < len(counts):  # else there is nothing left to learn from
             chosen.update(some)
     return [row for row in rows if keys[row] in chosen]
