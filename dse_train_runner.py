@@ -255,7 +255,9 @@ def tell_order_difference(network: "SiameseNetwork", dev: "Batches", batch_size:
     from dse.networks.inference import order_difference
 
     difference = order_difference(network, dev, batch_size, network.device)
-    logger.info("after the last epoch, a dev pair's two orders differ by %.3f on average, before the mean", difference)
+    logger.info(
+        "after the last epoch, a dev pair's two orders differ by %.3f on average before they are averaged", difference
+    )
 
 
 def run(args: argparse.Namespace) -> None:

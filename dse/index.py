@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dse.data.features import batches_of
-from dse.data.tasks import ENTAILMENT, MULTICLASS, ranked_label
+from dse.data.tasks import ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
 from dse.networks.kernels import int8_products
 from dse.storage.index_files import (
@@ -302,12 +302,14 @@ def _measure_shortlists(index: CandidateIndex) -> None:
 
     Rows with the text of the query do not count. A stop leaves the index as it is, without the note.
     """
-    content, task = index.files.content, index.model.task
+    content = index.files.content
     grown = "shortlists" not in content or len(index) >= _GROWN * content["shortlists"]["count"]
     if index._keep is not None or "top" not in content or len(index) < _WORTH or not grown:
         return
-    if task.kind == MULTICLASS and task.rank_label is None and ENTAILMENT not in task.labels:
-        return  # nothing says which label ranks
+    try:
+        ranked_label(index.model.task)
+    except InputError:  # nothing says which label ranks
+        return
     count = max(_ASKED[0], min(_ASKED[1], _PAIRS_ASKED // len(index)))
     logger.info("%d candidates are stored; measuring shortlists with %d of them as queries", len(index), count)
     rows = np.random.default_rng(0).choice(len(index), min(count, len(index)), replace=False).tolist()
@@ -319,7 +321,7 @@ def _measure_shortlists(index: CandidateIndex) -> None:
     shares: dict[int, list[float]] = {size: [] for size in _SHORTLISTS if size < len(index)}
     for text, of_query, near in zip(texts, hits, nearest, strict=True):
         best = [hit.row for hit in of_query if hit.text != text][:_BEST]
-        others = [row for row in near[: _SHORTLISTS[-1] + _COPIES] if index.text(row) != text]
+        others = [row for row in near if index.text(row) != text]
         for size, found in shares.items():
             if len(best) == _BEST:  # else there are too many copies
                 found.append(len(set(best) & set(others[:size])) / _BEST)

@@ -57,7 +57,7 @@ def export(index: "CandidateIndex", path: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     """Embed the candidates into a new index, or append them to one; export them."""
     if args.candidates is None and (args.append or not args.export):
-        raise InputError("--candidates: is needed, but for --export of an index that is there")
+        raise InputError("--candidates: is needed, unless --export is given for an existing index")
     if args.half and (args.append or args.candidates is None):
         raise InputError(
             "--half: is decided when an index is made; leave it out with --append and without --candidates"

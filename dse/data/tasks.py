@@ -304,7 +304,7 @@ def _kind_of(path: Path, values: Counter[str]) -> str:
     seen: dict[object, str] = {}
     for value in values:
         if (other := seen.setdefault(float(value) if numbers else value.strip().casefold(), value)) != value:
-            raise InputError(f"{path}: the labels {other!r} and {value!r} look like one: write it in one way")
+            raise InputError(f"{path}: the labels {other!r} and {value!r} look like one label: use one spelling")
     if len(values) > _MOST_LABELS:
         raise InputError(
             f"{path}: {len(values)} different labels, such as {next(iter(values))!r}; is it the label's column?"

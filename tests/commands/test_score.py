@@ -240,7 +240,7 @@ def test_unit_vectors_for_a_vector_database(with_ids, saved, tmp_path, refused):
     expected = model.encode(TEXTS)[:, -size:]
     np.testing.assert_allclose(units, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-5)
     for wrong in (["--output", "x"], ["--output", "x", "--append", "--export", "y.npy"]):
-        assert "--candidates: is needed, but for --export" in refused(entry.main, ["index", "--model", saved, *wrong])
+        assert "--candidates: is needed, unless --export" in refused(entry.main, ["index", "--model", saved, *wrong])
     line = "--export: .*units.npy is in the index; name another folder"
     assert re.search(line, refused(entry.main, [*base, str(tmp_path / "index" / "units.npy")]))
     assert "holds no index of candidates" in refused(
