@@ -10,8 +10,9 @@ Same encoder, mean pooling, same labels, no teacher (Reimers and Gurevych, EMNLP
 sentence-transformers). AdamW with linear warm-up and decay, as its `fit` does.
 """
 
+import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,14 +51,45 @@ def mean_encoder(
     return DSESiameseClassifier(network, load_tokenizer(folder, lower_case, "--bert_model"), task, length)
 
 
-def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu") -> Any:
-    """A SentenceTransformer: the same encoder with mean pooling. Needs sentence-transformers (tried with 6.2)."""
+def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu", **ways: Any) -> Any:
+    """A SentenceTransformer: the same encoder with mean pooling. Needs sentence-transformers (tried with 6.2).
+
+    `ways` are its Transformer's: backend ("openvino", "onnx") and model_kwargs.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    encoder = Transformer(str(bert_folder), max_seq_length=max_seq_length)
+    encoder = Transformer(str(bert_folder), max_seq_length=max_seq_length, **ways)
     pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
     return SentenceTransformer(modules=[encoder, pooling], device=device)
+
+
+class Backend(NamedTuple):
+    """A way of sentence-transformers to encode on a CPU without torch."""
+
+    module: str  # of optimum, which it needs
+    heading: str
+    settings: dict[str, dict[str, Any]]  # of a precision that it has
+
+
+BACKENDS = {
+    "openvino": Backend("intel", "its OpenVINO", {
+        name: {"ov_config": {"INFERENCE_PRECISION_HINT": hint}} for name, hint in (("fp32", "f32"), ("bf16", "bf16"))
+    }),
+    "onnx": Backend("onnxruntime", "its ONNX", {"fp32": {}}),
+}  # fmt: skip
+
+
+def backends(bert_folder: Path, max_seq_length: int, precision: str) -> dict[str, Any]:
+    """A `sentence_transformer` for each of BACKENDS that is installed and has the precision; "auto" is fp32."""
+    precision = "fp32" if precision == "auto" else precision
+    return {
+        name: sentence_transformer(bert_folder, max_seq_length, backend=name, model_kwargs=backend.settings[precision])
+        for name, backend in BACKENDS.items()
+        if importlib.util.find_spec("optimum")
+        and importlib.util.find_spec(f"optimum.{backend.module}")
+        and precision in backend.settings
+    }
 
 
 class SentenceBert:

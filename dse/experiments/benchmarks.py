@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from dse.data.features import cached_features, in_batches, joint_features, separate_features
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
-from dse.experiments.baselines import sentence_transformer
+from dse.experiments.baselines import BACKENDS, backends, sentence_transformer
 from dse.experiments.reproduction import has_sentence_transformers
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
@@ -171,9 +171,9 @@ def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
     """What `take_turns` measured, as numbers of useful work by padding, and their ratios to ours."""
     seconds, memory, peak = turns
     rates = {name: work / seconds[name] for name, work in gflop.items()}
-    theirs = {"ratio_to_sentence_transformers": seconds["theirs"] / seconds["packed"]} if "theirs" in seconds else {}
+    ways = {"theirs": "sentence_transformers", **{way: way for way in BACKENDS}}
     return {
-        **theirs,
+        **{f"ratio_to_{name}": seconds[way] / seconds["packed"] for way, name in ways.items() if way in seconds},
         "ratio_to_fixed_padding": rates["packed"] / rates["max"],
         "ratio_to_batch_padding": rates["packed"] / rates["batch"],
         "fraction_of_matmul_peak": rates["packed"] / peak,
@@ -185,22 +185,25 @@ def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
 
 def rates_table(*measured: dict[str, Any]) -> str:
     """Useful GFLOP/s of `training` and `inference`, a row per network, and what packed batches are to other ways."""
-    header: tuple[str, ...] = (
+    every = [numbers for found in measured for numbers in found.values()]
+    others = [way for way in BACKENDS if any(f"ratio_to_{way}" in numbers for numbers in every)]
+    with_gpu, ways = any("gpu" in numbers for numbers in every), ["sentence_transformers", *others]
+    header = (
         "useful GFLOP/s", *PADDINGS.values(), "ours against max_seq_length", "against the batch",
-        "against sentence-transformers", "matrix products alone", "ours of these", "peak memory, MiB",
+        "against sentence-transformers", *(f"against {BACKENDS[way].heading}" for way in others),
+        "matrix products alone", "ours of these", "peak memory, MiB", *(USE_OF_GPU if with_gpu else ()),
     )  # fmt: skip
-    with_gpu = any("gpu" in numbers for found in measured for numbers in found.values())
-    header += USE_OF_GPU if with_gpu else ()
     rows = []
     for found in measured:
         task = found["settings"]["task_name"].upper()
         for role, numbers in found.items():
             if role != "settings":
-                theirs = numbers.get("ratio_to_sentence_transformers")
+                theirs = [numbers.get(f"ratio_to_{way}") for way in ways]
                 rows.append((
                     f"{role}, {task}", *(f"{numbers['useful_gflops'][padding]:.1f}" for padding in PADDINGS),
                     f"{numbers['ratio_to_fixed_padding']:.1f}x", f"{numbers['ratio_to_batch_padding']:.1f}x",
-                    "-" if theirs is None else f"{theirs:.2f}x", f"{numbers['matmul_peak_gflops']:.1f}",
+                    *("-" if ratio is None else f"{ratio:.2f}x" for ratio in theirs),
+                    f"{numbers['matmul_peak_gflops']:.1f}",
                     f"{numbers['fraction_of_matmul_peak']:.0%}".replace("%", " %"),
                     " / ".join(f"{numbers['peak_memory_mib'][padding]:,.0f}" for padding in PADDINGS),
                     *(use_cells(numbers.get("gpu"), PADDINGS) if with_gpu else ()),
@@ -362,8 +365,10 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
     if has_sentence_transformers():
         texts = list(dict.fromkeys([*first, *second]))
         encode = sentence_transformer(bert.folder, args.max_seq_length, args.device).encode
-        encode = computing_in(args.precision, args.device)(encode)
-        variants["theirs"] = partial(encode, texts, batch_size=32, show_progress_bar=False)
+        ways = {"theirs": computing_in(args.precision, args.device)(encode)}
+        others = {} if args.device != "cpu" else backends(bert.folder, args.max_seq_length, args.precision)
+        ways |= {name: other.encode for name, other in others.items()}
+        variants |= {name: partial(way, texts, batch_size=32, show_progress_bar=False) for name, way in ways.items()}
     most = TOKENS_PER_STEP[args.device]
     peak = partial(matmul_peak, bert.config, most, False, args.device, args.precision)
     turns = take_turns(variants, args.rounds, peak, args.device)

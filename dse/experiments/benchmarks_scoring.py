@@ -1,7 +1,8 @@
 """Measuring what the student is for: one query against very many stored candidates.
 
 The cross-encoder reads every pair (measured on a part, per pair); the head takes blocks of stored embeddings, as in
-training, and so does the index. Embedding the candidates happens once and is reported apart.
+training, and so does the index. Embedding the candidates happens once and is reported apart. Where more candidates are
+asked for than the task has sentences, the others are mixtures of two sentences' embeddings.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,7 @@ from dse.networks.inference import infer
 from dse.networks.pretrained import OpenedBert
 from dse.networks.student import new_network
 from dse.networks.teacher import load_teacher
-from dse.storage.index_files import BLOCK
+from dse.storage.index_files import BLOCK, Part, stored
 from dse.system.errors import InputError
 from dse.system.files import atomic_write
 from dse.system.libc import anonymous_memory
@@ -40,7 +41,7 @@ from dse.training.reporting import markdown_table
 
 logger = logging.getLogger(__name__)
 
-MANY_QUERIES = 64
+MANY_QUERIES, PAIRS_AT_ONCE = 64, 6_400_000  # queries at once, and how many pairs they may score
 CROSS_ENCODER_PAIRS = 512
 TEACHER, NAIVE, OURS, NEAREST = "cross-encoder", "head on blocks", "index (ours)", "shortlist (ours)"
 SHORTLIST = 100
@@ -50,8 +51,7 @@ SHORTLIST = 100
 def naive_outputs(query: str, index: CandidateIndex) -> Tensor:
     """The head as it is trained, [u, v, u * v, |u - v|] made for every pair, a block of candidates at a time."""
     head, u = index.model.network.siamese_head, index.model.encode(query, convert_to="tensor")
-    stored = (torch.from_numpy(index.files.block(start)) for start in range(0, len(index), BLOCK))
-    blocks = (some.to(u.device, torch.float32) for some in stored)
+    blocks = (stored(index.files, start).to(u.device, torch.float32) for start in range(0, len(index), BLOCK))
     return torch.cat([head(u.expand_as(v), v) for v in blocks])
 
 
@@ -71,8 +71,19 @@ def watched(memory: dict[str, float], name: str, run: Callable[..., object], *ar
     watch.join()
 
 
+def candidates(embeddings: np.ndarray, sentences: list[str], count: int) -> Iterator[Part]:
+    """So many embeddings with their texts: those of the sentences, then mixtures of two of them."""
+    yield embeddings[:count], sentences[:count]
+    rng, known = np.random.default_rng(0), len(sentences)
+    for start in range(known, count, BLOCK):
+        size = min(BLOCK, count - start)
+        (one, other), share = rng.integers(known, size=(2, size)), rng.random((size, 1), dtype=np.float32)
+        mixed = share * embeddings[one] + (1 - share) * embeddings[other]
+        yield mixed, [f"mixture {row}" for row in range(start, start + size)]
+
+
 def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str, Any]:
-    """Measure each number of candidates: the task's training sentences, over and over."""
+    """Measure each number of candidates."""
     if args.model:
         model = DSESiameseClassifier.from_pretrained(args.model)
         if model.task != task:
@@ -86,7 +97,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     query, sentences = examples.first[0], list(dict.fromkeys(chain(*reversed(examples.sides))))
     some = sentences[:CROSS_ENCODER_PAIRS]
     seconds_per_pair = cross_encoder_seconds(args, task, bert, Examples([query] * len(some), some))
-    sentences = sentences[: max(args.candidates)]
+    sentences, asked = sentences[: max(args.candidates)], read_examples(task, args.data_dir, "dev").first
     started = time.perf_counter()
     embeddings = model.encode(sentences, show_progress=False)
     each = (time.perf_counter() - started) / len(sentences)
@@ -94,18 +105,17 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
     numbers: dict[str, Any] = {"head": head, "embedding_seconds_per_sentence": each, "candidates": {}}
     with tempfile.TemporaryDirectory(prefix="dse-benchmark-") as folder:
         for count in args.candidates:
-            parts = [(embeddings[:left], sentences[:left]) for left in range(count, 0, -len(sentences))]
-            index = CandidateIndex.from_embeddings(model, parts, Path(folder) / str(count))
-            numbers["candidates"][str(count)] = found = one_size(args, index, query, seconds_per_pair)
-            if count <= len(sentences):  # else the best are copies of one text
-                asked = read_examples(task, args.data_dir, "dev").first[:MANY_QUERIES]
-                both: Any = zip(index.search(asked, 10), index.search(asked, 10, shortlist=SHORTLIST), strict=True)
-                rows = ([{hit.row for hit in hits} for hits in found_by] for found_by in both)
-                found["shortlist_recall"] = float(np.mean([len(one & other) / len(one) for one, other in rows]))
+            parts = partial(candidates, embeddings, sentences, count)
+            started = time.perf_counter()
+            index = CandidateIndex.from_embeddings(model, parts(), Path(folder) / str(count))
+            built = time.perf_counter() - started
+            many = asked[: max(1, min(MANY_QUERIES, PAIRS_AT_ONCE // count))]
+            numbers["candidates"][str(count)] = found = one_size(args, index, query, many, seconds_per_pair)
+            found["seconds"]["build"] = built
             if head == "dot" and args.device == "cpu" and importlib.util.find_spec("faiss"):  # of the CPU
                 found["ratio_to_faiss"] = against_faiss(args, index, query)
             if count == min(args.candidates):
-                halved = CandidateIndex.from_embeddings(model, parts, dtype="float16")
+                halved = CandidateIndex.from_embeddings(model, parts(), dtype="float16")
                 half = relative_difference(halved.score(query), index.score(query))
                 numbers["max_relative_difference_float16"] = half
     if args.plot:
@@ -129,12 +139,13 @@ def relative_difference(scores: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(scores - expected).max() / np.abs(expected).max())
 
 
-def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pair: float) -> dict[str, Any]:
-    """Measure one number of candidates."""
+def one_size(
+    args: argparse.Namespace, index: CandidateIndex, query: str, many: list[str], per_pair: float
+) -> dict[str, Any]:
+    """Measure one number of candidates: one query, and many at once."""
     count, memory = len(index), dict[str, float]()
     expected = rank_scores(naive_outputs(query, index), index.model.task).cpu().numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
-    many = [index.text(row) for row in range(min(count, MANY_QUERIES))]
     variants: Variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
@@ -147,6 +158,9 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
     seconds = turns[0]
     used = on_gpu(args.device, variants, seconds, dict.fromkeys(variants, 1))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
+    found: list[Any] = [index.search(many, 10), index.search(many, 10, shortlist=SHORTLIST)]
+    of_all, of_nearest = ([{hit.row for hit in hits} for hits in each] for each in found)
+    shares = [len(best & near) / len(best) for best, near in zip(of_all, of_nearest, strict=True)]
     logger.info("%d candidates: %.4g s a query", count, seconds[OURS])
     return {
         "seconds": seconds,
@@ -154,6 +168,8 @@ def one_size(args: argparse.Namespace, index: CandidateIndex, query: str, per_pa
         "ratio_to_cross_encoder": seconds[TEACHER] / seconds[OURS],
         "ratio_of_one_query_to_each_of_many": seconds[OURS] / seconds["many"],
         "max_relative_difference": difference,
+        "shortlist_recall": float(np.mean(shares)),
+        "many_queries": len(many),
         "anonymous_mib": memory,
         **used,
     }
@@ -173,25 +189,21 @@ def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -
 def scoring_table(*measured: dict[str, Any]) -> str:
     """Seconds for one query, a row per head and number of candidates."""
     header: tuple[str, ...] = (
-        "head", "candidates", "cross-encoder, s", "head on blocks, s", "index, s", "against the cross-encoder",
-        "against the head on blocks", "against faiss", f"each of {MANY_QUERIES} queries at once, s",
-        "largest difference of a score", "memory above, MiB",
+        "head", "candidates", "cross-encoder, s", "head on blocks, s", "index, s", f"shortlist of {SHORTLIST}, s",
+        "its share of the ten best", "index against the cross-encoder", "against the head on blocks", "against faiss",
+        "each of many queries at once, s", "largest difference of a score", "memory above, MiB", "to build, s",
     )  # fmt: skip
-    with_gpu, with_shortlist = (
-        any(key in numbers for found in measured for numbers in found["candidates"].values())
-        for key in ("gpu", "shortlist_recall")
-    )
-    header += (f"shortlist of {SHORTLIST}, s", "what it has of the ten best") if with_shortlist else ()
+    with_gpu = any("gpu" in numbers for found in measured for numbers in found["candidates"].values())
     header += USE_OF_GPU if with_gpu else ()
     rows = [
         (
             f"`{found['head']}`", f"{int(count):,}",
-            *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, OURS)),
+            *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, OURS, NEAREST)),
+            f"{100 * numbers['shortlist_recall']:.1f} % of {numbers['many_queries']}",
             f"{numbers['ratio_to_cross_encoder']:,.0f}x", f"{numbers['ratio_to_naive_head']:.1f}x",
             f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",
             f"{numbers['seconds']['many']:.3g}", f"{numbers['max_relative_difference']:.0e}",
-            f"{numbers['anonymous_mib'][OURS]:,.0f}",
-            *(shortlist_cells(numbers) if with_shortlist else ()),
+            f"{numbers['anonymous_mib'][OURS]:,.0f}", f"{numbers['seconds']['build']:.3g}",
             *(use_cells(numbers.get("gpu"), (NAIVE, OURS)) if with_gpu else ()),
         )
         for found in measured
@@ -200,20 +212,15 @@ def scoring_table(*measured: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def shortlist_cells(numbers: dict[str, Any]) -> tuple[str, str]:
-    """Seconds for one query, and the share of the ten best that it finds; dashes if they were not measured."""
-    if "shortlist_recall" not in numbers:
-        return "-", "-"
-    return f"{numbers['seconds'][NEAREST]:.3g}", f"{100 * numbers['shortlist_recall']:.1f} %"
-
-
 def in_one_line(found: dict[str, Any]) -> str:
     """What one query against the most candidates costs, and what it was to embed them."""
     count, numbers = max(found["candidates"].items(), key=lambda item: int(item[0]))
     return (
         f"One query against {int(count):,} stored candidates takes {numbers['seconds'][OURS]:.2g} s, "
-        f"{numbers['ratio_to_cross_encoder']:,.0f} times as fast as a cross-encoder of the same size. Embedding a "
-        f"candidate takes {1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
+        f"{numbers['ratio_to_cross_encoder']:,.0f} times as fast as a cross-encoder of the same size, or "
+        f"{numbers['seconds'][NEAREST]:.2g} s with a shortlist of {SHORTLIST}, which has "
+        f"{100 * numbers['shortlist_recall']:.0f} % of the ten best. Embedding a candidate takes "
+        f"{1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
     )
 
 
@@ -223,7 +230,7 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds per query")
-    for name in (TEACHER, NAIVE, OURS):
+    for name in (TEACHER, NAIVE, OURS, NEAREST):
         points = [(int(count), each["seconds"][name]) for count, each in numbers["candidates"].items()]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.legend()

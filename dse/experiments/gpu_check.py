@@ -323,29 +323,28 @@ def index(report: Report, device: torch.device, sizes: Sizes) -> None:
     """An index's scores and hits against the CPU's: built there, opened from the CPU's, and streamed."""
     rng = random.Random(0)
     sentences = list(dict.fromkeys(make_pair(rng)[1] for _ in range(sizes.sentences)))
-    queries = [make_pair(rng)[2] for _ in range(5)]
-    best: Any
-    hits: Any
+    queries, hits = [make_pair(rng)[2] for _ in range(5)], dict[str, Any]()
     with tempfile.TemporaryDirectory() as place:
-        for dtype in ("float32", "float16"):
-            model, folder = gpu_measures.text_student(torch.device("cpu"), 128), Path(place, dtype)
+        for dtype, head in (("float32", "concat"), ("float16", "concat"), ("float32", "residual")):
+            model, folder = gpu_measures.text_student(torch.device("cpu"), 128, head), Path(place, dtype + head)
             stored = CandidateIndex.build(model, sentences, folder, dtype, show_progress=False)
-            expected, hits = stored.score(queries), stored.search(queries, 10)
+            expected, near = stored.score(queries), 200 if head == "residual" else None  # a shortlist
+            hits["expected"] = stored.search(queries, 10, shortlist=near)
             model.to(device)
             built = CandidateIndex.build(model, sentences, None, dtype, show_progress=False)
             # Of embeddings that differ by rounding, some differ by a step of float16.
             for name, limit in (("built", 1e-5 if dtype == "float32" else 1e-3), ("opened", 1e-5), ("streamed", 1e-5)):
                 with gpu_measures.holding(0.0 if name == "streamed" else 0.6):
                     one = built if name == "built" else CandidateIndex.open(folder, model)
-                    found, best = one.score(queries), one.search(queries, 10)
-                report.add(f"{name}, {dtype}: scores", distance(found, expected), limit=limit)
-                room = 2 * limit * float(np.abs(expected).max())  # candidates closer than that may change places
+                    found, hits["found"] = one.score(queries), one.search(queries, 10, shortlist=near)
+                report.add(f"{name}, {head}, {dtype}: scores", distance(found, expected), limit=limit)
                 of_found, of_expected = (
                     np.take_along_axis(expected, np.array([[hit.row for hit in each] for each in some]), 1)
-                    for some in (best, hits)
+                    for some in (hits["found"], hits["expected"])
                 )
-                wrong = np.count_nonzero(np.abs(of_found - of_expected) > room)
-                report.add(f"{name}, {dtype}: other hits, of {of_found.size}", wrong, limit=0)
+                # Candidates that are closer than the rounding of both may change places.
+                wrong = np.count_nonzero(np.abs(of_found - of_expected) > 2 * limit * np.abs(expected).max())
+                report.add(f"{name}, {head}, {dtype}: other hits, of {of_found.size}", wrong, limit=0)
 
 
 @contextlib.contextmanager

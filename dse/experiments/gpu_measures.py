@@ -97,13 +97,15 @@ def teacher_of(bert: dict[str, Any], device: torch.device) -> Teacher:
         return Teacher(BertForSequenceClassification(BertConfig(**bert)))
 
 
-def text_student(device: torch.device, width: int) -> DSESiameseClassifier:
-    """A tiny untrained student that takes made-up sentences; its embeddings have that width."""
+def text_student(device: torch.device, width: int, head: str = "concat") -> DSESiameseClassifier:
+    """A tiny untrained student of made-up sentences, with embeddings of that width; not concat: symmetric."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_tiny_bert(folder, seed=0)
-        config = DSEConfig(bert_config(folder, "made up"), "concat_top_mean", 2, "concat", width, (512, 1))
+        bert, symmetric = bert_config(folder, "made up"), head != "concat"
+        config = DSEConfig(bert, "concat_top_mean", 2, head, width, (512, 1), symmetric=symmetric)
         network = new_network(folder, config).eval()
+        torch.nn.init.normal_(network.siamese_head.fc_layers[-1].weight, std=0.02)  # 0 in a residual head
         network.precision = "fp32"
         return DSESiameseClassifier(network, load_tokenizer(folder, True, "made up"), get_task("mrpc"), 48).to(device)
 

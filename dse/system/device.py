@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+_WITH_BFLOAT16 = ("AMX", "AVX-512 with bfloat16")  # instructions, as `processor` names them
 _SIGNS_OF_A_GPU = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))  # of its driver
 
 
@@ -78,14 +79,15 @@ def _has_cuda() -> bool:
 
 
 def describe_device(device: "torch.device", precision: str = "auto") -> str:
-    """The device and the encoder's precision there in words, for the log."""
+    """The device and the encoder's precision there in words, for the log; what a CPU that has bfloat16 would gain."""
     import torch
 
-    if precision == "auto":
-        precision = "tf32" if device.type == "cuda" else "fp32"
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)}), encoder in {precision}"
-    rounded = "" if precision == "fp32" else f", encoder in {precision}"
+        encoder = f"encoder in {'tf32' if precision == 'auto' else precision}"
+        return f"{device} ({torch.cuda.get_device_name(device)}), {encoder}"
+    rounded = "" if precision in ("auto", "fp32") else f", encoder in {precision}"
+    if precision == "auto" and processor().endswith(_WITH_BFLOAT16):
+        rounded = ", encoder in fp32 (this processor has bfloat16: --precision bf16 is faster)"
     return f"CPU with {count_of(torch.get_num_threads())}{rounded}"
 
 
@@ -106,7 +108,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     has = set(told.get("flags", "").split())
-    known = {"amx_tile": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    amx, avx = _WITH_BFLOAT16
+    known = {"amx_bf16": amx, "avx512_bf16": avx, "avx512f": "AVX-512", "avx2": "AVX2"}
     best = next((name for flag, name in known.items() if flag in has), None)
     return ", ".join(filter(None, (told.get("model name") or platform.machine(), best)))
 

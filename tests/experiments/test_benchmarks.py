@@ -5,13 +5,14 @@ import timeit
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import as_flags, one_turn
 from transformers import BertConfig, BertModel
 
 from dse import __main__ as entry
-from dse.experiments import benchmarks, benchmarks_scoring
+from dse.experiments import baselines, benchmarks, benchmarks_scoring
 from dse.networks.encoder import PooledBert
 from dse.system.device import bert_parameters, training_bytes, training_seconds
 from dse.training.trainer import Trainer
@@ -90,15 +91,36 @@ def test_scoring(run, data, task, head, tmp_path):
         seconds = each["seconds"]
         assert each["ratio_to_naive_head"] == pytest.approx(seconds["head on blocks"] / seconds["index (ours)"])
         assert each["ratio_to_cross_encoder"] == pytest.approx(seconds["cross-encoder"] / seconds["index (ours)"])
-        shown = (f"{seconds[name]:.3g}" for name in ("cross-encoder", "head on blocks", "index (ours)"))
-        assert f"| `{head}` | {count} | {' | '.join(shown)} | " in output
+        ways = ("cross-encoder", "head on blocks", "index (ours)", "shortlist (ours)")
+        shown = " | ".join(f"{seconds[name]:.3g}" for name in ways)
+        assert f"| `{head}` | {count} | {shown} | 100.0 % of {each['many_queries']} | " in output
         assert 0 <= each["max_relative_difference"] <= 1e-5
-        assert each["shortlist_recall"] == 1
-        assert f"| {seconds['shortlist (ours)']:.3g} | 100.0 % |" in output
+        assert each["shortlist_recall"] == 1  # it takes all
+        assert f" | {seconds['build']:.3g} |" in output
     assert 1e-6 < numbers["max_relative_difference_float16"] < 1e-2
     sizes = {count: each["seconds"]["cross-encoder"] for count, each in numbers["candidates"].items()}
     assert sizes["30"] == pytest.approx(sizes["7"] * 30 / 7)
     assert benchmarks_scoring.in_one_line(numbers).startswith("One query against 30 stored candidates takes ")
+
+
+def test_more_candidates_are_mixtures_of_two():
+    """Of (1, 0) and (0, 1): the shares of the two, which sum to 1."""
+    (first, texts), *others = benchmarks_scoring.candidates(np.eye(2, dtype=np.float32), ["a", "b"], 5000)
+    assert (first.tolist(), texts) == ([[1, 0], [0, 1]], ["a", "b"])
+    mixed, named = np.concatenate([part[0] for part in others]), [text for part in others for text in part[1]]
+    assert np.allclose(mixed.sum(axis=1), 1) and 0.2 < np.mean((mixed > 0) & (mixed < 1)) < 0.8
+    assert named == [f"mixture {row}" for row in range(2, 5000)]
+    ((first, texts),) = benchmarks_scoring.candidates(np.eye(2, dtype=np.float32), ["a", "b"], 1)
+    assert (first.tolist(), texts) == ([[1, 0]], ["a"])
+
+
+def test_a_shortlists_share_is_of_the_ten_best(run, monkeypatch):
+    monkeypatch.setattr(benchmarks_scoring, "SHORTLIST", 10)
+    numbers, output = run("scoring", candidates=[7, 40], siamese_head_type="concat")
+    assert numbers["candidates"]["7"]["shortlist_recall"] == 1
+    share = numbers["candidates"]["40"]["shortlist_recall"]
+    assert 0 < share < 1  # an untrained concat head finds others than the nearest
+    assert f"| {100 * share:.1f} % of " in output
 
 
 def test_scoring_with_a_saved_student_and_a_plot(run, student, data, tmp_path):
@@ -180,6 +202,29 @@ def test_what_the_gpu_does_in_a_step():
         {"launches": 1.5, "kernels": 2.5, "copies_to_gpu": 0.5, "copies_to_host": 0.5, "idle_share": 1 - busy / 100}
     )
     assert benchmarks.use_of_gpu(events, 20e-6, 2)["idle_share"] == 0
+
+
+def test_encoding_is_compared_with_the_backends_of_sentence_transformers(run, monkeypatch):
+    """Those that are installed, in the encoder's precision; on CUDA none."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    real, asked = baselines.sentence_transformer, []
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: name in ("optimum", "optimum.intel"))
+
+    def made(folder, length, device="cpu", **ways):
+        asked.append(ways)
+        return real(folder, length, device)
+
+    monkeypatch.setattr(baselines, "sentence_transformer", made)
+    numbers, output = run("inference")
+    other, _ = run("inference", precision="bf16")
+    hints = [ways["model_kwargs"]["ov_config"]["INFERENCE_PRECISION_HINT"] for ways in asked]
+    assert (hints, {ways["backend"] for ways in asked}) == (["f32", "bf16"], {"openvino"})
+    headings = output[output.index("| useful GFLOP/s") :].splitlines()[0].split(" | ")
+    place = headings.index("against its OpenVINO")
+    assert headings[place - 1] == "against sentence-transformers"
+    cells = next(line for line in output.splitlines() if line.startswith("| encoding")).split(" | ")
+    assert cells[place] == f"{numbers['encoding']['ratio_to_openvino']:.2f}x"
+    assert "ratio_to_onnx" not in numbers["encoding"] and "ratio_to_openvino" in other["encoding"]
 
 
 def test_tables_tell_of_the_gpu_where_there_is_one(run, monkeypatch):

@@ -19,7 +19,7 @@ INFO = "processor\t: 0\nmodel name\t: A Chip\nflags\t\t: fpu {}\n"
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("avx2 avx512f avx512_bf16 amx_tile", "A Chip, AMX"),
+        ("avx2 avx512f avx512_bf16 amx_tile amx_bf16", "A Chip, AMX"),
         ("avx2 avx512f avx512_bf16", "A Chip, AVX-512 with bfloat16"),
         ("avx2 avx512f", "A Chip, AVX-512"),
         ("avx2", "A Chip, AVX2"),
@@ -29,6 +29,23 @@ INFO = "processor\t: 0\nmodel name\t: A Chip\nflags\t\t: fpu {}\n"
 def test_the_processor_and_its_best_products(monkeypatch, flags, told):
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: INFO.format(flags))
     assert device.processor() == told
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "told"),
+    [
+        ("avx512_bf16", "auto", ", encoder in fp32 (this processor has bfloat16: --precision bf16 is faster)"),
+        ("amx_bf16", "auto", ", encoder in fp32 (this processor has bfloat16: --precision bf16 is faster)"),
+        ("avx512f", "auto", ""),
+        ("avx512_bf16", "fp32", ""),
+        ("avx512_bf16", "bf16", ", encoder in bf16"),
+    ],
+)
+def test_the_log_tells_of_bfloat16_where_it_is_not_asked_for(monkeypatch, flags, precision, told):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: INFO.format(flags))
+    words = device.describe_device(torch.device("cpu"), precision)
+    assert words == f"CPU with {device.count_of(threads)}{told}"
 
 
 @pytest.fixture
