@@ -7,14 +7,15 @@
 The query is the pair's first text. Nothing but the candidates' texts and embeddings is stored (storage/index_files.py);
 each head knows how to score one query against many of them at once (networks/heads.py). A GPU keeps the embeddings
 while they fit, or else they stream to it for each call. A shortlist, the candidates that are nearest by the cosine of
-the top layer, spares the head most of them.
+the top layer, spares the head most of them. Where bfloat16 is fast, a large index is searched in it first, and the hits
+are found in float32 among the candidates that a bound of the error leaves.
 """
 
 import itertools
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -27,20 +28,11 @@ from tqdm import tqdm
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
-from dse.networks.kernels import int8_products
-from dse.storage.index_files import (
-    BLOCK,
-    DIRECTIONS,
-    FACTORS,
-    VECTORS,
-    Embeddings,
-    IndexFiles,
-    Part,
-    directions,
-    stored,
-)
+from dse.networks.inference import rank_keys, scores_and_rows
+from dse.storage.index_files import BLOCK, VECTORS, Embeddings, IndexFiles, Part, nearest
 from dse.storage.student_folder import fingerprint
 from dse.system import signals
+from dse.system.device import has_bfloat16
 from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
 
@@ -48,12 +40,11 @@ logger = logging.getLogger(__name__)
 _EMBED_AT_ONCE = 4 * BLOCK
 _CHARACTERS_AT_ONCE = 1 << 24
 _QUERIES = 64  # scored at once
-_NEAREST_AT_ONCE = 16  # blocks
 _SHORTLISTS, _RECALL = (20, 50, 100, 200, 500, 1000), 0.99  # sizes that are measured, and the recall that "auto" needs
 _BEST, _COPIES, _GROWN = 10, 20, 1.1  # hits of the measurement; of a query's text; growth after which it is made again
 _ASKED, _PAIRS_ASKED = (16, 64), 3_200_000  # its queries, at least and at most; pairs that they score, about
 _WORTH = 1000  # candidates from which on a shortlist is worth measuring
-_LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
+_LEFT, _WORTH_TWO = BLOCK, 16  # by a first pass, at most; how many times as many candidates make one worth while
 
 
 class CandidateIndex:
@@ -190,7 +181,7 @@ class CandidateIndex:
             best = _best_of_all(self, texts, kept, left_out, rank_label, show_progress)
         else:
             best = _best_of_nearest(self, texts, kept, left_out, rank_label, size)
-        scores, rows = _scores_and_rows(best.cpu())  # waits for a GPU, once
+        scores, rows = scores_and_rows(best.cpu())  # waits for a GPU, once
         found = zip(finite(scores, self.folder), rows.tolist(), strict=True)
         hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
         return hits[0] if isinstance(queries, str) else hits
@@ -234,49 +225,86 @@ def _blocks(
                 bar.update(scores.numel())
 
 
-def _best_of_all(
+def _best_of_all(index: CandidateIndex, texts: list[str], kept: int, *given: Any) -> Tensor:
+    """The keys of the best candidates of each query, (queries, kept), the best first."""
+    worth_while = texts and len(index) >= _WORTH_TWO * _LEFT and 0 < kept <= _LEFT // 4
+    two = worth_while and has_bfloat16(index.model.device)
+    best = _best_in_two_passes(index, texts, kept, *given) if two else None
+    return _best_in_one_pass(index, texts, kept, *given) if best is None else best
+
+
+def _best_in_one_pass(
     index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, show: bool | None
 ) -> Tensor:
-    """The keys of the best candidates of each query, (queries, kept), the best first."""
+    """As `_best_of_all`."""
     least = torch.iinfo(torch.int64).min
     best = torch.full((len(texts), kept), least, device=index.model.device)
     for row, start, some in _blocks(index, texts, label, show):
         of_some = best[row : row + len(some)]
-        keys = _keys(some, torch.arange(start, start + some.shape[1], device=some.device))
+        keys = rank_keys(some, torch.arange(start, start + some.shape[1], device=some.device))
         if len(left_out):
             keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
         of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
     return best
 
 
+def _best_in_two_passes(
+    index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, show: bool | None
+) -> Tensor | None:
+    """As `_best_of_all`, but with products in bfloat16; in float32 only where their error may decide.
+
+    None: it may decide of more than _LEFT candidates of a query, as where all are nearly equal.
+    """
+    task, head, least = index.model.task, index.model.network.siamese_head, torch.iinfo(torch.int64).min
+    ranked_label(task, label)  # refused before anything is embedded
+    best, outputs = list[Tensor](), head.factorised()
+    for some in index.model.encode(texts, convert_to="tensor", show_progress=False).split(_QUERIES):
+        if (rounded := head.rounded(some)) is None:
+            return None
+        lowest, highest = some.new_full((len(some), kept), -math.inf), some.new_empty(len(some), 0, dtype=torch.int64)
+        blocks = index.embeddings.blocks(index.files, some.device, max(index.model.network.config.fc_dims))
+        hidden = None if show is None else not show
+        for start, candidates in tqdm(blocks, "score", unit="block", disable=hidden, leave=False):
+            found, errors = rounded(candidates)
+            scores, errors = rank_scores(found, task, label), errors * min(2, found.shape[-1])  # log-odds are of two
+            rows = torch.arange(start, start + len(candidates), device=some.device)
+            lower, keys = scores - errors, rank_keys(scores + errors, rows)
+            gone = left_out[(left_out >= start) & (left_out < start + len(candidates))] - start
+            lower[:, gone], keys[:, gone] = -math.inf, least
+            lowest = torch.cat([lowest, lower], dim=1).topk(kept).values
+            highest = torch.cat([highest, keys], dim=1)
+            highest = highest.topk(min(_LEFT, highest.shape[1])).values
+            if highest.shape[1] == _LEFT and bool((scores_and_rows(highest[:, -1])[0] >= lowest[:, -1]).any()):
+                return None
+        may_be = (highest != least) & ~(scores_and_rows(highest)[0] < lowest[:, -1:])  # NaN too: it must be seen
+        for u, of_query, wanted in zip(some, scores_and_rows(highest)[1].cpu(), may_be.cpu(), strict=True):
+            best.append(_best_of_rows(index, u, of_query[wanted], kept, outputs, label))
+    return torch.cat(best)
+
+
+def _best_of_rows(
+    index: CandidateIndex, u: Tensor, rows: Tensor, kept: int, outputs: Callable[[Tensor, Tensor], Tensor],
+    label: str | None,
+) -> Tensor:  # fmt: skip
+    """The keys of the best of these rows, (rows,), for the query u, (1, kept or fewer)."""
+    candidates = torch.from_numpy(index.files.rows(rows.numpy())).to(u.device, torch.float32)
+    scores = rank_scores(outputs(u[None], candidates), index.model.task, label)
+    return rank_keys(scores, rows.to(u.device)).topk(min(kept, len(rows))).values
+
+
 def _best_of_nearest(
     index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, size: int
 ) -> Tensor:
     """As `_best_of_all`, of the `size` nearest candidates of each query alone, (queries, kept or fewer)."""
-    task, device = index.model.task, index.model.device
-    ranked_label(task, label)  # refused before anything is embedded
+    ranked_label(index.model.task, label)  # refused before anything is embedded
     queries, outputs = index.model.encode(texts, convert_to="tensor"), index.model.network.siamese_head.factorised()
     count, best = min(size, len(index) - len(left_out)), list[Tensor]()
     for some in queries.split(_QUERIES):
-        nearest = _nearest(index.files, some, count + len(left_out))
-        for u, rows in zip(some, nearest, strict=True):
+        near = nearest(index.files, some, count + len(left_out))
+        for u, rows in zip(some, near, strict=True):
             rows = rows[~torch.isin(rows, torch.from_numpy(left_out))][:count]
-            candidates = torch.from_numpy(index.files.rows(rows.numpy())).to(device, torch.float32)
-            scores = rank_scores(outputs(u[None], candidates), task, label)
-            best.append(_keys(scores, rows.to(device)).topk(min(kept, count)).values)
+            best.append(_best_of_rows(index, u, rows, kept, outputs, label))
     return torch.cat(best) if best else torch.empty(0, kept, dtype=torch.int64)
-
-
-def _nearest(files: IndexFiles, queries: Tensor, count: int) -> Tensor:
-    """The rows with about the highest cosines of the top layer with each query, (queries, count), on CPU."""
-    asked = torch.from_numpy(directions(queries.float().cpu().numpy(), files.content["top"])[0])
-    best = torch.full((len(asked), min(count, len(files))), torch.iinfo(torch.int64).min)
-    for start in range(0, len(files), _NEAREST_AT_ONCE * BLOCK):
-        rows, factors = (stored(files, start, file, _NEAREST_AT_ONCE) for file in (DIRECTIONS, FACTORS))
-        cosines = (int8_products(rows, asked) * factors[:, None]).t()  # times the length of what is asked
-        keys = _keys(cosines, torch.arange(start, start + len(rows)))
-        best = torch.cat([best, keys], dim=1).topk(best.shape[1]).values
-    return _scores_and_rows(best)[1]
 
 
 def _shortlist_size(index: CandidateIndex, shortlist: int | str | None, top_k: int, label: str | None) -> int | None:
@@ -317,11 +345,11 @@ def _measure_shortlists(index: CandidateIndex) -> None:
     with signals.advice(f"{index.folder} is whole, but its shortlists are not measured"), torch.inference_mode():
         hits: Any = index.search(texts, _BEST + _COPIES, show_progress=None)
         queries = index.model.encode(texts, convert_to="tensor", show_progress=False)
-        nearest = _nearest(index.files, queries, _SHORTLISTS[-1] + _COPIES).tolist()
+        near = nearest(index.files, queries, _SHORTLISTS[-1] + _COPIES).tolist()
     shares: dict[int, list[float]] = {size: [] for size in _SHORTLISTS if size < len(index)}
-    for text, of_query, near in zip(texts, hits, nearest, strict=True):
+    for text, of_query, of_near in zip(texts, hits, near, strict=True):
         best = [hit.row for hit in of_query if hit.text != text][:_BEST]
-        others = [row for row in near if index.text(row) != text]
+        others = [row for row in of_near if index.text(row) != text]
         for size, found in shares.items():
             if len(best) == _BEST:  # else there are too many copies
                 found.append(len(set(best) & set(others[:size])) / _BEST)
@@ -341,25 +369,6 @@ def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:
     for row in numbers[(numbers < 0) | (numbers >= count)]:
         raise IndexError(f"{what}: row {row}, but there are {count} candidates")
     return numbers.astype(np.int64)
-
-
-def _keys(scores: Tensor, rows: Tensor) -> Tensor:
-    """Scores (queries, candidates), float32, and the candidates' rows (candidates,) to int64 keys of the scores' shape.
-
-    Keys order as scores do, and of equal scores the earlier row has the larger key: `topk` of keys is exact, which it
-    is not for equal scores, and nothing waits for a GPU. The high 32 bits are those of the score, of which negative
-    ones have all bits but the sign inverted, so that they order as integers; the low 32 bits are _LAST_ROW - row.
-    Scores that are NaN or infinite become infinity, and so the largest, for who looks at the best to find them.
-    """
-    bits = (scores.nan_to_num(math.inf, math.inf, math.inf) + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
-    ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
-    return (ordered.long() << 32) + (_LAST_ROW - rows)
-
-
-def _scores_and_rows(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_keys` made the keys from, each of their shape: float32 and int64."""
-    ordered = (keys >> 32).int()
-    return (ordered ^ ((ordered >> 31) & _MAGNITUDE)).view(torch.float32), _LAST_ROW - (keys & _LAST_ROW)
 
 
 def _embedded(

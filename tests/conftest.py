@@ -204,7 +204,7 @@ def told(caplog):
 def small_blocks(monkeypatch):
     """Blocks of 5 rows, made 8 at a time, two queries at once: nothing ends where something else does."""
     places = ((index_files, "BLOCK", 5), (index_module, "BLOCK", 5), (index_module, "_EMBED_AT_ONCE", 8),
-              (index_module, "_NEAREST_AT_ONCE", 2))  # fmt: skip
+              (index_files, "_NEAREST_AT_ONCE", 2))  # fmt: skip
     for module, name, value in (*places, (index_module, "_QUERIES", 2), (heads, "_PART", 40)):
         monkeypatch.setattr(module, name, value)
 

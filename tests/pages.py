@@ -97,7 +97,8 @@ MADE: dict[str, Callable[[], str]] = {
     "gpu-states": lambda: gpu_report.states_line(read("gpu")),
     "machine": machine_line,
     "rates": lambda: trained("training_mrpc", "training_sts-b", "inference"),
-    "scoring": lambda: benchmarks_scoring.scoring_table(read("scoring"), read("scoring_dot")),
+    "openvino": lambda: trained("inference_openvino_fp32", "inference_openvino_bf16"),
+    "scoring": lambda: benchmarks_scoring.scoring_table(*map(read, ("scoring", "scoring_concat", "scoring_dot"))),
     "scoring-line": lambda: benchmarks_scoring.in_one_line(read("scoring")),
 }
 

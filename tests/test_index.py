@@ -20,6 +20,7 @@ from dse.experiments.synthetic import make_pair
 from dse.index import CandidateIndex, Hit, rank_scores
 from dse.models import DSESiameseClassifier
 from dse.networks import heads
+from dse.networks.inference import rank_keys, scores_and_rows
 from dse.storage import index_files
 from dse.storage.logits import logits_identity, save_logits
 from dse.system.errors import InputError
@@ -63,13 +64,13 @@ def test_search_against_sorting_all(student, top_k):
 
 def test_of_equals_the_earlier_row_wins():
     """Two blocks whose scores tie across and within them."""
-    first = index_module._keys(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), torch.arange(5))
-    second = index_module._keys(torch.tensor([[2.0, 3.0, 2.0]]), torch.arange(5, 8))
+    first = rank_keys(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), torch.arange(5))
+    second = rank_keys(torch.tensor([[2.0, 3.0, 2.0]]), torch.arange(5, 8))
     for keys, scores, rows in (
         (first, [2.0, 2.0], [1, 2]),
         (torch.cat([second, first], dim=1), [3.0, 2.0], [6, 1]),
     ):
-        found = index_module._scores_and_rows(keys.topk(2).values)
+        found = scores_and_rows(keys.topk(2).values)
         assert [part.tolist() for part in found] == [[scores], [rows]]
 
 
@@ -77,8 +78,8 @@ def test_keys_order_as_scores_do_and_give_them_back():
     """From both signs, the smallest numbers, both zeros and the last row that a key holds."""
     scores = torch.tensor([[-0.0, 3e38, -1.5, 0.0, 1e-45, -1e-45, -3e38, 2.0, -1.25]])
     for start in (0, (1 << 32) - 9):
-        keys = index_module._keys(scores, torch.arange(start, start + 9))
-        found, rows = index_module._scores_and_rows(keys.sort(descending=True).values)
+        keys = rank_keys(scores, torch.arange(start, start + 9))
+        found, rows = scores_and_rows(keys.sort(descending=True).values)
         assert found[0].tolist() == sorted(scores[0].tolist(), reverse=True)
         assert (rows[0] - start).tolist() == [1, 7, 4, 0, 3, 5, 8, 2, 6]
 

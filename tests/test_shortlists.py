@@ -136,7 +136,7 @@ def test_auto_takes_the_smallest_that_is_good_enough(student, measured, monkeypa
         taken.append(count)
         return torch.arange(count).expand(len(queries), count)
 
-    monkeypatch.setattr(index_module, "_nearest", nearest)
+    monkeypatch.setattr(index_module, "nearest", nearest)
     for recalls, expected in (({"2": 0.9, "5": 0.995, "12": 1.0}, [5]), ({"2": 0.9, "5": 0.99, "12": 0.99}, [])):
         index.files.content["shortlists"]["recalls"] = {size: [recall, 0.002] for size, recall in recalls.items()}
         taken.clear()

@@ -185,9 +185,8 @@ def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
 
 def rates_table(*measured: dict[str, Any]) -> str:
     """Useful GFLOP/s of `training` and `inference`, a row per network, and what packed batches are to other ways."""
-    every = [numbers for found in measured for numbers in found.values()]
-    others = [way for way in BACKENDS if any(f"ratio_to_{way}" in numbers for numbers in every)]
-    with_gpu, ways = any("gpu" in numbers for numbers in every), ["sentence_transformers", *others]
+    keys = {key for found in measured for numbers in found.values() for key in numbers}
+    with_gpu, others = "gpu" in keys, [way for way in BACKENDS if f"ratio_to_{way}" in keys]
     header = (
         "useful GFLOP/s", *PADDINGS.values(), "ours against max_seq_length", "against the batch",
         "against sentence-transformers", *(f"against {BACKENDS[way].heading}" for way in others),
@@ -195,10 +194,11 @@ def rates_table(*measured: dict[str, Any]) -> str:
     )  # fmt: skip
     rows = []
     for found in measured:
-        task = found["settings"]["task_name"].upper()
+        settings = found["settings"]
+        task = settings["task_name"].upper() + (f", {half}" if (half := settings.get("precision")) in _HALF else "")
         for role, numbers in found.items():
             if role != "settings":
-                theirs = [numbers.get(f"ratio_to_{way}") for way in ways]
+                theirs = [numbers.get(f"ratio_to_{way}") for way in ("sentence_transformers", *others)]
                 rows.append((
                     f"{role}, {task}", *(f"{numbers['useful_gflops'][padding]:.1f}" for padding in PADDINGS),
                     f"{numbers['ratio_to_fixed_padding']:.1f}x", f"{numbers['ratio_to_batch_padding']:.1f}x",

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 MANY_QUERIES, PAIRS_AT_ONCE = 64, 6_400_000  # queries at once, and how many pairs they may score
 CROSS_ENCODER_PAIRS = 512
 TEACHER, NAIVE, OURS, NEAREST = "cross-encoder", "head on blocks", "index (ours)", "shortlist (ours)"
+ONE_PASS = "index in one pass"  # float32 alone
 SHORTLIST = 100
 
 
@@ -143,12 +145,13 @@ def one_size(
     args: argparse.Namespace, index: CandidateIndex, query: str, many: list[str], per_pair: float
 ) -> dict[str, Any]:
     """Measure one number of candidates: one query, and many at once."""
-    count, memory = len(index), dict[str, float]()
+    count, memory, never = len(index), dict[str, float](), lambda device: False
     expected = rank_scores(naive_outputs(query, index), index.model.task).cpu().numpy()
     difference = relative_difference(index.score(query), expected)  # warm, and every block compared with its sum
     variants: Variants = {
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
+        ONE_PASS: partial(watched, memory, ONE_PASS, patch("dse.index.has_bfloat16", never)(index.search), query, 10),
         NEAREST: partial(watched, memory, NEAREST, partial(index.search, shortlist=SHORTLIST), query, 10),
     }
     turns = take_turns(variants, args.rounds, device=args.device)
@@ -189,7 +192,8 @@ def against_faiss(args: argparse.Namespace, index: CandidateIndex, query: str) -
 def scoring_table(*measured: dict[str, Any]) -> str:
     """Seconds for one query, a row per head and number of candidates."""
     header: tuple[str, ...] = (
-        "head", "candidates", "cross-encoder, s", "head on blocks, s", "index, s", f"shortlist of {SHORTLIST}, s",
+        "head", "candidates", "cross-encoder, s", "head on blocks, s", "index in one pass, s", "index, s",
+        f"shortlist of {SHORTLIST}, s",
         "its share of the ten best", "index against the cross-encoder", "against the head on blocks", "against faiss",
         "each of many queries at once, s", "largest difference of a score", "memory above, MiB", "to build, s",
     )  # fmt: skip
@@ -198,7 +202,7 @@ def scoring_table(*measured: dict[str, Any]) -> str:
     rows = [
         (
             f"`{found['head']}`", f"{int(count):,}",
-            *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, OURS, NEAREST)),
+            *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, ONE_PASS, OURS, NEAREST)),
             f"{100 * numbers['shortlist_recall']:.1f} % of {numbers['many_queries']}",
             f"{numbers['ratio_to_cross_encoder']:,.0f}x", f"{numbers['ratio_to_naive_head']:.1f}x",
             f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",

@@ -1,10 +1,13 @@
 """Heads: from two embeddings u and v to a pair's outputs, through linear layers with ReLU between them.
 
 `head(u, v)` scores pair by pair, as in training; `head.factorised()` does so for few queries and many stored
-candidates. A head is a class here, with both ways, and has its name in config.HEAD_TYPES.
+candidates, and `head.rounded(queries)` roughly, with a bound of the error. A head is a class here, with these ways, and
+has its name in config.HEAD_TYPES.
 """
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +20,8 @@ from dse.networks.kernels import is_plain, linear
 
 _PART, _CUDA_PART = 1 << 19, 1 << 26  # numbers in an intermediate result: in a processor's cache; 256 MiB of a GPU
 _Layer = tuple[Tensor, Tensor]  # weight and bias
+_ROUNDING = 1.01 * 2.0**-9  # of a number in bfloat16, relative to it before or after, at most
+Rounded = Callable[[Tensor], tuple[Tensor, Tensor]]  # of `rounded`
 
 
 def at_once(device: torch.device, numbers: int) -> int:
@@ -65,11 +70,62 @@ class SiameseHead(nn.Module):
         """
         if not is_plain(self):
             return lambda queries, all_v: torch.stack([self(u.expand_as(all_v), all_v).float() for u in queries])
-        first, *rest = ((layer.weight.detach().float(), layer.bias.detach().float()) for layer in self.fc_layers)
+        first, *rest = self._layers()
         return self._factorised(first, rest)
+
+    def _layers(self) -> list[_Layer]:
+        return [(layer.weight.detach().float(), layer.bias.detach().float()) for layer in self.fc_layers]
 
     def _factorised(self, first: _Layer, rest: list[_Layer]) -> Callable[[Tensor, Tensor], Tensor]:
         raise NotImplementedError
+
+    def rounded(self, queries: Tensor) -> Rounded | None:
+        """A function from (candidates, size) to what `factorised` gives for them, its large products in bfloat16.
+
+        It also gives how far each output may be from that of `factorised`, (queries, candidates); all are float32.
+        None: a head that is not plain, or has no such products.
+        """
+        return None
+
+
+def _norm_bound(weight: Tensor) -> Tensor:
+    """Hardly more than the spectral norm: the 16th root of the sum of the singular values' 16th powers."""
+    size = weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    power = (weight / size) @ (weight / size).t()
+    for _ in range(2):
+        power = power @ power
+    return 1.001 * size * power.norm() ** (1 / 8)
+
+
+@contextlib.contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """On CUDA, products of bfloat16 in the block round nothing but their results."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+
+
+class _Rounded:
+    """A matrix in bfloat16, and how far its product with a rounded x may be from that of both unrounded.
+
+    With M' and x' for the rounded ones, |M x - M' x'| <= |M| |x - x'| + |M - M'| |x'|, in Euclidean and spectral norms.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.half = weight.bfloat16()
+        of_rounding = _ROUNDING * _norm_bound(weight) + (1 + _ROUNDING) * _norm_bound(weight - self.half.float())
+        # What float32 sums lose, here and in the exact product: 2**-24 for each term, at most.
+        self.slack = of_rounding + 2.0**-22 * weight.shape[1] * weight.norm()
+
+    def __call__(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """x in bfloat16, and its rows' norms before, to the product, bfloat16, and a bound of its errors, (rows,)."""
+        with _sums_in_float32():
+            found = functional.linear(x, self.half)
+        return found, self.slack * lengths + _ROUNDING * torch.linalg.vector_norm(found, dim=1, dtype=torch.float32)
 
 
 def _after_first(x: Tensor, rest: list[_Layer]) -> Tensor:
@@ -121,6 +177,38 @@ class ConcatHead(SiameseHead):
 
         return outputs
 
+    def rounded(self, queries: Tensor) -> Rounded | None:
+        if not is_plain(self):
+            return None
+        (weight, bias), *rest = self._layers()
+        of_u, of_v, of_product, of_difference = weight.chunk(4, dim=1)
+        size, turn = of_v.shape[1], of_u - of_v
+        gain = math.prod((_norm_bound(layer) for layer, _ in rest), start=queries.new_ones(()))  # ReLU's is 1
+        turned, parts = _Rounded(turn) if self.symmetric else None, list[tuple[Tensor, Tensor, _Rounded]]()
+        for u in queries:
+            parts.append((u, of_u @ u + bias, _Rounded(torch.cat([of_v + of_product * u, of_difference], dim=1))))
+
+        def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
+            found = list[tuple[Tensor, Tensor]]()
+            x = candidates.new_empty(len(candidates), 2 * size, dtype=torch.bfloat16)
+            x[:, :size] = candidates
+            of_v = torch.linalg.vector_norm(candidates, dim=1)
+            other, more = turned(x[:, :size], of_v) if turned else (0.0, 0.0)  # the other order's
+            for u, constant, product in parts:
+                x[:, size:] = difference = torch.sub(candidates, u).abs_()
+                lengths = torch.hypot(of_v, torch.linalg.vector_norm(difference, dim=1))
+                hidden, error = product(x, lengths)
+                hidden = hidden + constant  # float32
+                if turned:
+                    both = torch.cat([hidden, hidden + (other - turn @ u)])
+                    found.append((_after_first(both, rest).view(2, len(x), -1).mean(0), gain * (error + more / 2)))
+                else:
+                    found.append((_after_first(hidden, rest), gain * error))
+            scores, errors = map(torch.stack, zip(*found, strict=True))
+            return scores, errors + 1e-5 * (1 + scores.abs().amax(-1))  # and of the layers after the first
+
+        return outputs
+
 
 class ResidualHead(ConcatHead):
     """The encoder's own similarity and what the concat head adds to it: scale * cos(u, v) + concat(u, v).
@@ -153,6 +241,19 @@ class ResidualHead(ConcatHead):
             scores = concat(queries, candidates)
             units_u, units_v = (functional.normalize(x[:, -self.top :]) for x in (queries, candidates))
             return scores.addcmul_((units_u @ units_v.t()).unsqueeze(-1), scale)
+
+        return outputs
+
+    def rounded(self, queries: Tensor) -> Rounded | None:
+        concat, scale = super().rounded(queries), self.scale.detach().float()
+        units_u = functional.normalize(queries[:, -self.top :])
+        if concat is None:
+            return None
+
+        def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
+            scores, errors = concat(candidates)
+            cosines = units_u @ functional.normalize(candidates[:, -self.top :]).t()
+            return scores.addcmul_(cosines.unsqueeze(-1), scale), errors + 1e-5 * scale.abs().max()
 
         return outputs
 

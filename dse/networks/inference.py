@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _PAIRS_PER_STEP = 4096  # of the head
 _SECONDS_BETWEEN_WRITES = 60
+_LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
 TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32768}  # more gain nothing, and take memory
 
 
@@ -43,6 +45,25 @@ def by_length(costs: np.ndarray, tokens: int) -> list[np.ndarray]:
         batches.append(order[:rows])
         order = order[rows:]
     return batches
+
+
+def rank_keys(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Scores (queries, candidates), float32, and the candidates' rows (candidates,) to int64 keys of the scores' shape.
+
+    Keys order as scores do, and of equal scores the earlier row has the larger key: `topk` of keys is exact, which it
+    is not for equal scores, and nothing waits for a GPU. The high 32 bits are those of the score, of which negative
+    ones have all bits but the sign inverted, so that they order as integers; the low 32 bits are _LAST_ROW - row.
+    Scores that are NaN or infinite become infinity, and so the largest, for who looks at the best to find them.
+    """
+    bits = (scores.nan_to_num(math.inf, math.inf, math.inf) + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
+    return (ordered.long() << 32) + (_LAST_ROW - rows)
+
+
+def scores_and_rows(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rank_keys` made the keys from, each of their shape: float32 and int64."""
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & _MAGNITUDE)).view(torch.float32), _LAST_ROW - (keys & _LAST_ROW)
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], np.ndarray]:

@@ -25,6 +25,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from dse.networks.heads import at_once
+from dse.networks.inference import rank_keys, scores_and_rows
+from dse.networks.kernels import int8_products
 from dse.storage.folder_format import FolderFormat
 from dse.system.errors import InputError
 from dse.system.files import remove_stale_parts, replace_folder, write_text
@@ -32,6 +34,7 @@ from dse.system.text_files import checked_texts, elements
 
 _OF_FREE_MEMORY = 0.6  # that embeddings may take of a GPU's; the rest is for scoring, and for other work
 BLOCK = 4096  # rows that are scored, and checked, at once
+_NEAREST_AT_ONCE = 16  # blocks
 _INDEX, _LOCK = "index.json", ".lock"  # locked while an append writes, or another index takes the folder's place
 VECTORS, DIRECTIONS, FACTORS = "vectors.bin", "directions.bin", "factors.bin"
 _STRINGS = {"text": ("ends.bin", "texts.bin"), "id": ("id_ends.bin", "ids.bin")}  # of each row: ends, and UTF-8
@@ -278,6 +281,18 @@ def stored(files: IndexFiles, start: int, file: str = VECTORS, blocks: int = 1) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
         return torch.from_numpy(files.arrays[file][start:stop])
+
+
+def nearest(files: IndexFiles, queries: Tensor, count: int) -> Tensor:
+    """The rows with about the highest cosines of the top layer with each query, (queries, count), on CPU."""
+    asked = torch.from_numpy(directions(queries.float().cpu().numpy(), files.content["top"])[0])
+    best = torch.full((len(asked), min(count, len(files))), torch.iinfo(torch.int64).min)
+    for start in range(0, len(files), _NEAREST_AT_ONCE * BLOCK):
+        rows, factors = (stored(files, start, file, _NEAREST_AT_ONCE) for file in (DIRECTIONS, FACTORS))
+        cosines = (int8_products(rows, asked) * factors[:, None]).t()  # times the length of what is asked
+        keys = rank_keys(cosines, torch.arange(start, start + len(rows)))
+        best = torch.cat([best, keys], dim=1).topk(best.shape[1]).values
+    return scores_and_rows(best)[1]
 
 
 def _rows_on_cuda(device: torch.device, widest: int) -> int:

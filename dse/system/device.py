@@ -86,9 +86,18 @@ def describe_device(device: "torch.device", precision: str = "auto") -> str:
         encoder = f"encoder in {'tf32' if precision == 'auto' else precision}"
         return f"{device} ({torch.cuda.get_device_name(device)}), {encoder}"
     rounded = "" if precision in ("auto", "fp32") else f", encoder in {precision}"
-    if precision == "auto" and processor().endswith(_WITH_BFLOAT16):
+    if precision == "auto" and has_bfloat16(device):
         rounded = ", encoder in fp32 (this processor has bfloat16: --precision bf16 is faster)"
     return f"CPU with {count_of(torch.get_num_threads())}{rounded}"
+
+
+def has_bfloat16(device: "torch.device") -> bool:
+    """Does the device multiply bfloat16 faster than float32?"""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and processor().endswith(_WITH_BFLOAT16)
 
 
 def count_of(threads: int) -> str:

@@ -91,7 +91,7 @@ def test_scoring(run, data, task, head, tmp_path):
         seconds = each["seconds"]
         assert each["ratio_to_naive_head"] == pytest.approx(seconds["head on blocks"] / seconds["index (ours)"])
         assert each["ratio_to_cross_encoder"] == pytest.approx(seconds["cross-encoder"] / seconds["index (ours)"])
-        ways = ("cross-encoder", "head on blocks", "index (ours)", "shortlist (ours)")
+        ways = ("cross-encoder", "head on blocks", "index in one pass", "index (ours)", "shortlist (ours)")
         shown = " | ".join(f"{seconds[name]:.3g}" for name in ways)
         assert f"| `{head}` | {count} | {shown} | 100.0 % of {each['many_queries']} | " in output
         assert 0 <= each["max_relative_difference"] <= 1e-5
@@ -225,6 +225,8 @@ def test_encoding_is_compared_with_the_backends_of_sentence_transformers(run, mo
     cells = next(line for line in output.splitlines() if line.startswith("| encoding")).split(" | ")
     assert cells[place] == f"{numbers['encoding']['ratio_to_openvino']:.2f}x"
     assert "ratio_to_onnx" not in numbers["encoding"] and "ratio_to_openvino" in other["encoding"]
+    assert cells[0] == "| encoding, MRPC"
+    assert "| encoding, MRPC, bf16 |" in benchmarks.rates_table(numbers, other)
 
 
 def test_tables_tell_of_the_gpu_where_there_is_one(run, monkeypatch):

@@ -1,0 +1,149 @@
+"""Searches that look at all candidates in bfloat16 first: exact, by a bound of its error."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import QUERIES
+
+from dse import index as index_module
+from dse.index import CandidateIndex
+from dse.networks.config import DSEConfig
+from dse.networks.heads import HEADS, _norm_bound
+from dse.system.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+COUNT = 200
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Two passes are worth while for few candidates, of which 40 may be left. Gives how often one pass was taken."""
+    taken = []
+    real = index_module._best_in_one_pass
+    monkeypatch.setattr(index_module, "_best_in_one_pass", lambda *given: taken.append(1) or real(*given))
+    monkeypatch.setattr(index_module, "has_bfloat16", lambda device: True)
+    for name, value in (("_LEFT", 40), ("_WORTH_TWO", 2)):
+        monkeypatch.setattr(index_module, name, value)
+    return taken
+
+
+def made_up(student, task: str = "mrpc", spread: float = 1.0, scale: float = 30.0, **options) -> CandidateIndex:
+    """An index of embeddings that differ by so much, and a residual head with that scale of its cosine."""
+    model = student(task, siamese_head_type="residual", **options)
+    head = model.network.siamese_head
+    outputs = len(head.scale)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        head.start_at(torch.linspace(scale, scale / 2, outputs), torch.linspace(0.5, 1.0, outputs))
+        head.fc_layers[-1].weight.copy_(torch.from_numpy(rng.normal(size=head.fc_layers[-1].weight.shape)))
+    size = model.network.config.embedding_size
+    rows = rng.normal(size=(1, size)) + spread * rng.normal(size=(COUNT, size))
+    return CandidateIndex.from_embeddings(model, [(rows.astype(np.float32), [f"row {i}" for i in range(COUNT)])])
+
+
+def check_same(found: list, expected: list) -> None:
+    """The same rows, with the same scores to rounding."""
+    assert [[hit.row for hit in hits] for hits in found] == [[hit.row for hit in hits] for hits in expected]
+    scores = ([hit.score for hits in some for hit in hits] for some in (found, expected))
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-5)
+
+
+def in_one_pass(index: CandidateIndex, *given, **options) -> list:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "has_bfloat16", lambda device: False)
+        return index.search(*given, **options)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("task", ["mrpc", "sts-b", "snli"])
+def test_what_is_found_is_what_one_pass_finds(student, passes, task, symmetric):
+    options = {"fc_dims": (6, 3)} if task == "snli" else {}
+    index = made_up(student, task, symmetric=symmetric, **options)
+    best = in_one_pass(index, QUERIES, 5)
+    passes.clear()
+    check_same(index.search(QUERIES, 5), best)
+    assert passes == [], "two passes"
+    rows = [hit.row for hits in best for hit in hits[:2]]
+    without = in_one_pass(index, QUERIES, 5, exclude=rows)
+    passes.clear()
+    check_same(index.search(QUERIES, 5, exclude=rows), without)
+    assert passes == []
+    assert index.search([], 5) == []
+
+
+def test_the_other_label_of_a_binary_task_ranks_by_the_least_score(student, passes):
+    index = made_up(student)
+    expected = in_one_pass(index, QUERIES, 4, "0")
+    passes.clear()
+    check_same(index.search(QUERIES, 4, "0"), expected)
+    assert passes == []
+
+
+def test_where_all_are_nearly_equal_one_pass_decides(student, passes):
+    """The differences are below what bfloat16 can tell, so all are left."""
+    index = made_up(student, spread=1e-5)
+    expected = in_one_pass(index, QUERIES, 5)
+    passes.clear()
+    check_same(index.search(QUERIES, 5), expected)
+    assert passes == [1]
+
+
+@pytest.mark.parametrize(("head", "few"), [("dot", False), ("residual", True)])
+def test_where_two_passes_are_not_worth_while(student, passes, monkeypatch, head, few):
+    """The dot head has no large product; few candidates, or many hits, pay less than the bound costs."""
+    index = made_up(student) if few else CandidateIndex.from_embeddings(
+        model := student(siamese_head_type=head),
+        [(np.random.default_rng(0).normal(size=(COUNT, model.network.config.embedding_size)), ["a"] * COUNT)],
+    )  # fmt: skip
+    index.search(QUERIES, 11 if few else 5)
+    assert passes == [1]
+    if few:
+        monkeypatch.setattr(index_module, "_WORTH_TWO", 6)
+        index.search(QUERIES, 5)
+        assert passes == [1, 1]
+
+
+def test_scores_that_are_nan_are_refused(student, passes):
+    index = made_up(student)
+    with torch.no_grad():
+        index.model.network.siamese_head.fc_layers[-1].bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="the student's scores are NaN or infinite"):
+        index.search(QUERIES, 5)
+
+
+@pytest.mark.parametrize("fc_dims", [(7, 1), (6, 4, 3), (1,)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", ["concat", "residual"])
+def test_the_bound_holds(kind, symmetric, fc_dims):
+    """For weights and embeddings of all sizes; and rounding does change the outputs."""
+    torch.manual_seed(0)
+    config = DSEConfig({"hidden_size": 24}, "concat_top_mean", 2, kind, fc_dims=fc_dims, symmetric=symmetric)
+    for scale in (1e-3, 1.0, 100.0):
+        head = HEADS[kind](config)
+        for layer in head.fc_layers:
+            torch.nn.init.normal_(layer.weight, std=scale**0.5)
+        u, v = scale * torch.randn(3, 48), scale * torch.randn(200, 48)
+        found, errors = head.rounded(u)(v)
+        differ = (found - head.factorised()(u, v)).abs().amax(dim=-1)
+        assert (differ <= errors).all()
+        assert differ.max() > 1e-3 * errors.max()
+
+
+def test_the_bound_by_hand():
+    """x = (1 + 2^-8, |0 - x|) is (1, 1) in bfloat16, so that of its product with (256, 0) 1 is lost."""
+    config = DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=(1,))
+    head = HEADS["concat"](config)
+    with torch.no_grad():
+        head.fc_layers[0].weight.copy_(torch.tensor([[0.0, 256.0, 0.0, 0.0]]))
+        head.fc_layers[0].bias.zero_()
+    found, errors = head.rounded(torch.zeros(1, 1))(torch.tensor([[1 + 2.0**-8]]))
+    assert found.tolist() == [[[256.0]]]
+    assert head.factorised()(torch.zeros(1, 1), torch.tensor([[1 + 2.0**-8]])).tolist() == [[[257.0]]]
+    # 256 * |x'| * 2^-9 for x, where |x'| is sqrt(2), and 256 * 2^-9 for the product; the rest is below a tenth
+    assert 0.5 * 2**0.5 + 0.5 < errors.item() < 1.1 * (0.5 * 2**0.5 + 0.5)
+
+
+def test_the_norm_bound():
+    for matrix in (torch.diag(torch.tensor([3.0, 1.0, 0.5])), torch.randn(20, 50), torch.zeros(2, 3), torch.ones(4, 6)):
+        norm = torch.linalg.matrix_norm(matrix, 2)
+        assert norm <= _norm_bound(matrix) <= 1.3 * norm
