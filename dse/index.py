@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
+from dse.networks.heads import Rounded
 from dse.networks.inference import rank_keys, scores_and_rows
 from dse.storage.index_files import BLOCK, VECTORS, Embeddings, IndexFiles, Part, nearest
 from dse.storage.student_folder import fingerprint
@@ -43,6 +44,7 @@ _QUERIES = 64  # scored at once
 _SHORTLISTS, _RECALL = (20, 50, 100, 200, 500, 1000), 0.99  # sizes that are measured, and the recall that "auto" needs
 _BEST, _COPIES, _GROWN = 10, 20, 1.1  # hits of the measurement; of a query's text; growth after which it is made again
 _ASKED, _PAIRS_ASKED = (16, 64), 3_200_000  # its queries, at least and at most; pairs that they score, about
+_LEAST = torch.iinfo(torch.int64).min  # below all keys
 _WORTH = 1000  # candidates from which on a shortlist is worth measuring
 _LEFT, _WORTH_TWO = BLOCK, 16  # by a first pass, at most; how many times as many candidates make one worth while
 
@@ -148,7 +150,7 @@ class CandidateIndex:
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         wanted = None if rows is None else _row_numbers(rows, "rows", len(self))
         scores = np.empty((len(texts), len(self) if wanted is None else len(wanted)), np.float32)
-        for row, start, some in _blocks(self, texts, rank_label, False, wanted):
+        for row, start, some in _blocks(self, _embedded_queries(self, texts, rank_label), rank_label, False, wanted):
             scores[row : row + some.shape[0], start : start + some.shape[1]] = finite(some.cpu(), self.folder).numpy()
         return scores[0] if isinstance(queries, str) else scores
 
@@ -177,10 +179,8 @@ class CandidateIndex:
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))
         kept, size = min(top_k, len(self) - len(left_out)), _shortlist_size(self, shortlist, top_k, rank_label)
-        if size is None or kept == 0:
-            best = _best_of_all(self, texts, kept, left_out, rank_label, show_progress)
-        else:
-            best = _best_of_nearest(self, texts, kept, left_out, rank_label, size)
+        given = (self, _embedded_queries(self, texts, rank_label), kept, left_out, rank_label)
+        best = _best_of_all(*given, show_progress) if size is None or not kept else _best_of_nearest(*given, size)
         scores, rows = scores_and_rows(best.cpu())  # waits for a GPU, once
         found = zip(finite(scores, self.folder), rows.tolist(), strict=True)
         hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
@@ -199,111 +199,125 @@ class CandidateIndex:
         return self.files.arrays[VECTORS][start:stop]
 
 
+def _embedded_queries(index: CandidateIndex, texts: list[str], label: str | None) -> Tensor:
+    """The embeddings, (queries, width), float32; a label that the task lacks is refused before."""
+    ranked_label(index.model.task, label)
+    return index.model.encode(texts, convert_to="tensor", show_progress=False)
+
+
 def _blocks(
-    index: CandidateIndex, texts: list[str], label: str | None, show: bool | None, rows: np.ndarray | None = None
+    index: CandidateIndex, queries: Tensor, label: str | None, show: bool | None, rows: np.ndarray | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Block by block: the first query's place, the first candidate's, and scores (queries, candidates).
 
     `rows` are the candidates; None: all.
     """
-    task = index.model.task
-    ranked_label(task, label)  # refused before anything is embedded
-    queries = index.model.encode(texts, convert_to="tensor", show_progress=False)
-    outputs = index.model.network.siamese_head.factorised()
+    task, outputs = index.model.task, index.model.network.siamese_head.factorised()
     device, count = index.model.device, len(index) if rows is None else len(rows)
     if rows is None:
         blocks = index.embeddings.blocks(index.files, device, max(index.model.network.config.fc_dims))
     else:
         some = ((start, index.files.rows(rows[start : start + BLOCK])) for start in range(0, count, BLOCK))
         blocks = ((start, torch.from_numpy(stored).to(device, torch.float32)) for start, stored in some)
-    hidden = None if show is None else not show
-    with tqdm(None, "score", len(texts) * count, unit="pair", unit_scale=True, disable=hidden, leave=False) as bar:
+    with _bar(len(queries) * count, show) as bar:
         for start, candidates in blocks:
-            for row in range(0, len(texts), _QUERIES):
+            for row in range(0, len(queries), _QUERIES):
                 scores = rank_scores(outputs(queries[row : row + _QUERIES], candidates), task, label)
                 yield row, start, scores
                 bar.update(scores.numel())
 
 
-def _best_of_all(index: CandidateIndex, texts: list[str], kept: int, *given: Any) -> Tensor:
+def _bar(pairs: int, show: bool | None) -> tqdm:
+    hidden = None if show is None else not show
+    return tqdm(None, "score", pairs, unit="pair", unit_scale=True, disable=hidden, leave=False)
+
+
+def _best_of_all(index: CandidateIndex, queries: Tensor, kept: int, *given: Any) -> Tensor:
     """The keys of the best candidates of each query, (queries, kept), the best first."""
-    worth_while = texts and len(index) >= _WORTH_TWO * _LEFT and 0 < kept <= _LEFT // 4
-    two = worth_while and has_bfloat16(index.model.device)
-    best = _best_in_two_passes(index, texts, kept, *given) if two else None
-    return _best_in_one_pass(index, texts, kept, *given) if best is None else best
+    best, kind = None, queries.device.type
+    # Else float32 products would not have the errors that a first pass reckons with.
+    plain = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(kind)
+    if plain and len(index) >= _WORTH_TWO * _LEFT and 0 < kept <= _LEFT // 4 and has_bfloat16(queries.device):
+        best = _best_in_two_passes(index, queries, kept, *given)
+    return _best_in_one_pass(index, queries, kept, *given) if best is None else best
 
 
 def _best_in_one_pass(
-    index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, show: bool | None
+    index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, show: bool | None
 ) -> Tensor:
     """As `_best_of_all`."""
-    least = torch.iinfo(torch.int64).min
-    best = torch.full((len(texts), kept), least, device=index.model.device)
-    for row, start, some in _blocks(index, texts, label, show):
+    best = torch.full((len(queries), kept), _LEAST, device=queries.device)
+    for row, start, some in _blocks(index, queries, label, show):
         of_some = best[row : row + len(some)]
         keys = rank_keys(some, torch.arange(start, start + some.shape[1], device=some.device))
         if len(left_out):
-            keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = least
+            keys[:, left_out[(left_out >= start) & (left_out < start + keys.shape[1])] - start] = _LEAST
         of_some.copy_(torch.cat([of_some, keys], dim=1).topk(kept).values)
     return best
 
 
 def _best_in_two_passes(
-    index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, show: bool | None
+    index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, show: bool | None
 ) -> Tensor | None:
-    """As `_best_of_all`, but with products in bfloat16; in float32 only where their error may decide.
+    """As `_best_of_all`, but with products in bfloat16; in float32 for the candidates whose place their errors decide.
 
-    None: it may decide of more than _LEFT candidates of a query, as where all are nearly equal.
+    None: these are more than _LEFT for some query, as where all are nearly equal; or the head has no such products.
     """
-    task, head, least = index.model.task, index.model.network.siamese_head, torch.iinfo(torch.int64).min
-    ranked_label(task, label)  # refused before anything is embedded
-    best, outputs = list[Tensor](), head.factorised()
-    for some in index.model.encode(texts, convert_to="tensor", show_progress=False).split(_QUERIES):
-        if (rounded := head.rounded(some)) is None:
-            return None
-        lowest, highest = some.new_full((len(some), kept), -math.inf), some.new_empty(len(some), 0, dtype=torch.int64)
-        blocks = index.embeddings.blocks(index.files, some.device, max(index.model.network.config.fc_dims))
-        hidden = None if show is None else not show
-        for start, candidates in tqdm(blocks, "score", unit="block", disable=hidden, leave=False):
-            found, errors = rounded(candidates)
-            scores, errors = rank_scores(found, task, label), errors * min(2, found.shape[-1])  # log-odds are of two
-            rows = torch.arange(start, start + len(candidates), device=some.device)
-            lower, keys = scores - errors, rank_keys(scores + errors, rows)
-            gone = left_out[(left_out >= start) & (left_out < start + len(candidates))] - start
-            lower[:, gone], keys[:, gone] = -math.inf, least
-            lowest = torch.cat([lowest, lower], dim=1).topk(kept).values
-            highest = torch.cat([highest, keys], dim=1)
-            highest = highest.topk(min(_LEFT, highest.shape[1])).values
-            if highest.shape[1] == _LEFT and bool((scores_and_rows(highest[:, -1])[0] >= lowest[:, -1]).any()):
+    head, best = index.model.network.siamese_head, list[Tensor]()
+    with _bar(len(queries) * len(index), show) as bar:
+        for some in queries.split(_QUERIES):
+            rounded = head.rounded(some) if len(some) else None
+            highest = rounded and _highest(index, rounded, len(some), kept, left_out, label, bar)
+            if highest is None:
                 return None
-        may_be = (highest != least) & ~(scores_and_rows(highest)[0] < lowest[:, -1:])  # NaN too: it must be seen
-        for u, of_query, wanted in zip(some, scores_and_rows(highest)[1].cpu(), may_be.cpu(), strict=True):
-            best.append(_best_of_rows(index, u, of_query[wanted], kept, outputs, label))
+            best += [_best_of_rows(index, u, rows, kept, label) for u, rows in zip(some, highest, strict=True)]
     return torch.cat(best)
 
 
-def _best_of_rows(
-    index: CandidateIndex, u: Tensor, rows: Tensor, kept: int, outputs: Callable[[Tensor, Tensor], Tensor],
-    label: str | None,
-) -> Tensor:  # fmt: skip
-    """The keys of the best of these rows, (rows,), for the query u, (1, kept or fewer)."""
+def _highest(
+    index: CandidateIndex, rounded: Rounded, queries: int, kept: int, left_out: np.ndarray, label: Any, bar: tqdm
+) -> list[Tensor] | None:
+    """For each query the rows on CPU that may be among the best `kept`; None if they are more than _LEFT."""
+    device, checks = index.model.device, [len(index) // 8, len(index)]  # the first one to end early
+    lowest = torch.full((queries, kept), -math.inf, device=device)  # the best of the scores' lower bounds
+    highest = torch.empty(queries, 0, dtype=torch.int64, device=device)  # keys of the best upper bounds
+    for start, candidates in index.embeddings.blocks(index.files, device, max(index.model.network.config.fc_dims)):
+        stop = start + len(candidates)
+        outputs, errors = rounded(candidates)
+        scores, errors = rank_scores(outputs, index.model.task, label), errors * min(2, outputs.shape[-1])  # log-odds
+        lower = (scores - errors).nan_to_num(-math.inf, -math.inf, -math.inf)
+        keys = rank_keys(scores + errors, torch.arange(start, stop, device=device))
+        gone = left_out[(left_out >= start) & (left_out < stop)] - start
+        lower[:, gone], keys[:, gone] = -math.inf, _LEAST
+        lowest = torch.cat([lowest, lower], dim=1).topk(kept).values
+        highest = torch.cat([highest, keys], dim=1)
+        highest = highest.topk(min(_LEFT, highest.shape[1])).values
+        bar.update(scores.numel())
+        if stop >= checks[0]:
+            checks.pop(0)
+            if highest.shape[1] == _LEFT and bool((scores_and_rows(highest[:, -1])[0] >= lowest[:, -1]).any()):
+                return None  # others may be left, too
+    uppers, rows = scores_and_rows(highest)
+    may_be = (highest != _LEAST) & (uppers >= lowest[:, -1:])
+    return [some[wanted] for some, wanted in zip(rows.cpu(), may_be.cpu(), strict=True)]
+
+
+def _best_of_rows(index: CandidateIndex, u: Tensor, rows: Tensor, kept: int, label: str | None) -> Tensor:
+    """The keys of the best of these rows, (rows,) on CPU, for the query u, (1, kept or fewer)."""
     candidates = torch.from_numpy(index.files.rows(rows.numpy())).to(u.device, torch.float32)
-    scores = rank_scores(outputs(u[None], candidates), index.model.task, label)
+    scores = rank_scores(index.model.network.siamese_head.factorised()(u[None], candidates), index.model.task, label)
     return rank_keys(scores, rows.to(u.device)).topk(min(kept, len(rows))).values
 
 
 def _best_of_nearest(
-    index: CandidateIndex, texts: list[str], kept: int, left_out: np.ndarray, label: str | None, size: int
+    index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, size: int
 ) -> Tensor:
     """As `_best_of_all`, of the `size` nearest candidates of each query alone, (queries, kept or fewer)."""
-    ranked_label(index.model.task, label)  # refused before anything is embedded
-    queries, outputs = index.model.encode(texts, convert_to="tensor"), index.model.network.siamese_head.factorised()
     count, best = min(size, len(index) - len(left_out)), list[Tensor]()
     for some in queries.split(_QUERIES):
-        near = nearest(index.files, some, count + len(left_out))
-        for u, rows in zip(some, near, strict=True):
+        for u, rows in zip(some, nearest(index.files, some, count + len(left_out)), strict=True):
             rows = rows[~torch.isin(rows, torch.from_numpy(left_out))][:count]
-            best.append(_best_of_rows(index, u, rows, kept, outputs, label))
+            best.append(_best_of_rows(index, u, rows, kept, label))
     return torch.cat(best) if best else torch.empty(0, kept, dtype=torch.int64)
 
 

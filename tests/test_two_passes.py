@@ -27,7 +27,7 @@ def passes(monkeypatch):
     return taken
 
 
-def made_up(student, task: str = "mrpc", spread: float = 1.0, scale: float = 30.0, **options) -> CandidateIndex:
+def made_up(student, task: str = "mrpc", spread: float = 1.0, scale: float = 60.0, **options) -> CandidateIndex:
     """An index of embeddings that differ by so much, and a residual head with that scale of its cosine."""
     model = student(task, siamese_head_type="residual", **options)
     head = model.network.siamese_head
@@ -129,18 +129,56 @@ def test_the_bound_holds(kind, symmetric, fc_dims):
         assert differ.max() > 1e-3 * errors.max()
 
 
-def test_the_bound_by_hand():
-    """x = (1 + 2^-8, |0 - x|) is (1, 1) in bfloat16, so that of its product with (256, 0) 1 is lost."""
-    config = DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=(1,))
-    head = HEADS["concat"](config)
+@pytest.mark.parametrize(
+    ("weights", "exact", "rounded", "bound"),
+    [
+        # 1 + 2^-8 becomes 1. Its square and that of |0 - v| add up to 2, so x may change by sqrt(2) * 2^-8.
+        ([0.0, 256.0, 0.0, 0.0], 257.0, 256.0, 256 * 2**0.5 / 256 + 1),
+        # And 256 + 1 becomes 256, too: an error of 2.
+        ([0.0, 256.0, 0.0, 1.0], 258.00390625, 256.0, (256**2 + 1) ** 0.5 * 2**0.5 / 256 + 1),
+    ],
+)
+def test_the_bound_by_hand(weights, exact, rounded, bound):
+    """u = 0 and v = 1 + 2^-8, the worst case of bfloat16's 8 bits; the product of about 256 changes by 1 at most."""
+    head = HEADS["concat"](DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=(1,)))
     with torch.no_grad():
-        head.fc_layers[0].weight.copy_(torch.tensor([[0.0, 256.0, 0.0, 0.0]]))
+        head.fc_layers[0].weight.copy_(torch.tensor([weights]))
         head.fc_layers[0].bias.zero_()
-    found, errors = head.rounded(torch.zeros(1, 1))(torch.tensor([[1 + 2.0**-8]]))
-    assert found.tolist() == [[[256.0]]]
-    assert head.factorised()(torch.zeros(1, 1), torch.tensor([[1 + 2.0**-8]])).tolist() == [[[257.0]]]
-    # 256 * |x'| * 2^-9 for x, where |x'| is sqrt(2), and 256 * 2^-9 for the product; the rest is below a tenth
-    assert 0.5 * 2**0.5 + 0.5 < errors.item() < 1.1 * (0.5 * 2**0.5 + 0.5)
+    u, v = torch.zeros(1, 1), torch.tensor([[1 + 2.0**-8]])
+    found, errors = head.rounded(u)(v)
+    assert (head.factorised()(u, v).item(), found.item()) == (exact, rounded)
+    assert exact - rounded <= errors.item() == pytest.approx(bound, rel=0.02)
+
+
+@pytest.mark.parametrize("place", [0, 150])
+def test_a_bound_that_is_nan_lets_one_pass_decide(student, passes, place):
+    """An embedding whose norm float32 does not hold has finite scores where the head's weights are small."""
+    index = made_up(student)
+    rows = index.vectors(0, COUNT).copy()
+    rows[place : place + 9] *= 1e25
+    with torch.no_grad():
+        for layer in index.model.network.siamese_head.fc_layers:
+            layer.weight.mul_(1e-9)
+    other = CandidateIndex.from_embeddings(index.model, [(rows, [f"row {i}" for i in range(COUNT)])])
+    expected = in_one_pass(other, QUERIES, 5)
+    assert all(np.isfinite(hit.score) for hits in expected for hit in hits)
+    check_same(other.search(QUERIES, 5), expected)
+
+
+def test_a_user_that_rounds_float32_gets_one_pass(student, passes):
+    index = made_up(student)
+    with torch.autocast("cpu", torch.bfloat16):
+        index.search(QUERIES, 5)
+    assert passes == [1]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        index.search(QUERIES, 5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert passes == [1, 1]
+    index.search(QUERIES, 5)
+    assert passes == [1, 1]
 
 
 def test_the_norm_bound():

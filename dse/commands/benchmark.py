@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=cli.whole_number(2), default=8, help="batches per measurement, the same for every way")
     add("--rounds", type=cli.whole_number(1), default=3, help="measurements of each way; the ways take turns")
     add("--random_seed", type=cli.seed, default=42, help="seed of the order of the pairs")
-    add("--model", default="", help="scoring: a student's folder; empty: an untrained student, which is as fast")
+    add("--model", default="", help="scoring: a student's folder; empty: an untrained student")
     add("--candidates", type=cli.whole_number(1), nargs="+", default=[1000, 10_000, 100_000],
         help="scoring: numbers of candidates")  # fmt: skip
     add("--plot", default="", help="scoring: PNG file for a plot of seconds by candidates (needs matplotlib)")

@@ -91,7 +91,7 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
         if model.task != task:
             own = model.task.name
             raise InputError(f"--model: this is a student of {own}; give --task_name {own}, found {task.name}")
-    else:  # an untrained one takes as long
+    else:
         network = new_network(bert.folder, DSEConfig.from_flags(args, bert.config)).eval()
         model = DSESiameseClassifier(network, bert.tokenizer, task, args.max_seq_length)
     model.to(args.device).network.precision = args.precision
@@ -203,7 +203,7 @@ def scoring_table(*measured: dict[str, Any]) -> str:
         (
             f"`{found['head']}`", f"{int(count):,}",
             *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, ONE_PASS, OURS, NEAREST)),
-            f"{100 * numbers['shortlist_recall']:.1f} % of {numbers['many_queries']}",
+            f"{100 * numbers['shortlist_recall']:.1f} % ({numbers['many_queries']} queries)",
             f"{numbers['ratio_to_cross_encoder']:,.0f}x", f"{numbers['ratio_to_naive_head']:.1f}x",
             f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",
             f"{numbers['seconds']['many']:.3g}", f"{numbers['max_relative_difference']:.0e}",
@@ -222,9 +222,8 @@ def in_one_line(found: dict[str, Any]) -> str:
     return (
         f"One query against {int(count):,} stored candidates takes {numbers['seconds'][OURS]:.2g} s, "
         f"{numbers['ratio_to_cross_encoder']:,.0f} times as fast as a cross-encoder of the same size, or "
-        f"{numbers['seconds'][NEAREST]:.2g} s with a shortlist of {SHORTLIST}, which has "
-        f"{100 * numbers['shortlist_recall']:.0f} % of the ten best. Embedding a candidate takes "
-        f"{1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
+        f"{numbers['seconds'][NEAREST]:.2g} s with a shortlist ({100 * numbers['shortlist_recall']:.0f} % of the ten "
+        f"best). Embedding a candidate takes {1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
     )
 
 

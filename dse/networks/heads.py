@@ -5,9 +5,9 @@ candidates, and `head.rounded(queries)` roughly, with a bound of the error. A he
 has its name in config.HEAD_TYPES.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,9 @@ from dse.networks.kernels import is_plain, linear
 
 _PART, _CUDA_PART = 1 << 19, 1 << 26  # numbers in an intermediate result: in a processor's cache; 256 MiB of a GPU
 _Layer = tuple[Tensor, Tensor]  # weight and bias
-_ROUNDING = 1.01 * 2.0**-9  # of a number in bfloat16, relative to it before or after, at most
+_ROUNDING = 1.01 * 2.0**-8  # to bfloat16 changes a number by so much of itself, before or after, at most
+_SUMMING = 2.0**-22  # float32 sums change by so much of the sum of the terms' sizes, for each term, at most
+_SETTINGS = threading.Lock()
 Rounded = Callable[[Tensor], tuple[Tensor, Tensor]]  # of `rounded`
 
 
@@ -89,7 +91,7 @@ class SiameseHead(nn.Module):
 
 
 def _norm_bound(weight: Tensor) -> Tensor:
-    """Hardly more than the spectral norm: the 16th root of the sum of the singular values' 16th powers."""
+    """The spectral norm or little more: the 16th root of the sum of the singular values' 16th powers."""
     size = weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
     power = (weight / size) @ (weight / size).t()
     for _ in range(2):
@@ -97,16 +99,18 @@ def _norm_bound(weight: Tensor) -> Tensor:
     return 1.001 * size * power.norm() ** (1 / 8)
 
 
-@contextlib.contextmanager
-def _sums_in_float32() -> Iterator[None]:
-    """On CUDA, products of bfloat16 in the block round nothing but their results."""
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in bfloat16, whose sums are float32 on CUDA too, where torch may round parts of them."""
+    if x.device.type != "cuda":
+        return functional.linear(x, weight)
     settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    settings.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_bf16_reduced_precision_reduction = before
+    with _SETTINGS:  # those of the process
+        before = settings.allow_bf16_reduced_precision_reduction
+        settings.allow_bf16_reduced_precision_reduction = False
+        try:
+            return functional.linear(x, weight)
+        finally:
+            settings.allow_bf16_reduced_precision_reduction = before
 
 
 class _Rounded:
@@ -118,13 +122,11 @@ class _Rounded:
     def __init__(self, weight: Tensor) -> None:
         self.half = weight.bfloat16()
         of_rounding = _ROUNDING * _norm_bound(weight) + (1 + _ROUNDING) * _norm_bound(weight - self.half.float())
-        # What float32 sums lose, here and in the exact product: 2**-24 for each term, at most.
-        self.slack = of_rounding + 2.0**-22 * weight.shape[1] * weight.norm()
+        self.slack = of_rounding + _SUMMING * weight.shape[1] * weight.norm()  # here and in the exact product
 
     def __call__(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x in bfloat16, and its rows' norms before, to the product, bfloat16, and a bound of its errors, (rows,)."""
-        with _sums_in_float32():
-            found = functional.linear(x, self.half)
+        found = _product(x, self.half)
         return found, self.slack * lengths + _ROUNDING * torch.linalg.vector_norm(found, dim=1, dtype=torch.float32)
 
 
@@ -184,9 +186,11 @@ class ConcatHead(SiameseHead):
         of_u, of_v, of_product, of_difference = weight.chunk(4, dim=1)
         size, turn = of_v.shape[1], of_u - of_v
         gain = math.prod((_norm_bound(layer) for layer, _ in rest), start=queries.new_ones(()))  # ReLU's is 1
-        turned, parts = _Rounded(turn) if self.symmetric else None, list[tuple[Tensor, Tensor, _Rounded]]()
-        for u in queries:
-            parts.append((u, of_u @ u + bias, _Rounded(torch.cat([of_v + of_product * u, of_difference], dim=1))))
+        turned = _Rounded(turn) if self.symmetric else None
+        products = [_Rounded(torch.cat([of_v + of_product * u, of_difference], dim=1)) for u in queries]
+        constants = queries @ of_u.t() + bias
+        # What float32 may change in the constants, here and in the exact outputs.
+        slacks = _SUMMING * size * ((of_u.norm() + turn.norm()) * queries.norm(dim=1) + bias.norm())
 
         def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
             found = list[tuple[Tensor, Tensor]]()
@@ -194,18 +198,19 @@ class ConcatHead(SiameseHead):
             x[:, :size] = candidates
             of_v = torch.linalg.vector_norm(candidates, dim=1)
             other, more = turned(x[:, :size], of_v) if turned else (0.0, 0.0)  # the other order's
-            for u, constant, product in parts:
+            for u, constant, product, slack in zip(queries, constants, products, slacks, strict=True):
                 x[:, size:] = difference = torch.sub(candidates, u).abs_()
                 lengths = torch.hypot(of_v, torch.linalg.vector_norm(difference, dim=1))
                 hidden, error = product(x, lengths)
-                hidden = hidden + constant  # float32
+                hidden = (hidden + constant)[None]  # float32
                 if turned:
-                    both = torch.cat([hidden, hidden + (other - turn @ u)])
-                    found.append((_after_first(both, rest).view(2, len(x), -1).mean(0), gain * (error + more / 2)))
-                else:
-                    found.append((_after_first(hidden, rest), gain * error))
+                    hidden = torch.cat([hidden, hidden + (other - turn @ u)])
+                error = error + more / 2 + slack
+                # And what it may change in the layers after the first.
+                error += _SUMMING * len(bias) * torch.linalg.vector_norm(hidden, dim=2).amax(0)
+                found.append((_after_first(hidden, rest).mean(0), gain * error))
             scores, errors = map(torch.stack, zip(*found, strict=True))
-            return scores, errors + 1e-5 * (1 + scores.abs().amax(-1))  # and of the layers after the first
+            return scores, errors + _SUMMING * scores.abs().amax(-1)
 
         return outputs
 
@@ -246,14 +251,14 @@ class ResidualHead(ConcatHead):
 
     def rounded(self, queries: Tensor) -> Rounded | None:
         concat, scale = super().rounded(queries), self.scale.detach().float()
-        units_u = functional.normalize(queries[:, -self.top :])
         if concat is None:
             return None
+        units_u = functional.normalize(queries[:, -self.top :])
 
         def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
             scores, errors = concat(candidates)
             cosines = units_u @ functional.normalize(candidates[:, -self.top :]).t()
-            return scores.addcmul_(cosines.unsqueeze(-1), scale), errors + 1e-5 * scale.abs().max()
+            return scores.addcmul_(cosines.unsqueeze(-1), scale), errors + _SUMMING * self.top * scale.abs().max()
 
         return outputs
 

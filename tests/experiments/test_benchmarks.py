@@ -93,7 +93,7 @@ def test_scoring(run, data, task, head, tmp_path):
         assert each["ratio_to_cross_encoder"] == pytest.approx(seconds["cross-encoder"] / seconds["index (ours)"])
         ways = ("cross-encoder", "head on blocks", "index in one pass", "index (ours)", "shortlist (ours)")
         shown = " | ".join(f"{seconds[name]:.3g}" for name in ways)
-        assert f"| `{head}` | {count} | {shown} | 100.0 % of {each['many_queries']} | " in output
+        assert f"| `{head}` | {count} | {shown} | 100.0 % ({each['many_queries']} queries) | " in output
         assert 0 <= each["max_relative_difference"] <= 1e-5
         assert each["shortlist_recall"] == 1  # it takes all
         assert f" | {seconds['build']:.3g} |" in output
@@ -120,7 +120,7 @@ def test_a_shortlists_share_is_of_the_ten_best(run, monkeypatch):
     assert numbers["candidates"]["7"]["shortlist_recall"] == 1
     share = numbers["candidates"]["40"]["shortlist_recall"]
     assert 0 < share < 1  # an untrained concat head finds others than the nearest
-    assert f"| {100 * share:.1f} % of " in output
+    assert f"| {100 * share:.1f} % (" in output
 
 
 def test_scoring_with_a_saved_student_and_a_plot(run, student, data, tmp_path):
