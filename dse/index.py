@@ -28,7 +28,6 @@ from tqdm import tqdm
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
-from dse.networks.heads import Rounded
 from dse.networks.inference import rank_keys, scores_and_rows
 from dse.storage.index_files import BLOCK, VECTORS, Embeddings, IndexFiles, Part, nearest
 from dse.storage.student_folder import fingerprint
@@ -38,8 +37,7 @@ from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
 
 logger = logging.getLogger(__name__)
-_EMBED_AT_ONCE = 4 * BLOCK
-_CHARACTERS_AT_ONCE = 1 << 24
+_EMBED_AT_ONCE, _CHARACTERS_AT_ONCE = 4 * BLOCK, 1 << 24
 _QUERIES = 64  # scored at once
 _SHORTLISTS, _RECALL = (20, 50, 100, 200, 500, 1000), 0.99  # sizes that are measured, and the recall that "auto" needs
 _BEST, _COPIES, _GROWN = 10, 20, 1.1  # hits of the measurement; of a query's text; growth after which it is made again
@@ -234,12 +232,10 @@ def _bar(pairs: int, show: bool | None) -> tqdm:
 
 def _best_of_all(index: CandidateIndex, queries: Tensor, kept: int, *given: Any) -> Tensor:
     """The keys of the best candidates of each query, (queries, kept), the best first."""
-    best, kind = None, queries.device.type
     # Else float32 products would not have the errors that a first pass reckons with.
-    plain = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(kind)
-    if plain and len(index) >= _WORTH_TWO * _LEFT and 0 < kept <= _LEFT // 4 and has_bfloat16(queries.device):
-        best = _best_in_two_passes(index, queries, kept, *given)
-    return _best_in_one_pass(index, queries, kept, *given) if best is None else best
+    plain = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(queries.device.type)
+    worth_while = len(index) >= _WORTH_TWO * _LEFT and 0 < kept <= _LEFT // 4 and has_bfloat16(queries.device)
+    return (_best_in_two_passes if plain and worth_while else _best_in_one_pass)(index, queries, kept, *given)
 
 
 def _best_in_one_pass(
@@ -258,29 +254,34 @@ def _best_in_one_pass(
 
 def _best_in_two_passes(
     index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, show: bool | None
-) -> Tensor | None:
+) -> Tensor:
     """As `_best_of_all`, but with products in bfloat16; in float32 for the candidates whose place their errors decide.
 
-    None: these are more than _LEFT for some query, as where all are nearly equal; or the head has no such products.
+    Queries of which these are more than _LEFT, as where all are nearly equal, get one pass.
     """
-    head, best = index.model.network.siamese_head, list[Tensor]()
+    best, again = torch.full((len(queries), kept), _LEAST, device=queries.device), list[int]()
     with _bar(len(queries) * len(index), show) as bar:
-        for some in queries.split(_QUERIES):
-            rounded = head.rounded(some) if len(some) else None
-            highest = rounded and _highest(index, rounded, len(some), kept, left_out, label, bar)
-            if highest is None:
-                return None
-            best += [_best_of_rows(index, u, rows, kept, label) for u, rows in zip(some, highest, strict=True)]
-    return torch.cat(best)
+        for start in range(0, len(queries), _QUERIES):
+            some = queries[start : start + _QUERIES]
+            for place, rows in enumerate(_highest(index, some, kept, left_out, label, bar), start):
+                if rows is None:
+                    again.append(place)
+                else:
+                    best[place] = _best_of_rows(index, queries[place], rows, kept, label)
+    if again:
+        best[again] = _best_in_one_pass(index, queries[again], kept, left_out, label, show)
+    return best
 
 
 def _highest(
-    index: CandidateIndex, rounded: Rounded, queries: int, kept: int, left_out: np.ndarray, label: Any, bar: tqdm
-) -> list[Tensor] | None:
-    """For each query the rows on CPU that may be among the best `kept`; None if they are more than _LEFT."""
-    device, checks = index.model.device, [len(index) // 8, len(index)]  # the first one to end early
-    lowest = torch.full((queries, kept), -math.inf, device=device)  # the best of the scores' lower bounds
-    highest = torch.empty(queries, 0, dtype=torch.int64, device=device)  # keys of the best upper bounds
+    index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, bar: tqdm
+) -> list[Tensor | None]:
+    """For each query the rows on CPU that may be among the best `kept`; None if they may be more than _LEFT."""
+    if (rounded := index.model.network.siamese_head.rounded(queries)) is None:  # it has no large products
+        return [None] * len(queries)
+    device, half = queries.device, len(index) // 2
+    lowest = torch.full((len(queries), kept), -math.inf, device=device)  # the best of the scores' lower bounds
+    highest = torch.empty(len(queries), 0, dtype=torch.int64, device=device)  # keys of the best upper bounds
     for start, candidates in index.embeddings.blocks(index.files, device, max(index.model.network.config.fc_dims)):
         stop = start + len(candidates)
         outputs, errors = rounded(candidates)
@@ -293,13 +294,13 @@ def _highest(
         highest = torch.cat([highest, keys], dim=1)
         highest = highest.topk(min(_LEFT, highest.shape[1])).values
         bar.update(scores.numel())
-        if stop >= checks[0]:
-            checks.pop(0)
-            if highest.shape[1] == _LEFT and bool((scores_and_rows(highest[:, -1])[0] >= lowest[:, -1]).any()):
-                return None  # others may be left, too
+        if start < half <= stop or stop == len(index):
+            more = (scores_and_rows(highest[:, -1])[0] >= lowest[:, -1]) & (highest.shape[1] == _LEFT)
+            if more.float().mean() > 0.5:
+                return [None] * len(queries)
     uppers, rows = scores_and_rows(highest)
     may_be = (highest != _LEAST) & (uppers >= lowest[:, -1:])
-    return [some[wanted] for some, wanted in zip(rows.cpu(), may_be.cpu(), strict=True)]
+    return [None if all_ else x[its] for x, its, all_ in zip(rows.cpu(), may_be.cpu(), more.tolist(), strict=True)]
 
 
 def _best_of_rows(index: CandidateIndex, u: Tensor, rows: Tensor, kept: int, label: str | None) -> Tensor:

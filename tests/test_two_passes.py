@@ -88,6 +88,36 @@ def test_where_all_are_nearly_equal_one_pass_decides(student, passes):
     assert passes == [1]
 
 
+def test_a_query_for_which_too_many_are_left_gets_one_pass_alone(student, passes, monkeypatch):
+    """The bounds of the second query, and then of two of the three, are made too wide."""
+    index = made_up(student)
+    expected = in_one_pass(index, QUERIES, 5)
+    asked, real, counts = [1], HEADS["residual"].rounded, []
+    one_pass = index_module._best_in_one_pass
+
+    def rounded(head, queries):
+        outputs = real(head, queries)
+
+        def wide(candidates):
+            scores, errors = outputs(candidates)
+            errors[asked] += 1000
+            return scores, errors
+
+        return wide
+
+    monkeypatch.setattr(index_module, "_QUERIES", 3)
+    monkeypatch.setattr(HEADS["residual"], "rounded", rounded)
+    monkeypatch.setattr(
+        index_module,
+        "_best_in_one_pass",
+        lambda index, queries, *rest: counts.append(len(queries)) or one_pass(index, queries, *rest),
+    )
+    check_same(index.search(QUERIES, 5), expected)
+    asked.append(2)
+    check_same(index.search(QUERIES, 5), expected)
+    assert counts == [1, 3]
+
+
 @pytest.mark.parametrize(("head", "few"), [("dot", False), ("residual", True)])
 def test_where_two_passes_are_not_worth_while(student, passes, monkeypatch, head, few):
     """The dot head has no large product; few candidates, or many hits, pay less than the bound costs."""
