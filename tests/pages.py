@@ -51,7 +51,7 @@ def minutes_line() -> str:
     return f"With a 6-layer BERT on one CPU core, steps 2 to 4 took {teacher}, {logits} and {student} minutes."
 
 
-SCORINGS = ("scoring", "scoring_million", "scoring_concat", "scoring_dot")
+SCORINGS = ("scoring", "scoring_concat", "scoring_dot")
 TRIED_METRICS = {
     "STS-B, dev Pearson": ("sts-b", "dev", "pearson"),
     "STS-B, dev MRR": ("sts-b", "dev", "mrr"),
@@ -76,7 +76,7 @@ def tried_table() -> str:
 
 MADE: dict[str, Callable[[], str]] = {
     "quality-line": lambda: results.in_one_line(read("results")),
-    "speed-line": lambda: benchmarks_scoring.in_one_line(read("scoring_million")),
+    "speed-line": lambda: benchmarks_scoring.in_one_line(read("scoring")),
     "minutes-line": minutes_line,
     "summary": lambda: results.quality_table(read("results"), headlines_only=True),
     "introduction": lambda: results.introduction(read("results")).partition("`: ")[2],  # what was run stands below
@@ -100,7 +100,7 @@ MADE: dict[str, Callable[[], str]] = {
     "rates": lambda: trained("training_mrpc", "training_sts-b", "inference"),
     "openvino": lambda: trained("inference_openvino_fp32", "inference_openvino_bf16"),
     "scoring": lambda: benchmarks_scoring.scoring_table(*map(read, SCORINGS)),
-    "scoring-line": lambda: benchmarks_scoring.in_one_line(read("scoring_million")),
+    "scoring-line": lambda: benchmarks_scoring.in_one_line(read("scoring")),
 }
 
 
