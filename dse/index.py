@@ -226,8 +226,7 @@ def _blocks(
 
 
 def _bar(pairs: int, show: bool | None) -> tqdm:
-    hidden = None if show is None else not show
-    return tqdm(None, "score", pairs, unit="pair", unit_scale=True, disable=hidden, leave=False)
+    return tqdm(None, "score", pairs, False, unit="pair", unit_scale=True, disable=None if show is None else not show)
 
 
 def _best_of_all(index: CandidateIndex, queries: Tensor, kept: int, *given: Any) -> Tensor:
@@ -260,14 +259,15 @@ def _best_in_two_passes(
     Queries of which these are more than _LEFT, as where all are nearly equal, get one pass.
     """
     best, again = torch.full((len(queries), kept), _LEAST, device=queries.device), list[int]()
+    outputs = index.model.network.siamese_head.factorised()
     with _bar(len(queries) * len(index), show) as bar:
         for start in range(0, len(queries), _QUERIES):
-            some = queries[start : start + _QUERIES]
-            for place, rows in enumerate(_highest(index, some, kept, left_out, label, bar), start):
+            highest = _highest(index, queries[start : start + _QUERIES], kept, left_out, label, bar)
+            for place, rows in enumerate(highest, start):
                 if rows is None:
                     again.append(place)
                 else:
-                    best[place] = _best_of_rows(index, queries[place], rows, kept, label)
+                    best[place] = _best_of_rows(index, outputs, queries[place], rows, kept, label)
     if again:
         best[again] = _best_in_one_pass(index, queries[again], kept, left_out, label, show)
     return best
@@ -283,9 +283,8 @@ def _highest(
     lowest = torch.full((len(queries), kept), -math.inf, device=device)  # the best of the scores' lower bounds
     highest = torch.empty(len(queries), 0, dtype=torch.int64, device=device)  # keys of the best upper bounds
     for start, candidates in index.embeddings.blocks(index.files, device, max(index.model.network.config.fc_dims)):
-        stop = start + len(candidates)
-        outputs, errors = rounded(candidates)
-        scores, errors = rank_scores(outputs, index.model.task, label), errors * min(2, outputs.shape[-1])  # log-odds
+        stop, (found, errors) = start + len(candidates), rounded(candidates)
+        scores, errors = rank_scores(found, index.model.task, label), errors * min(2, found.shape[-1])  # of log-odds
         lower = (scores - errors).nan_to_num(-math.inf, -math.inf, -math.inf)
         keys = rank_keys(scores + errors, torch.arange(start, stop, device=device))
         gone = left_out[(left_out >= start) & (left_out < stop)] - start
@@ -298,15 +297,15 @@ def _highest(
             more = (scores_and_rows(highest[:, -1])[0] >= lowest[:, -1]) & (highest.shape[1] == _LEFT)
             if more.float().mean() > 0.5:
                 return [None] * len(queries)
-    uppers, rows = scores_and_rows(highest)
-    may_be = (highest != _LEAST) & (uppers >= lowest[:, -1:])
-    return [None if all_ else x[its] for x, its, all_ in zip(rows.cpu(), may_be.cpu(), more.tolist(), strict=True)]
+    uppers, rows = scores_and_rows(highest)  # NaN for _LEAST
+    each = zip(rows.cpu(), (uppers >= lowest[:, -1:]).cpu(), more.tolist(), strict=True)
+    return [None if too_many else some[wanted] for some, wanted, too_many in each]
 
 
-def _best_of_rows(index: CandidateIndex, u: Tensor, rows: Tensor, kept: int, label: str | None) -> Tensor:
-    """The keys of the best of these rows, (rows,) on CPU, for the query u, (1, kept or fewer)."""
+def _best_of_rows(index: CandidateIndex, outputs: Any, u: Tensor, rows: Tensor, kept: int, label: Any) -> Tensor:
+    """The keys of the best of these rows, (rows,) on CPU, (1, kept or fewer); `outputs` is from `factorised`."""
     candidates = torch.from_numpy(index.files.rows(rows.numpy())).to(u.device, torch.float32)
-    scores = rank_scores(index.model.network.siamese_head.factorised()(u[None], candidates), index.model.task, label)
+    scores = rank_scores(outputs(u[None], candidates), index.model.task, label)
     return rank_keys(scores, rows.to(u.device)).topk(min(kept, len(rows))).values
 
 
@@ -315,10 +314,11 @@ def _best_of_nearest(
 ) -> Tensor:
     """As `_best_of_all`, of the `size` nearest candidates of each query alone, (queries, kept or fewer)."""
     count, best = min(size, len(index) - len(left_out)), list[Tensor]()
+    outputs = index.model.network.siamese_head.factorised()
     for some in queries.split(_QUERIES):
         for u, rows in zip(some, nearest(index.files, some, count + len(left_out)), strict=True):
             rows = rows[~torch.isin(rows, torch.from_numpy(left_out))][:count]
-            best.append(_best_of_rows(index, u, rows, kept, label))
+            best.append(_best_of_rows(index, outputs, u, rows, kept, label))
     return torch.cat(best) if best else torch.empty(0, kept, dtype=torch.int64)
 
 
