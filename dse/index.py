@@ -12,10 +12,10 @@ are found in float32 among the candidates that a bound of the error leaves.
 """
 
 import itertools
-import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -31,19 +31,15 @@ from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top
 from dse.networks.inference import rank_keys, scores_and_rows
 from dse.storage.index_files import BLOCK, VECTORS, Embeddings, IndexFiles, Part, nearest
 from dse.storage.student_folder import fingerprint
-from dse.system import signals
 from dse.system.device import has_bfloat16
 from dse.system.errors import InputError
 from dse.system.text_files import checked_texts
 
-logger = logging.getLogger(__name__)
 _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE = 4 * BLOCK, 1 << 24
 _QUERIES = 64  # scored at once
-_SHORTLISTS, _RECALL = (20, 50, 100, 200, 500, 1000), 0.99  # sizes that are measured, and the recall that "auto" needs
-_BEST, _COPIES, _GROWN = 10, 20, 1.1  # hits of the measurement; of a query's text; growth after which it is made again
-_ASKED, _PAIRS_ASKED = (16, 64), 3_200_000  # its queries, at least and at most; pairs that they score, about
+_HITS, _FIRST, _LONGEST = 10, 25, 8000  # "auto": hits at least, nearest candidates for each at first, and at most;
+_MANY = 500_000  # twice as many of the nearest among twice as many candidates
 _LEAST = torch.iinfo(torch.int64).min  # below all keys
-_WORTH = 1000  # candidates from which on a shortlist is worth measuring
 _LEFT, _WORTH_TWO = BLOCK, 16  # by a first pass, at most; how many times as many candidates make one worth while
 
 
@@ -78,7 +74,6 @@ class CandidateIndex:
                 folder, which is removed with the index.
             dtype: "float32", or "float16" for half the space (embeddings rounded to 11 bits).
 
-        In a folder, the index also has the recall of shortlists, measured with some of its own candidates as queries.
         Raises InputError for a folder with other files in it.
         """
         return cls.from_embeddings(model, _embedded(model, sentences, batch_size, show_progress, ids), folder, dtype)
@@ -93,9 +88,7 @@ class CandidateIndex:
         folder = Path(keep.name, "index") if folder is None else Path(folder)
         config = model.network.config
         sizes = {"width": config.embedding_size, "top": config.top_size}
-        index = cls(model, IndexFiles.create(folder, fingerprint(model), dtype=dtype, parts=parts, **sizes), keep)
-        _measure_shortlists(index)
-        return index
+        return cls(model, IndexFiles.create(folder, fingerprint(model), dtype=dtype, parts=parts, **sizes), keep)
 
     @classmethod
     def open(cls, folder: str | Path, model: DSESiameseClassifier) -> Self:
@@ -121,7 +114,6 @@ class CandidateIndex:
             raise InputError(f"{self.folder}: the candidates that are there {found}")
         parts = _embedded(self.model, sentences, batch_size, show_progress, ids)
         self.files = self.files.append(fingerprint(self.model), parts)
-        _measure_shortlists(self)
 
     def save(self, folder: str | Path) -> None:
         """Copy the index to another folder, whole. Raises InputError for a folder with other files in it."""
@@ -161,9 +153,8 @@ class CandidateIndex:
         """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
 
         Args:
-            shortlist: score only so many candidates, the nearest by the cosine of the top layer; "auto": as few as the
-                index was measured to need for 99 % of the ten best; all if none are enough, or for more hits. None:
-                all.
+            shortlist: score only so many candidates, the nearest by the cosine of the top layer. "auto": for each query
+                so many that as many more add no hit; all if thousands are not enough. None: all.
             rank_label: as in `score`.
             exclude: rows that are never found, such as the query's own.
             min_score: hits below it are left out.
@@ -176,9 +167,9 @@ class CandidateIndex:
         check_probabilities(self.model.task, probabilities)
         texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
         left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))
-        kept, size = min(top_k, len(self) - len(left_out)), _shortlist_size(self, shortlist, top_k, rank_label)
-        given = (self, _embedded_queries(self, texts, rank_label), kept, left_out, rank_label)
-        best = _best_of_all(*given, show_progress) if size is None or not kept else _best_of_nearest(*given, size)
+        kept, way = min(top_k, len(self) - len(left_out)), _search_way(self, shortlist, top_k)
+        given = (self, _embedded_queries(self, texts, rank_label), kept, left_out, rank_label, show_progress)
+        best = (way if kept else _best_of_all)(*given)
         scores, rows = scores_and_rows(best.cpu())  # waits for a GPU, once
         found = zip(finite(scores, self.folder), rows.tolist(), strict=True)
         hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
@@ -309,71 +300,69 @@ def _best_of_rows(index: CandidateIndex, outputs: Any, u: Tensor, rows: Tensor, 
     return rank_keys(scores, rows.to(u.device)).topk(min(kept, len(rows))).values
 
 
-def _best_of_nearest(
-    index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, size: int
-) -> Tensor:
-    """As `_best_of_all`, of the `size` nearest candidates of each query alone, (queries, kept or fewer)."""
-    count, best = min(size, len(index) - len(left_out)), list[Tensor]()
-    outputs = index.model.network.siamese_head.factorised()
+def _search_way(index: CandidateIndex, shortlist: int | str | None, top_k: int) -> Callable[..., Tensor]:
+    """The function that finds the best, called as `_best_of_all`. Raises ValueError for what is no shortlist."""
+    if shortlist is None:
+        return _best_of_all
+    if "top" not in index.files.content:
+        raise InputError(f"{index.folder}: was built before there were shortlists; build it again")
+    if shortlist == "auto":
+        return _best_of_enough
+    if not isinstance(shortlist, Integral) or isinstance(shortlist, bool) or shortlist < top_k:
+        what = f"neither 'auto' nor a whole number of at least top_k, {top_k}"
+        raise ValueError(f"shortlist: {shortlist!r} is {what}")
+    return partial(_best_of_nearest, int(shortlist))
+
+
+def _nearest(
+    index: CandidateIndex, queries: Tensor, size: int, left_out: np.ndarray
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each query's embedding, and the rows of its `size` nearest candidates, or of all, on CPU, the nearest first."""
+    count = min(size, len(index) - len(left_out))
     for some in queries.split(_QUERIES):
         for u, rows in zip(some, nearest(index.files, some, count + len(left_out)), strict=True):
-            rows = rows[~torch.isin(rows, torch.from_numpy(left_out))][:count]
-            best.append(_best_of_rows(index, outputs, u, rows, kept, label))
+            yield u, rows[~torch.isin(rows, torch.from_numpy(left_out))][:count]
+
+
+def _best_of_nearest(
+    size: int, index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, _: Any
+) -> Tensor:
+    """As `_best_of_all`, of the `size` nearest candidates of each query alone, (queries, kept or fewer)."""
+    outputs = index.model.network.siamese_head.factorised()
+    best = [_best_of_rows(index, outputs, *each, kept, label) for each in _nearest(index, queries, size, left_out)]
     return torch.cat(best) if best else torch.empty(0, kept, dtype=torch.int64)
 
 
-def _shortlist_size(index: CandidateIndex, shortlist: int | str | None, top_k: int, label: str | None) -> int | None:
-    """How many of the nearest candidates are scored; None: all. Raises ValueError for what is no shortlist."""
-    if shortlist is None:
-        return None
-    if "top" not in index.files.content:
-        raise InputError(f"{index.folder}: was built before there were shortlists; build it again")
-    if shortlist != "auto":
-        if not isinstance(shortlist, Integral) or isinstance(shortlist, bool) or shortlist < top_k:
-            what = f"neither 'auto' nor a whole number of at least top_k, {top_k}"
-            raise ValueError(f"shortlist: {shortlist!r} is {what}")
-        return int(shortlist)
-    measured = index.files.content.get("shortlists", {"recalls": {}})["recalls"]
-    enough = [int(size) for size, (recall, error) in measured.items() if recall - error >= _RECALL]
-    if not enough or top_k > _BEST or label not in (None, ranked_label(index.model.task)):
-        return None
-    return min(enough)
+def _best_of_enough(
+    index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, show: bool | None
+) -> Tensor:
+    """As `_best_of_all`, of the nearest candidates of each query: so many that as many more add no hit.
 
-
-def _measure_shortlists(index: CandidateIndex) -> None:
-    """Note what share of the ten best candidates shortlists hold, with some of the index's own texts as queries.
-
-    Rows with the text of the query do not count. A stop leaves the index as it is, without the note.
+    Queries for which _LONGEST are not enough get all. Fewer than _HITS hits could stay the same by chance. The more
+    candidates there are, the more of them are about as near, so lists grow with them.
     """
-    content = index.files.content
-    grown = "shortlists" not in content or len(index) >= _GROWN * content["shortlists"]["count"]
-    if index._keep is not None or "top" not in content or len(index) < _WORTH or not grown:
-        return
-    try:
-        ranked_label(index.model.task)
-    except InputError:  # nothing says which label ranks
-        return
-    count = max(_ASKED[0], min(_ASKED[1], _PAIRS_ASKED // len(index)))
-    logger.info("%d candidates are stored; measuring shortlists with %d of them as queries", len(index), count)
-    rows = np.random.default_rng(0).choice(len(index), min(count, len(index)), replace=False).tolist()
-    texts = [index.text(row) for row in rows]
-    with signals.advice(f"{index.folder} is whole, but its shortlists are not measured"), torch.inference_mode():
-        hits: Any = index.search(texts, _BEST + _COPIES, show_progress=None)
-        queries = index.model.encode(texts, convert_to="tensor", show_progress=False)
-        near = nearest(index.files, queries, _SHORTLISTS[-1] + _COPIES).tolist()
-    shares: dict[int, list[float]] = {size: [] for size in _SHORTLISTS if size < len(index)}
-    for text, of_query, of_near in zip(texts, hits, near, strict=True):
-        best = [hit.row for hit in of_query if hit.text != text][:_BEST]
-        others = [row for row in of_near if index.text(row) != text]
-        for size, found in shares.items():
-            if len(best) == _BEST:  # else there are too many copies
-                found.append(len(set(best) & set(others[:size])) / _BEST)
-    recalls = {size: (np.mean(found), np.std(found) / len(found) ** 0.5) for size, found in shares.items() if found}
-    noted = {str(size): [float(number) for number in numbers] for size, numbers in recalls.items()}
-    index.files.note(shortlists={"count": len(index), "recalls": noted})
-    told = ", ".join(f"{size}: {100 * recall:.1f} %" for size, (recall, _) in recalls.items())
-    taken = _shortlist_size(index, "auto", _BEST, None) or "all"
-    logger.info("of the ten best, shortlists of the nearest hold %s; auto takes %s", told, taken)
+    best, again = torch.full((len(queries), kept), _LEAST, device=queries.device), list[int]()
+    count, outputs = len(index) - len(left_out), index.model.network.siamese_head.factorised()
+    hits, scale = max(kept, _HITS), max(1, count // _MANY)
+    first, longest = _FIRST * hits * scale, _LONGEST * scale
+    if 2 * first > longest and count > longest:
+        return _best_of_all(index, queries, kept, left_out, label, show)
+    for place, (u, rows) in enumerate(_nearest(index, queries, longest, left_out)):
+        size, found = first, _best_of_rows(index, outputs, u, rows[:first], hits, label)
+        while size < len(rows):
+            before, more = found, _best_of_rows(index, outputs, u, rows[size : 2 * size], hits, label)
+            found, size = torch.cat([found, more], dim=1), 2 * size
+            found = found.topk(min(hits, found.shape[1])).values
+            if size <= len(rows) and torch.equal(found, before):
+                break
+        else:
+            if len(rows) < count:
+                again.append(place)
+                continue
+        best[place] = found[0, :kept]
+    if again:
+        best[again] = _best_of_all(index, queries[again], kept, left_out, label, show)
+    return best
 
 
 def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:

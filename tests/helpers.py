@@ -19,6 +19,7 @@ from dse.data.features import Ragged, SeparateFeatures
 from dse.data.processors import Examples
 from dse.data.tasks import REGRESSION, TASKS, Task, get_task
 from dse.experiments.synthetic import make_pair
+from dse.index import CandidateIndex
 from dse.networks.config import HEAD_TYPES, DSEConfig
 from dse.networks.pretrained import bert_config
 from dse.networks.student import SiameseNetwork, empty_network
@@ -297,3 +298,19 @@ def pair_scores(model, queries: list[str], candidates: list[str]) -> np.ndarray:
     """The second way: every pair through the head as in training, (queries, candidates, outputs)."""
     scores = model.score([(query, candidate) for query in queries for candidate in candidates])
     return scores.reshape(len(queries), len(candidates), -1)
+
+
+def made_up(
+    student, task: str = "mrpc", spread: float = 1.0, scale: float = 60.0, count: int = 200, **options
+) -> CandidateIndex:
+    """An index of embeddings that differ by so much, and a residual head with that scale of its cosine."""
+    model = student(task, siamese_head_type="residual", **options)
+    head = model.network.siamese_head
+    outputs = len(head.scale)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        head.start_at(torch.linspace(scale, scale / 2, outputs), torch.linspace(-99.0, -98.0, outputs))
+        head.fc_layers[-1].weight.copy_(torch.from_numpy(rng.normal(size=head.fc_layers[-1].weight.shape)))
+    size = model.network.config.embedding_size
+    rows = rng.normal(size=(1, size)) + spread * rng.normal(size=(count, size))
+    return CandidateIndex.from_embeddings(model, [(rows.astype(np.float32), [f"row {i}" for i in range(count)])])

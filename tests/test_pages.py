@@ -141,7 +141,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in (("_PEAK_SECONDS", 1e-4), ("take_turns", one_turn)):
         monkeypatch.setattr(benchmarks, name, value)
-    for name, value in (("MANY_QUERIES", 1), ("CROSS_ENCODER_PAIRS", 4), ("take_turns", one_turn)):
+    for name, value in (("MANY_QUERIES", (1, 1)), ("CROSS_ENCODER_PAIRS", 4), ("take_turns", one_turn)):
         monkeypatch.setattr(benchmarks_scoring, name, value)
     write_place(tmp_path)
     variables = {"PATH": os.environ["PATH"], "BERT": "bert-base-uncased"}

@@ -1,36 +1,28 @@
-"""Searches in an index that score the nearest candidates alone, and the recall that an index notes."""
-
-import json
+"""Searches in an index that score the nearest candidates alone."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import CANDIDATES, HEADS, QUERIES
+from helpers import CANDIDATES, HEADS, QUERIES, made_up
 
 from dse import index as index_module
 from dse.index import CandidateIndex
 from dse.networks import kernels
 from dse.storage import index_files
 from dse.storage.index_files import IndexFiles
-from dse.system import signals
 from dse.system.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    """Few candidates are worth measuring: shortlists of 2, 5 and 23."""
-    monkeypatch.setattr(index_module, "_WORTH", 10)
-    monkeypatch.setattr(index_module, "_SHORTLISTS", (2, 5, 12))
-    monkeypatch.setattr(index_module, "_ASKED", (6, 6))
-    monkeypatch.setattr(index_module, "_BEST", 3)
-
-
 def cosines(model, texts: list[str]) -> np.ndarray:
     """Those of the top layer in 7 bits, (texts, candidates): the tiny model's differ by less than the rounding."""
-    top = model.network.config.top_size
-    u, v = (model.encode(some)[:, -top:].astype(np.float64) for some in (texts, CANDIDATES))
+    return seven_bits(model.encode(texts), model.encode(CANDIDATES), model.network.config.top_size)
+
+
+def seven_bits(u: np.ndarray, v: np.ndarray, top: int) -> np.ndarray:
+    """The cosines of the last columns, in 7 bits, of each two rows."""
+    u, v = (x[:, -top:].astype(np.float64) for x in (u, v))
     u, v = (np.rint(63 * x / np.abs(x).max(axis=1, keepdims=True)) for x in (u, v))
     return (u / np.linalg.norm(u, axis=1, keepdims=True)) @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T
 
@@ -58,98 +50,61 @@ def test_only_the_nearest_are_scored(student, exclude):
     assert CandidateIndex.build(model, []).search(QUERIES, 3, shortlist=np.int64(3)) == [[], [], []]
 
 
-def test_the_recall_of_shortlists_is_noted(student, measured, tmp_path, caplog):
-    """Against the same from scores and cosines of all pairs of candidates."""
-    model = student()
-    with caplog.at_level("INFO", "dse"):
-        index = CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    asked = np.random.default_rng(0).choice(23, 6, replace=False)
-    shares: dict[str, list[float]] = {"2": [], "5": [], "12": []}
-    for own, scores, cosine in zip(
-        asked, index.score([CANDIDATES[i] for i in asked]), cosines(model, [CANDIDATES[i] for i in asked]), strict=True
+@pytest.mark.parametrize("kept", [1, 6])
+@pytest.mark.parametrize("longest", [200, 100, 45])
+@pytest.mark.parametrize(("exclude", "many"), [((), 300), (tuple(range(0, 200, 3)), 300), ((), 100)])
+def test_auto_scores_so_many_that_as_many_more_add_no_hit(student, monkeypatch, exclude, many, longest, kept):
+    """From 5 for each hit on, of at least 4, by cosines and scores of all; if a double list is too long, all count.
+
+    Twice as many among `many` candidates or more.
+    """
+    index, lists, real = made_up(student, scale=1.0), [], IndexFiles.rows
+    for name, value in (("_HITS", 4), ("_FIRST", 5), ("_LONGEST", longest), ("_MANY", many)):
+        monkeypatch.setattr(index_module, name, value)
+    monkeypatch.setattr(IndexFiles, "rows", lambda files, rows: lists.append(len(rows)) or real(files, rows))
+    found = index.search(QUERIES * 2, kept, shortlist="auto", exclude=exclude)
+    cosine = seven_bits(index.model.encode(QUERIES), index.vectors(0, 200), index.model.network.config.top_size)
+    sizes, hits, scale = [], max(kept, 4), 2 if many == 100 else 1
+    first, longest = 5 * hits * scale, longest * scale
+    for near, scores, *of_query in zip(
+        (-cosine).argsort(axis=1), index.score(QUERIES), found[:3], found[3:], strict=True
     ):
-        best, near = ([row for row in np.argsort(-of_all, kind="stable") if row != own] for of_all in (scores, cosine))
-        for size, found in shares.items():
-            found.append(len(set(best[:3]) & set(near[: int(size)])) / 3)
-    wanted = {
-        size: [pytest.approx(np.mean(found)), pytest.approx(np.std(found) / 6**0.5)] for size, found in shares.items()
-    }
-    noted = json.loads((tmp_path / "index" / "index.json").read_text())["shortlists"]
-    assert noted == {"count": 23, "recalls": wanted}
-    assert 0 < np.mean(shares["2"]) < np.mean(shares["12"])
-    assert f"shortlists of the nearest hold 2: {100 * np.mean(shares['2']):.1f} %, 5: " in caplog.text
-    assert caplog.text.endswith("; auto takes all\n")
-    assert CandidateIndex.open(tmp_path / "index", model).files.content["shortlists"] == noted
-    index.append(["one more"])
-    assert index.files.content["shortlists"]["count"] == 23
-    index.append(["two more", "three more"])
-    assert index.files.content["shortlists"]["count"] == 26, "it has grown by a tenth"
+        rows = [row for row in near if row not in exclude]
+
+        def best(size, rows=rows, scores=scores):
+            return sorted(rows[:size], key=(-scores).__getitem__)[:hits]
+
+        size = first
+        while 2 * size <= longest and best(2 * size) != best(size):
+            size *= 2
+        enough = 2 * size <= min(longest, len(rows))
+        expected = best(2 * size if enough else len(rows))
+        assert [[hit.row for hit in each] for each in of_query] == [expected[:kept]] * 2
+        listed = min(longest, len(rows))
+        sizes.append(2 * size if enough else listed if 2 * first <= longest or listed == len(rows) else 0)
+    assert sum(lists) == 2 * sum(sizes)
+    assert longest == 45 * scale or max(sizes) > 40, "some lists are doubled more than once, or are not enough"
 
 
-def test_copies_of_a_query_do_not_count(student, measured, monkeypatch, tmp_path):
-    """Four copies of each text: the ten best would be its own copies and the nearest, too."""
-    model = student(siamese_head_type="residual")
-    with torch.no_grad():
-        model.network.siamese_head.scale.fill_(1e4)  # so that they are the best
-    monkeypatch.setattr(index_module, "_BEST", 4)
-    index = CandidateIndex.build(model, CANDIDATES * 4, tmp_path / "index")
-    recalls = index.files.content["shortlists"]["recalls"]
-    rows = np.random.default_rng(0).choice(92, 6, replace=False)
-    expected = []
-    for row in rows:
-        text = CANDIDATES[row % 23]
-        near = np.argsort(-np.tile(cosines(model, [text])[0], 4), kind="stable")
-        best = np.argsort(-index.score(text), kind="stable")
-        near, best = ([i for i in order if i % 23 != row % 23] for order in (near, best))
-        expected.append(len(set(best[:4]) & set(near[:5])) / 4)
-    assert recalls["5"][0] == pytest.approx(np.mean(expected))
+def test_few_hits_do_not_end_the_list_by_chance(student):
+    """The best of unrelated scores stays the same by chance in every second doubling."""
+    index = made_up(student, scale=0.0, count=9000)
+    found, expected = (index.search(QUERIES, 1, shortlist=size) for size in ("auto", None))
+    assert [hits[0].row for hits in found] == [hits[0].row for hits in expected]
 
 
-def test_a_stop_while_shortlists_are_measured_loses_nothing(student, measured, monkeypatch, tmp_path):
-    """And an index from before there were shortlists takes more rows."""
-    model, search = student(), CandidateIndex.search
-
-    def stopped(*args, **options):
-        raise signals.Stopped(2)
-
-    monkeypatch.setattr(CandidateIndex, "search", stopped)
-    with pytest.raises(signals.Stopped) as stop:
-        CandidateIndex.build(model, CANDIDATES, tmp_path / "index")
-    assert stop.value.advice == f"{tmp_path / 'index'} is whole, but its shortlists are not measured"
-    monkeypatch.setattr(CandidateIndex, "search", search)
-    index = CandidateIndex.open(tmp_path / "index", model)
-    assert len(index) == 23
-    old = IndexFiles.create(tmp_path / "old", index_module.fingerprint(model), index.width, "float32", [
-        (model.encode(CANDIDATES), CANDIDATES)
-    ])  # fmt: skip
-    (older := CandidateIndex(model, old)).append(["one more"])
-    assert len(older) == 24
-    assert "shortlists" not in older.files.content
-
-
-def test_auto_takes_the_smallest_that_is_good_enough(student, measured, monkeypatch, tmp_path):
-    """All are scored where none is, for more hits than were measured, and for another label."""
-    index = CandidateIndex.build(student("snli"), CANDIDATES, tmp_path / "index")
-    taken = []
-
-    def nearest(files, queries, count):
-        taken.append(count)
-        return torch.arange(count).expand(len(queries), count)
-
-    monkeypatch.setattr(index_module, "nearest", nearest)
-    for recalls, expected in (({"2": 0.9, "5": 0.995, "12": 1.0}, [5]), ({"2": 0.9, "5": 0.99, "12": 0.99}, [])):
-        index.files.content["shortlists"]["recalls"] = {size: [recall, 0.002] for size, recall in recalls.items()}
-        taken.clear()
-        index.search(QUERIES[0], 3, shortlist="auto")
-        assert taken == expected
-    index.files.content["shortlists"]["recalls"] = {"5": [1.0, 0.0]}
-    assert index.search(QUERIES[0], 4, shortlist="auto") == index.search(QUERIES[0], 4)
-    assert index.search(QUERIES[0], 3, "neutral", shortlist="auto") == index.search(QUERIES[0], 3, "neutral")
-    assert taken == []
-    index.search(QUERIES[0], 3, "entailment", shortlist="auto")
-    assert taken == [5]
-    del index.files.content["shortlists"]
-    assert index.search(QUERIES[0], 3, shortlist="auto") == index.search(QUERIES[0], 3)
+def test_auto_where_lists_are_of_all_or_of_no_use(student, monkeypatch):
+    """Few candidates, more hits than lists are long, and any label; the list holds all, or all are searched."""
+    index = CandidateIndex.build(student("snli"), CANDIDATES)
+    for longest in (8000, 12):
+        monkeypatch.setattr(index_module, "_LONGEST", longest)
+        for kept, label in ((3, None), (3, "neutral"), (12, None), (50, "neutral")):
+            expected = index.search(QUERIES, kept, label, exclude=[4])
+            found = index.search(QUERIES, kept, label, exclude=[4], shortlist="auto")
+            for hits, wanted in zip(found, expected, strict=True):
+                assert [hit.row for hit in hits] == [hit.row for hit in wanted]
+    assert index.search([], 3, shortlist="auto") == []
+    assert index.search(QUERIES[0], 3, shortlist="auto", exclude=range(23)) == []
 
 
 def test_what_is_no_shortlist(student, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import QUERIES
+from helpers import QUERIES, made_up
 
 from dse import index as index_module
 from dse.index import CandidateIndex
@@ -12,7 +12,6 @@ from dse.networks.heads import HEADS, _norm_bound
 from dse.system.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
-COUNT = 200
 
 
 @pytest.fixture
@@ -25,20 +24,6 @@ def passes(monkeypatch):
     for name, value in (("_LEFT", 40), ("_WORTH_TWO", 2)):
         monkeypatch.setattr(index_module, name, value)
     return taken
-
-
-def made_up(student, task: str = "mrpc", spread: float = 1.0, scale: float = 60.0, **options) -> CandidateIndex:
-    """An index of embeddings that differ by so much, and a residual head with that scale of its cosine."""
-    model = student(task, siamese_head_type="residual", **options)
-    head = model.network.siamese_head
-    outputs = len(head.scale)
-    rng = np.random.default_rng(0)
-    with torch.no_grad():
-        head.start_at(torch.linspace(scale, scale / 2, outputs), torch.linspace(-99.0, -98.0, outputs))
-        head.fc_layers[-1].weight.copy_(torch.from_numpy(rng.normal(size=head.fc_layers[-1].weight.shape)))
-    size = model.network.config.embedding_size
-    rows = rng.normal(size=(1, size)) + spread * rng.normal(size=(COUNT, size))
-    return CandidateIndex.from_embeddings(model, [(rows.astype(np.float32), [f"row {i}" for i in range(COUNT)])])
 
 
 def check_same(found: list, expected: list) -> None:
@@ -123,7 +108,7 @@ def test_where_two_passes_are_not_worth_while(student, passes, monkeypatch, head
     """The dot head has no large product; few candidates, or many hits, pay less than the bound costs."""
     index = made_up(student) if few else CandidateIndex.from_embeddings(
         model := student(siamese_head_type=head),
-        [(np.random.default_rng(0).normal(size=(COUNT, model.network.config.embedding_size)), ["a"] * COUNT)],
+        [(np.random.default_rng(0).normal(size=(200, model.network.config.embedding_size)), ["a"] * 200)],
     )  # fmt: skip
     index.search(QUERIES, 11 if few else 5)
     assert passes == [1]

@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=50,
         help="hits per query that --rerank reads; at least --top_k",
     )
-    nearest = "score only the N candidates nearest by cosine, or, with auto, as few as the index needs (default: all)"
+    nearest = "score only the N candidates nearest by cosine, or, with auto, as few as a query needs (default: all)"
     add("--shortlist", type=cli.whole_number_or("auto", 1), metavar="N", help=nearest)
     usual = "the task's rank_label, else entailment, else a binary task's second label"
     add("--rank_label", help=f"label whose probability ranks candidates (default: {usual})")
@@ -65,14 +65,6 @@ def hit_lines(queries: list[str], found: Iterable[Any], as_json: bool, with_ids:
                 yield tsv_line(values)
 
 
-def check_shortlist(args: argparse.Namespace, wanted: int) -> None:
-    """Raise InputError for a --shortlist with fewer candidates than the hits that are wanted, or that nothing says."""
-    if isinstance(args.shortlist, int) and args.shortlist < wanted:
-        raise InputError(f"--shortlist: {args.shortlist} is below the hits per query, {wanted}: give as many, or more")
-    if args.shortlist == "auto" and not Path(args.candidates).is_dir():
-        raise InputError(f"--shortlist: auto needs an index, and {args.candidates} is not one; `index` makes it")
-
-
 def run(args: argparse.Namespace) -> None:
     """Score the candidates for each query, and write each query's best."""
     # 1. Refuse what cannot work.
@@ -82,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     if args.rerank and args.rerank_top < args.top_k:
         raise InputError(f"--rerank_top: {args.rerank_top} is below --top_k, {args.top_k}: give as many, or more")
     wanted, is_index = args.rerank_top if args.rerank else args.top_k, Path(args.candidates).is_dir()
-    check_shortlist(args, wanted)
+    if isinstance(args.shortlist, int) and args.shortlist < wanted:
+        raise InputError(f"--shortlist: {args.shortlist} is below the hits per query, {wanted}: give as many, or more")
     if not is_index:
         check_texts(args.candidates, "--candidates")
     if args.output != "-":

@@ -42,11 +42,10 @@ from dse.training.reporting import markdown_table
 
 logger = logging.getLogger(__name__)
 
-MANY_QUERIES, PAIRS_AT_ONCE = 64, 3_200_000  # queries at once, and how many pairs they may score
+MANY_QUERIES, PAIRS_AT_ONCE = (8, 64), 3_200_000  # queries at once, least and most; pairs that they score, about
 CROSS_ENCODER_PAIRS = 512
 TEACHER, NAIVE, OURS, NEAREST = "cross-encoder", "head on blocks", "index (ours)", "shortlist (ours)"
 ONE_PASS = "index in one pass"  # float32 alone
-SHORTLIST = 100
 
 
 @torch.inference_mode()
@@ -115,7 +114,8 @@ def scoring(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[str,
             started = time.perf_counter()
             index = CandidateIndex.from_embeddings(model, parts(), Path(folder) / str(count))
             built = time.perf_counter() - started
-            many = asked[: max(1, min(MANY_QUERIES, PAIRS_AT_ONCE // count))]
+            least, most = MANY_QUERIES
+            many = asked[: max(least, min(most, PAIRS_AT_ONCE // count))]
             numbers["candidates"][str(count)] = found = one_size(args, index, query, many, seconds_per_pair)
             found["seconds"]["build"] = built
             if head == "dot" and args.device == "cpu" and importlib.util.find_spec("faiss"):  # of the CPU
@@ -156,17 +156,18 @@ def one_size(
         NAIVE: partial(watched, memory, NAIVE, naive_outputs, query, index),
         OURS: partial(watched, memory, OURS, index.search, query, 10),
         ONE_PASS: partial(watched, memory, ONE_PASS, patch("dse.index.has_bfloat16", never)(index.search), query, 10),
-        NEAREST: partial(watched, memory, NEAREST, partial(index.search, shortlist=SHORTLIST), query, 10),
+        NEAREST: partial(watched, memory, NEAREST, partial(index.search, shortlist="auto"), query, 10),
     }
     turns = take_turns(variants, args.rounds, device=args.device)
     # In fewer rounds, as it takes 64 times as long.
-    at_once: Variants = {"many": partial(watched, memory, "many", index.search, many, 10)}
+    best = dict[str, Any]()
+    at_once: Variants = {"many": partial(watched, memory, "many", lambda: best.update(of_all=index.search(many, 10)))}
     of_many, *_ = take_turns(at_once, min(2, args.rounds), device=args.device)
     seconds = turns[0]
     used = on_gpu(args.device, variants, seconds, dict.fromkeys(variants, 1))
     seconds |= {"many": of_many["many"] / len(many), TEACHER: per_pair * count}
-    found: list[Any] = [index.search(many, 10), index.search(many, 10, shortlist=SHORTLIST)]
-    of_all, of_nearest = ([{hit.row for hit in hits} for hits in each] for each in found)
+    best["of_nearest"] = index.search(many, 10, shortlist="auto")
+    of_all, of_nearest = ([{hit.row for hit in hits} for hits in best[name]] for name in ("of_all", "of_nearest"))
     shares = [len(best & near) / len(best) for best, near in zip(of_all, of_nearest, strict=True)]
     logger.info("%d candidates: %.4g s a query", count, seconds[OURS])
     return {
@@ -197,9 +198,9 @@ def scoring_table(*measured: dict[str, Any]) -> str:
     """Seconds for one query, a row per head and number of candidates."""
     header: tuple[str, ...] = (
         "head", "candidates", "cross-encoder, s", "head on blocks, s", "index in one pass, s", "index, s",
-        f"shortlist of {SHORTLIST}, s",
-        "its share of the ten best", "index against the cross-encoder", "against the head on blocks", "against faiss",
-        "each of many queries at once, s", "largest difference of a score", "memory above, MiB", "to build, s",
+        "shortlist, s", "its share of the ten best", "index against the cross-encoder", "against the head on blocks",
+        "against faiss", "each of many queries at once, s", "largest difference of a score", "memory above, MiB",
+        "to build, s",
     )  # fmt: skip
     with_gpu = any("gpu" in numbers for found in measured for numbers in found["candidates"].values())
     header += USE_OF_GPU if with_gpu else ()

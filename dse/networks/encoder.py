@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from dse.networks.batches import PackedBatch, by_group, padded, padded_inputs
 from dse.networks.kernels import is_plain
-from dse.networks.packed_bert import converted_weights, layer_states
+from dse.networks.packed_bert import converted_weights, laid_out_weights, layer_states
 from dse.networks.poolers import Pooler
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MANY = 2048  # tokens of a batch from which on it pays to lay out the weights
 
 
 @contextlib.contextmanager
@@ -76,7 +77,9 @@ class PooledBert(nn.Module):
 
     def _pool_packed(self, half: torch.dtype | None, batch: PackedBatch) -> Tensor:
         alone = self.pooler.is_berts
-        weights = self._once(str(half), lambda: converted_weights(self.bert, half)) if half else None
+        weights: Any = self._once(str(half), lambda: converted_weights(self.bert, half)) if half else None
+        if half and self.kept is not None and not torch.is_grad_enabled() and len(batch.ids) >= _MANY:
+            weights = self._once(f"{half}, laid out", lambda: laid_out_weights(self.bert, weights, alone))
         with products(self.precision, batch.ids.device):
             layers: Any = deque(layer_states(self.bert, batch, alone, weights), maxlen=self.top_layers)
         if half:

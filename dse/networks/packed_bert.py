@@ -28,7 +28,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertModel
 
 from dse.networks.batches import Group, PackedBatch, by_group, padded
-from dse.networks.kernels import converted, cut, has_varlen_attention, linear, softmax_backward, varlen_attention
+from dse.networks.kernels import (
+    converted,
+    cut,
+    has_varlen_attention,
+    laid_out,
+    linear,
+    softmax_backward,
+    varlen_attention,
+)  # fmt: skip
 
 _Shapes = Sequence[tuple[int, ...]]
 _Factors = Sequence[Tensor | None]  # of dropout, by group
@@ -174,6 +182,16 @@ def converted_weights(bert: BertModel, dtype: torch.dtype) -> Weights:
     tensors: list[Any] = [getattr(module, name) for part in parts for name in ("weight", "bias") for module in part]
     found = _Convert.apply(dtype, [len(part) for part in parts for _ in range(2)], *tensors)
     return dict(zip((part[0] for part in parts), zip(found[::2], found[1::2], strict=True), strict=True))
+
+
+def laid_out_weights(bert: BertModel, weights: Weights, last_alone: bool) -> Weights:
+    """These weights as products without gradients take them fastest (`laid_out`), except those that are taken apart."""
+    last: Any = bert.encoder.layer[-1]
+    apart = [last.attention.self.query] if last_alone else []
+    return {
+        module: (weight if weight.dim() == 1 or module in apart else laid_out(weight), bias)
+        for module, (weight, bias) in weights.items()
+    }
 
 
 def layer_states(

@@ -128,14 +128,6 @@ class IndexFiles:
             _extend(self.folder, content, parts)
             return type(self)(self.folder, content)
 
-    def note(self, **entries: Any) -> None:
-        """Add entries to index.json, unless rows were added or another index has taken its place since."""
-        with _locked(self.folder):
-            content = _read_content(self.folder)
-            if (content["model"], content["sums"]) == (self.content["model"], self.content["sums"]):
-                self.content |= entries
-                write_text(self.folder / _INDEX, _FORMAT.text(content | entries))
-
     def save(self, folder: Path) -> None:
         """Write a copy of the opened index, as `create` does, even if another one has taken its place since."""
         check_index_place(folder, str(folder))

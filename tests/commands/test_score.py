@@ -197,7 +197,7 @@ def test_candidates_of_a_table_with_ids(saved, tmp_path, capsys):
 
 
 def test_shortlists(saved, tmp_path, capsys, refused):
-    """The hits are those of a search; auto takes all of an index that is not measured."""
+    """The hits are those of a search; auto takes all of so few, in an index or not."""
     (tmp_path / "c.txt").write_text("\n".join(TEXTS) + "\n")
     (tmp_path / "q.txt").write_text(TEXTS[0] + "\n")
     entry.main(
@@ -206,18 +206,17 @@ def test_shortlists(saved, tmp_path, capsys, refused):
     base = ["--model", saved, "--queries", str(tmp_path / "q.txt"), "--top_k", "4", "--candidates"]
     capsys.readouterr()
     outputs = []
-    for flags in ((), ("--shortlist", "auto"), ("--shortlist", 4)):
-        run_score(*base, tmp_path / "index", *flags)
+    for name, *flags in (("index",), ("index", "--shortlist", "auto"), ("c.txt", "--shortlist", "auto"),
+                         ("index", "--shortlist", 4)):  # fmt: skip
+        run_score(*base, tmp_path / name, *flags)
         outputs.append([line.split("\t")[3] for line in capsys.readouterr().out.splitlines()[1:]])
     index = CandidateIndex.open(tmp_path / "index", DSESiameseClassifier.from_pretrained(saved))
-    hits = [index.search(TEXTS[0], 4, shortlist=size) for size in (None, None, 4)]
+    hits = [index.search(TEXTS[0], 4, shortlist=size) for size in (None, None, None, 4)]
     assert outputs == [[str(hit.row) for hit in found] for found in hits]
-    assert outputs[0] != outputs[2]
+    assert outputs[0] != outputs[3]
     for wrong, line in (("3", "--shortlist: 3 is below the hits per query, 4"), ("all", "'all' is not a whole number")):
         argv = ["score", *base, str(tmp_path / "index"), "--shortlist", wrong]
         assert line in refused(entry.main, argv)
-    argv = ["score", *base, str(tmp_path / "c.txt"), "--shortlist", "auto"]
-    assert f"--shortlist: auto needs an index, and {tmp_path / 'c.txt'} is not one" in refused(entry.main, argv)
 
 
 @pytest.mark.parametrize("with_ids", [False, True])

@@ -12,6 +12,7 @@ from helpers import as_flags, one_turn
 from transformers import BertConfig, BertModel
 
 from dse import __main__ as entry
+from dse import index as index_module
 from dse.experiments import baselines, benchmarks, benchmarks_scoring
 from dse.networks.encoder import PooledBert
 from dse.system.device import bert_parameters, training_bytes, training_seconds
@@ -115,7 +116,7 @@ def test_more_candidates_are_mixtures_of_two():
 
 
 def test_a_shortlists_share_is_of_the_ten_best(run, monkeypatch):
-    monkeypatch.setattr(benchmarks_scoring, "SHORTLIST", 10)
+    monkeypatch.setattr(index_module, "_best_of_enough", partial(index_module._best_of_nearest, 10))
     numbers, output = run("scoring", candidates=[7, 40], siamese_head_type="concat")
     assert numbers["candidates"]["7"]["shortlist_recall"] == 1
     share = numbers["candidates"]["40"]["shortlist_recall"]

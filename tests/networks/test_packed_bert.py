@@ -1,5 +1,6 @@
 """Packed encoding against the padded one, which transformers computes: values, gradients, dropout."""
 
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -9,9 +10,10 @@ from helpers import LENGTHS, ragged_rows, random_bert, random_student, separate_
 from transformers import BertConfig, BertForSequenceClassification
 
 from dse.data.features import JointFeatures
-from dse.networks import packed_bert
+from dse.networks import encoder, inference, packed_bert
 from dse.networks.batches import Batches, pack
 from dse.networks.config import PADDINGS
+from dse.networks.inference import embed_texts
 from dse.networks.packed_bert import keep_factors
 from dse.networks.poolers import POOLERS
 from dse.networks.teacher import Teacher
@@ -182,6 +184,29 @@ def test_bf16_follows_float32():
         rough.sum().backward()
         assert 0 < (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("pooler", "count"), [("mean_top_mean", 12), ("cls", 11)])
+def test_many_texts_in_bf16_take_weights_laid_out_once(monkeypatch, pooler, count):
+    """Four products of each of 3 layers, but for the last layer's queries, which `cls` takes for one token alone."""
+    model, laid_out, real = random_student(pooler).eval(), [], packed_bert.laid_out
+    model.precision = "bf16"
+    monkeypatch.setattr(packed_bert, "laid_out", lambda weight: laid_out.append(weight) or real(weight))
+    batches = Batches(separate_rows(), "packed")
+    embed = partial(embed_texts, model, batches, 10**6, torch.device("cpu"), "encode")
+    expected = embed()
+    monkeypatch.setattr(encoder, "_MANY", 1)
+    inputs = batches.of_pairs(np.arange(3))
+    model.train().embed(**inputs)
+    with torch.no_grad():
+        model.eval().embed(**inputs)  # its weights may change before the next call
+    model.dse_model.bert.kept = {}  # another thread encodes meanwhile
+    model.embed(**inputs).sum().backward()
+    model.dse_model.bert.kept = None
+    assert laid_out == []
+    monkeypatch.setitem(inference.TOKENS_PER_STEP, "cpu", 16)
+    np.testing.assert_allclose(embed(), expected, rtol=0.02, atol=0.02)
+    assert len(laid_out) == count
 
 
 def test_converted_weights_are_the_modules_own_and_their_gradients_come_back():
