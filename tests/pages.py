@@ -100,7 +100,6 @@ MADE: dict[str, Callable[[], str]] = {
     "rates": lambda: trained("training_mrpc", "training_sts-b", "inference"),
     "openvino": lambda: trained("inference_openvino_fp32", "inference_openvino_bf16"),
     "scoring": lambda: benchmarks_scoring.scoring_table(*map(read, SCORINGS)),
-    "scoring-line": lambda: benchmarks_scoring.in_one_line(read("scoring")),
 }
 
 

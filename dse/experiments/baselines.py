@@ -12,7 +12,7 @@ sentence-transformers). AdamW with linear warm-up and decay, as its `fit` does.
 
 import importlib.util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def mean_encoder(
 def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "cpu", **ways: Any) -> Any:
     """A SentenceTransformer: the same encoder with mean pooling. Needs sentence-transformers (tried with 6.2).
 
-    `ways` are its Transformer's: backend ("openvino", "onnx") and model_kwargs.
+    `ways` are its Transformer's: backend and model_kwargs.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -64,32 +64,16 @@ def sentence_transformer(bert_folder: Path, max_seq_length: int, device: str = "
     return SentenceTransformer(modules=[encoder, pooling], device=device)
 
 
-class Backend(NamedTuple):
-    """A way of sentence-transformers to encode on a CPU without torch."""
+def openvino(bert_folder: Path, max_seq_length: int, precision: str) -> dict[str, Any]:
+    """A `sentence_transformer` on OpenVINO, under that name, where it is installed and has the precision.
 
-    module: str  # of optimum, which it needs
-    heading: str
-    settings: dict[str, dict[str, Any]]  # of a precision that it has
-
-
-BACKENDS = {
-    "openvino": Backend("intel", "its OpenVINO", {
-        name: {"ov_config": {"INFERENCE_PRECISION_HINT": hint}} for name, hint in (("fp32", "f32"), ("bf16", "bf16"))
-    }),
-    "onnx": Backend("onnxruntime", "its ONNX", {"fp32": {}}),
-}  # fmt: skip
-
-
-def backends(bert_folder: Path, max_seq_length: int, precision: str) -> dict[str, Any]:
-    """A `sentence_transformer` for each of BACKENDS that is installed and has the precision; "auto" is fp32."""
-    precision = "fp32" if precision == "auto" else precision
-    return {
-        name: sentence_transformer(bert_folder, max_seq_length, backend=name, model_kwargs=backend.settings[precision])
-        for name, backend in BACKENDS.items()
-        if importlib.util.find_spec("optimum")
-        and importlib.util.find_spec(f"optimum.{backend.module}")
-        and precision in backend.settings
-    }
+    "auto" is fp32.
+    """
+    hint = {"auto": "f32", "fp32": "f32", "bf16": "bf16"}.get(precision)
+    if hint is None or not importlib.util.find_spec("optimum") or not importlib.util.find_spec("optimum.intel"):
+        return {}
+    settings = {"ov_config": {"INFERENCE_PRECISION_HINT": hint}}
+    return {"openvino": sentence_transformer(bert_folder, max_seq_length, backend="openvino", model_kwargs=settings)}
 
 
 class SentenceBert:

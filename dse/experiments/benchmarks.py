@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from dse.data.features import cached_features, in_batches, joint_features, separate_features
 from dse.data.processors import Examples, read_examples
 from dse.data.tasks import Task
-from dse.experiments.baselines import BACKENDS, backends, sentence_transformer
+from dse.experiments.baselines import openvino, sentence_transformer
 from dse.experiments.reproduction import has_sentence_transformers
 from dse.networks.batches import Batches
 from dse.networks.config import DSEConfig
@@ -171,7 +171,7 @@ def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
     """What `take_turns` measured, as numbers of useful work by padding, and their ratios to ours."""
     seconds, memory, peak = turns
     rates = {name: work / seconds[name] for name, work in gflop.items()}
-    ways = {"theirs": "sentence_transformers", **{way: way for way in BACKENDS}}
+    ways = {"theirs": "sentence_transformers", "openvino": "openvino"}
     return {
         **{f"ratio_to_{name}": seconds[way] / seconds["packed"] for way, name in ways.items() if way in seconds},
         "ratio_to_fixed_padding": rates["packed"] / rates["max"],
@@ -186,10 +186,10 @@ def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
 def rates_table(*measured: dict[str, Any]) -> str:
     """Useful GFLOP/s of `training` and `inference`, a row per network, and what packed batches are to other ways."""
     keys = {key for found in measured for numbers in found.values() for key in numbers}
-    with_gpu, others = "gpu" in keys, [way for way in BACKENDS if f"ratio_to_{way}" in keys]
+    with_gpu, others = "gpu" in keys, ["openvino"] if "ratio_to_openvino" in keys else []
     header = (
         "useful GFLOP/s", *PADDINGS.values(), "ours against max_seq_length", "against the batch",
-        "against sentence-transformers", *(f"against {BACKENDS[way].heading}" for way in others),
+        "against sentence-transformers", *("against its OpenVINO" for _ in others),
         "matrix products alone", "ours of these", "peak memory, MiB", *(USE_OF_GPU if with_gpu else ()),
     )  # fmt: skip
     rows = []
@@ -366,7 +366,7 @@ def inference(args: argparse.Namespace, task: Task, bert: OpenedBert) -> dict[st
         texts = list(dict.fromkeys([*first, *second]))
         encode = sentence_transformer(bert.folder, args.max_seq_length, args.device).encode
         ways = {"theirs": computing_in(args.precision, args.device)(encode)}
-        others = {} if args.device != "cpu" else backends(bert.folder, args.max_seq_length, args.precision)
+        others = {} if args.device != "cpu" else openvino(bert.folder, args.max_seq_length, args.precision)
         ways |= {name: other.encode for name, other in others.items()}
         variants |= {name: partial(way, texts, batch_size=32, show_progress_bar=False) for name, way in ways.items()}
     most = TOKENS_PER_STEP[args.device]

@@ -207,7 +207,7 @@ def scoring_table(*measured: dict[str, Any]) -> str:
     rows = [
         (
             f"`{found['head']}`", f"{int(count):,}",
-            *(f"{numbers['seconds'][name]:.3g}" for name in (TEACHER, NAIVE, ONE_PASS, OURS, NEAREST)),
+            *(shown(numbers["seconds"][name]) for name in (TEACHER, NAIVE, ONE_PASS, OURS, NEAREST)),
             f"{100 * numbers['shortlist_recall']:.1f} % ({numbers['many_queries']} queries)",
             f"{numbers['ratio_to_cross_encoder']:,.0f}x", f"{numbers['ratio_to_naive_head']:.1f}x",
             f"{numbers['ratio_to_faiss']:.1f}x" if "ratio_to_faiss" in numbers else "-",
@@ -219,6 +219,15 @@ def scoring_table(*measured: dict[str, Any]) -> str:
         for count, numbers in found["candidates"].items()
     ]  # fmt: skip
     return markdown_table(header, rows)
+
+
+def shown(seconds: float) -> str:
+    """In three digits, or whole.
+
+    >>> shown(0.08861), shown(5860.2)
+    ('0.0886', '5,860')
+    """
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
 
 
 def in_one_line(found: dict[str, Any]) -> str:

@@ -205,8 +205,8 @@ def test_what_the_gpu_does_in_a_step():
     assert benchmarks.use_of_gpu(events, 20e-6, 2)["idle_share"] == 0
 
 
-def test_encoding_is_compared_with_the_backends_of_sentence_transformers(run, monkeypatch):
-    """Those that are installed, in the encoder's precision; on CUDA none."""
+def test_encoding_is_compared_with_sentence_transformers_on_openvino(run, monkeypatch):
+    """Where it is installed, in the encoder's precision; it has no fp16."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     real, asked = baselines.sentence_transformer, []
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: name in ("optimum", "optimum.intel"))
@@ -225,7 +225,10 @@ def test_encoding_is_compared_with_the_backends_of_sentence_transformers(run, mo
     assert headings[place - 1] == "against sentence-transformers"
     cells = next(line for line in output.splitlines() if line.startswith("| encoding")).split(" | ")
     assert cells[place] == f"{numbers['encoding']['ratio_to_openvino']:.2f}x"
-    assert "ratio_to_onnx" not in numbers["encoding"] and "ratio_to_openvino" in other["encoding"]
+    assert "ratio_to_openvino" in other["encoding"]
+    assert baselines.openvino("bert", 48, "fp16") == {}
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    assert baselines.openvino("bert", 48, "fp32") == {}
     assert cells[0] == "| encoding, MRPC"
     assert "| encoding, MRPC, bf16 |" in benchmarks.rates_table(numbers, other)
 
