@@ -237,7 +237,8 @@ def in_one_line(found: dict[str, Any]) -> str:
         f"One query against {int(count):,} stored candidates takes {numbers['seconds'][OURS]:.2g} s, "
         f"{numbers['ratio_to_cross_encoder']:,.0f} times as fast as a cross-encoder of the same size, or "
         f"{numbers['seconds'][NEAREST]:.2g} s with a shortlist ({100 * numbers['shortlist_recall']:.0f} % of the ten "
-        f"best of {numbers['many_queries']} queries). Embedding a candidate takes {1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
+        f"best of {numbers['many_queries']} queries). Embedding a candidate takes "
+        f"{1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
     )
 
 
