@@ -37,8 +37,9 @@ from dse.system.text_files import checked_texts
 
 _EMBED_AT_ONCE, _CHARACTERS_AT_ONCE = 4 * BLOCK, 1 << 24
 _QUERIES = 64  # scored at once
-_HITS, _FIRST, _LONGEST = 10, 25, 8000  # "auto": hits at least, nearest candidates for each at first, and at most;
-_MANY = 500_000  # twice as many of the nearest among twice as many candidates
+# A shortlist of "auto": hits that decide, at least; candidates for each of them in the first list; in the longest list.
+_HITS, _FIRST, _LONGEST = 10, 25, 8000
+_MANY = 500_000  # candidates for which such lists are enough; among n times as many they are n times as long
 _LEAST = torch.iinfo(torch.int64).min  # below all keys
 _LEFT, _WORTH_TWO = BLOCK, 16  # by a first pass, at most; how many times as many candidates make one worth while
 
@@ -153,8 +154,8 @@ class CandidateIndex:
         """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
 
         Args:
-            shortlist: score only so many candidates, the nearest by the cosine of the top layer. "auto": for each query
-                so many that as many more add no hit; all if thousands are not enough. None: all.
+            shortlist: score only so many candidates, the nearest by the cosine of the top layer. "auto": each query's
+                list doubles until its second half adds no hit; all if thousands are not enough. None: all.
             rank_label: as in `score`.
             exclude: rows that are never found, such as the query's own.
             min_score: hits below it are left out.
@@ -336,10 +337,10 @@ def _best_of_nearest(
 def _best_of_enough(
     index: CandidateIndex, queries: Tensor, kept: int, left_out: np.ndarray, label: str | None, show: bool | None
 ) -> Tensor:
-    """As `_best_of_all`, of the nearest candidates of each query: so many that as many more add no hit.
+    """As `_best_of_all`, of each query's nearest candidates, in a list that doubles until its second half adds no hit.
 
-    Queries for which _LONGEST are not enough get all. Fewer than _HITS hits could stay the same by chance. The more
-    candidates there are, the more of them are about as near, so lists grow with them.
+    At least _HITS hits decide, because fewer could stay the same by chance. Lists grow with the number of candidates,
+    as more of these are about as near. A query for which _LONGEST are not enough gets all candidates.
     """
     best, again = torch.full((len(queries), kept), _LEAST, device=queries.device), list[int]()
     count, outputs = len(index) - len(left_out), index.model.network.siamese_head.factorised()

@@ -186,10 +186,10 @@ def compared(turns: Turns, gflop: dict[str, float]) -> dict[str, Any]:
 def rates_table(*measured: dict[str, Any]) -> str:
     """Useful GFLOP/s of `training` and `inference`, a row per network, and what packed batches are to other ways."""
     keys = {key for found in measured for numbers in found.values() for key in numbers}
-    with_gpu, others = "gpu" in keys, ["openvino"] if "ratio_to_openvino" in keys else []
+    with_gpu, others = "gpu" in keys, {"openvino": "against its OpenVINO"} if "ratio_to_openvino" in keys else {}
     header = (
         "useful GFLOP/s", *PADDINGS.values(), "ours against max_seq_length", "against the batch",
-        "against sentence-transformers", *("against its OpenVINO" for _ in others),
+        "against sentence-transformers", *others.values(),
         "matrix products alone", "ours of these", "peak memory, MiB", *(USE_OF_GPU if with_gpu else ()),
     )  # fmt: skip
     rows = []

@@ -222,7 +222,7 @@ def scoring_table(*measured: dict[str, Any]) -> str:
 
 
 def shown(seconds: float) -> str:
-    """In three digits, or whole.
+    """Three digits; whole seconds from 1,000 on.
 
     >>> shown(0.08861), shown(5860.2)
     ('0.0886', '5,860')
@@ -237,7 +237,7 @@ def in_one_line(found: dict[str, Any]) -> str:
         f"One query against {int(count):,} stored candidates takes {numbers['seconds'][OURS]:.2g} s, "
         f"{numbers['ratio_to_cross_encoder']:,.0f} times as fast as a cross-encoder of the same size, or "
         f"{numbers['seconds'][NEAREST]:.2g} s with a shortlist ({100 * numbers['shortlist_recall']:.0f} % of the ten "
-        f"best of {numbers['many_queries']} queries). Embedding a candidate takes "
+        f"best, {numbers['many_queries']} queries). Embedding a candidate takes "
         f"{1000 * found['embedding_seconds_per_sentence']:.1f} ms, once."
     )
 

@@ -63,7 +63,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """A weight (out, in) as `linear` takes it fastest without gradients; as it is, unless in bfloat16 on CPU."""
+    """The weight (out, in) in oneDNN's own layout, for `linear` without gradients; unchanged unless bfloat16 on CPU."""
     other = weight.device.type != "cpu" or weight.dtype != torch.bfloat16
     if other or PUBLIC_ONLY or _ONEDNN is None or _LAY_OUT is None:
         return weight

@@ -36,7 +36,7 @@ from dse.networks.kernels import (
     linear,
     softmax_backward,
     varlen_attention,
-)  # fmt: skip
+)
 
 _Shapes = Sequence[tuple[int, ...]]
 _Factors = Sequence[Tensor | None]  # of dropout, by group
@@ -185,11 +185,11 @@ def converted_weights(bert: BertModel, dtype: torch.dtype) -> Weights:
 
 
 def laid_out_weights(bert: BertModel, weights: Weights, last_alone: bool) -> Weights:
-    """These weights as products without gradients take them fastest (`laid_out`), except those that are taken apart."""
+    """The weights of products in oneDNN's own layout (`laid_out`), except those that a layer splits."""
     last: Any = bert.encoder.layer[-1]
-    apart = [last.attention.self.query] if last_alone else []
+    split = [last.attention.self.query] if last_alone else []
     return {
-        module: (weight if weight.dim() == 1 or module in apart else laid_out(weight), bias)
+        module: (weight if weight.dim() == 1 or module in split else laid_out(weight), bias)
         for module, (weight, bias) in weights.items()
     }
 

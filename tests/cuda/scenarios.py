@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import count
 import emulation
@@ -103,7 +104,9 @@ def use(student: Path, folder: Path) -> dict[str, Any]:
         index = CandidateIndex.build(model, CANDIDATES, folder / dtype, dtype=dtype)
         index.append(TEXTS)
         index = CandidateIndex.open(folder / dtype, model)
-        hits = [index.search(TEXTS[0], 3), *index.search(TEXTS[1:], 30)]
+        hits = [index.search(TEXTS[0], 3), *index.search(TEXTS[1:], 30), index.search(TEXTS[0], 3, shortlist=4)]
+        with patch.multiple("dse.index", _FIRST=1, _LONGEST=20):  # lists of 10 and 20, and then all
+            hits += index.search(TEXTS, 3, shortlist="auto")
         found[f"rows {dtype}"] = [[hit.row for hit in some] for some in hits]
         found[f"hits {dtype}"] = [hit.score for some in hits for hit in some]
         found[f"scores {dtype}"] = index.score(TEXTS).tolist()
