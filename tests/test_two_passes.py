@@ -42,7 +42,7 @@ def in_one_pass(index: CandidateIndex, *given, **options) -> list:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("task", ["mrpc", "sts-b", "snli"])
 def test_what_is_found_is_what_one_pass_finds(student, passes, task, symmetric):
-    options = {"fc_dims": (6, 3)} if task == "snli" else {}
+    options = {"fc_dims": (6, 3), "scale": 90.0} if task == "snli" else {}
     index = made_up(student, task, symmetric=symmetric, **options)
     best = in_one_pass(index, QUERIES, 5)
     passes.clear()
@@ -144,25 +144,71 @@ def test_the_bound_holds(kind, symmetric, fc_dims):
         assert differ.max() > 1e-3 * errors.max()
 
 
+def one_number(weights: list[float], last: float | None = None) -> torch.nn.Module:
+    """A head for embeddings of one number, without biases; its hidden number's ReLU times `last`, or the number."""
+    fc_dims = (1,) if last is None else (1, 1)
+    head = HEADS["concat"](DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=fc_dims))
+    with torch.no_grad():
+        for layer, values in zip(head.fc_layers, (weights, [last]), strict=False):
+            layer.weight.copy_(torch.tensor([values]))
+            layer.bias.zero_()
+    return head
+
+
+MORE = 1 + 2.0**-8  # the worst case of bfloat16's 8 bits: it becomes 1
+
+
 @pytest.mark.parametrize(
-    ("weights", "exact", "rounded", "bound"),
+    ("weights", "u", "v", "exact", "rounded", "bound"),
     [
-        # 1 + 2^-8 becomes 1. Its square and that of |0 - v| add up to 2, so x may change by sqrt(2) * 2^-8.
-        ([0.0, 256.0, 0.0, 0.0], 257.0, 256.0, 256 * 2**0.5 / 256 + 1),
-        # And 256 + 1 becomes 256, too: an error of 2.
-        ([0.0, 256.0, 0.0, 1.0], 258.00390625, 256.0, (256**2 + 1) ** 0.5 * 2**0.5 / 256 + 1),
+        # v changes by 2^-8 of itself, and the product, 256, by as much.
+        ([0.0, 256.0, 0.0, 0.0], 0.0, MORE, 257.0, 256.0, 1 + 1),
+        # 257, of which 1 is W_d |u - v|, becomes 256: an error of 2.
+        ([0.0, 256.0, 0.0, 1.0], 0.0, MORE, 258.00390625, 256.0, 257 / 256 + 1),
+        # W_d |u - v| is 256 max(u, v) - 128 (u + v). u changes by 2^-8; that product, 128 + the constant's 128, by 1.
+        ([0.0, 0.0, 0.0, 128.0], MORE, 0.0, 128.5, 128.0, 0.5 + 1),
+        # W_u u is computed in float32; the product, which is 0 for v = 0, may change by 2^-8 of this constant.
+        ([256.0, 0.0, 0.0, 0.0], MORE, 0.0, 257.0, 257.0, 2 * 257 / 256),
     ],
 )
-def test_the_bound_by_hand(weights, exact, rounded, bound):
-    """u = 0 and v = 1 + 2^-8, the worst case of bfloat16's 8 bits; the product of about 256 changes by 1 at most."""
-    head = HEADS["concat"](DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=(1,)))
-    with torch.no_grad():
-        head.fc_layers[0].weight.copy_(torch.tensor([weights]))
-        head.fc_layers[0].bias.zero_()
-    u, v = torch.zeros(1, 1), torch.tensor([[1 + 2.0**-8]])
+def test_the_bound_by_hand(weights, u, v, exact, rounded, bound):
+    head, u, v = one_number(weights), torch.tensor([[u]]), torch.tensor([[v]])
     found, errors = head.rounded(u)(v)
     assert (head.factorised()(u, v).item(), found.item()) == (exact, rounded)
-    assert exact - rounded <= errors.item() == pytest.approx(bound, rel=0.02)
+    assert abs(exact - rounded) <= errors.item() == pytest.approx(bound, rel=0.02)
+
+
+@pytest.mark.parametrize(("weight", "exact", "rounded", "bound"), [(256.0, 514.0, 512.0, 2 * 2), (-256.0, 0.0, 0.0, 0)])
+def test_a_hidden_number_that_must_be_negative_adds_no_error(weight, exact, rounded, bound):
+    head, u, v = one_number([0.0, weight, 0.0, 0.0], 2.0), torch.zeros(1, 1), torch.tensor([[MORE]])
+    found, errors = head.rounded(u)(v)
+    assert (head.factorised()(u, v).item(), found.item()) == (exact, rounded)
+    assert abs(exact - rounded) <= errors.item() == pytest.approx(bound, rel=0.02)
+
+
+def test_one_that_may_be_positive_adds_its_error():
+    """256 + 1 with its bias of -256.5: 256 - 256.5 is negative, 0.5 is not."""
+    head, u, v = one_number([0.0, 256.0, 0.0, 0.0], 2.0), torch.zeros(1, 1), torch.tensor([[MORE]])
+    with torch.no_grad():
+        head.fc_layers[0].bias.fill_(-256.5)
+    found, errors = head.rounded(u)(v)
+    assert (head.factorised()(u, v).item(), found.item()) == (1.0, 0.0)
+    # v's 1, and 2^-8 of the product, which is at most that of the constant.
+    assert errors.item() == pytest.approx(2 * (1 + 256.5 / 256), rel=0.02)
+
+
+def test_errors_of_many_hidden_numbers_together_are_those_of_one_vector():
+    """256 I v, |v| = 2: each of the four may be off by 2, 8 in all; together by 2 as a vector, so their sum by 4."""
+    head = HEADS["concat"](DSEConfig({"hidden_size": 4}, pooler_num_top_hidden_layers=1, fc_dims=(4, 1)))
+    with torch.no_grad():
+        head.fc_layers[0].weight.zero_()
+        head.fc_layers[0].weight[:, 4:8] = 256 * torch.eye(4)
+        head.fc_layers[1].weight.fill_(1)
+        for layer in head.fc_layers:
+            layer.bias.zero_()
+    _, errors = head.rounded(torch.zeros(1, 4))(torch.ones(1, 4))
+    spectral = 4 ** (1 / 16)  # `_norm_bound` of I
+    assert errors.item() == pytest.approx(4 * spectral + 4, rel=0.02)  # and the four products' 1
 
 
 @pytest.mark.parametrize("places", [[0], list(range(100, 110))])

@@ -5,18 +5,18 @@ candidates, and `head.rounded(queries)` roughly, with a bound of the error. A he
 has its name in config.HEAD_TYPES.
 """
 
-import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dse.networks.config import DSEConfig
-from dse.networks.kernels import is_plain, linear
+from dse.networks.kernels import is_plain, laid_out, linear
 
 _PART, _CUDA_PART = 1 << 19, 1 << 26  # numbers in an intermediate result: in a processor's cache; 256 MiB of a GPU
 _Layer = tuple[Tensor, Tensor]  # weight and bias
@@ -90,19 +90,10 @@ class SiameseHead(nn.Module):
         return None
 
 
-def _norm_bound(weight: Tensor) -> Tensor:
-    """The spectral norm or little more: the 16th root of the sum of the singular values' 16th powers."""
-    size = weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    power = (weight / size) @ (weight / size).t()
-    for _ in range(2):
-        power = power @ power
-    return 1.001 * size * power.norm() ** (1 / 8)
-
-
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T in bfloat16, whose sums are float32 on CUDA too, where torch may round parts of them."""
     if x.device.type != "cuda":
-        return functional.linear(x, weight)
+        return linear(x, weight, None)
     settings = torch.backends.cuda.matmul
     with _SETTINGS:  # those of the process
         before = settings.allow_bf16_reduced_precision_reduction
@@ -113,27 +104,79 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
             settings.allow_bf16_reduced_precision_reduction = before
 
 
-class _Rounded:
-    """A matrix in bfloat16, and how far its product with a rounded x may be from that of both unrounded.
+def _lengths(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1)
 
-    With M' and x' for the rounded ones, |M x - M' x'| <= |M| |x - x'| + |M - M'| |x'|, in Euclidean and spectral norms.
+
+def _norm_bound(weight: Tensor) -> Tensor:
+    """The spectral norm or little more: the 16th root of the sum of the singular values' 16th powers."""
+    size = weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    power = (weight / size) @ (weight / size).t()
+    for _ in range(2):
+        power = power @ power
+    return 1.001 * size * power.norm() ** (1 / 8)
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far the numbers of a vector may reach: each one, (numbers,), and all of them, as its Euclidean norm.
+
+    That of a matrix is the reach of its products with vectors of length 1.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.half = weight.bfloat16()
-        of_rounding = _ROUNDING * _norm_bound(weight) + (1 + _ROUNDING) * _norm_bound(weight - self.half.float())
-        self.slack = of_rounding + _SUMMING * weight.shape[1] * weight.norm()  # here and in the exact product
+    each: Tensor
+    length: Tensor
 
-    def __call__(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """x in bfloat16, and its rows' norms before, to the product, bfloat16, and a bound of its errors, (rows,)."""
-        found = _product(x, self.half)
-        return found, self.slack * lengths + _ROUNDING * torch.linalg.vector_norm(found, dim=1, dtype=torch.float32)
+    @classmethod
+    def of_matrix(cls, weight: Tensor) -> Self:
+        return cls(_lengths(weight), _norm_bound(weight))
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor) -> Self:
+        return cls(numbers, _lengths(numbers))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.each + other.each, self.length + other.length)
+
+    def __mul__(self, factor: Tensor | float) -> Self:
+        return type(self)(self.each * factor, self.length * factor)
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, _Reach]:
+    """A matrix in bfloat16, laid out, and the reach of what rounding it and adding up change."""
+    half = weight.bfloat16()
+    of_sums = _Reach.of_numbers(_SUMMING * weight.shape[1] * _lengths(weight))
+    return laid_out(half), _Reach.of_matrix(weight - half.float()) + of_sums
 
 
 def _after_first(x: Tensor, rest: list[_Layer]) -> Tensor:
     for layer in rest:
         x = functional.linear(x.relu_(), *layer)
     return x
+
+
+def _last_layers(hidden: Tensor, off: _Reach, of_constant: Tensor, rest: list[_Layer]) -> tuple[Tensor, Tensor]:
+    """What the layers after the first make of (candidates, hidden), and how far their outputs may be off.
+
+    A hidden number h may be off by `off`, `of_constant`, (hidden,), and _ROUNDING * |h|. If it is so far below 0 that
+    the exact one must be negative, too, ReLU makes both 0, and no error is left. Most of a trained head's are.
+    """
+    if not rest:
+        return hidden, off.each + of_constant + _ROUNDING * hidden.abs()
+    off, of_constant = off * (1 / (1 - _ROUNDING)), of_constant / (1 - _ROUNDING)  # if -h is as large, at most
+    (weight, bias), *rest = rest
+    x, sizes = hidden.relu(), weight.abs()
+    active = torch.gt(hidden, -(off.each + of_constant), out=torch.empty_like(hidden))  # 0 or 1
+    both = functional.linear(x, torch.cat([weight, (_ROUNDING + _SUMMING * len(sizes.t())) * sizes]))
+    scores, errors = both.chunk(2, dim=1)
+    of_active = torch.cat([off.each * sizes, of_constant * sizes, weight.square()])
+    each, more, squares = functional.linear(active, of_active).chunk(3, dim=1)
+    scores, errors = scores + bias, errors + more + torch.minimum(each, off.length * squares.sqrt())
+    for weight, bias in rest:
+        x = scores.relu_()
+        errors = functional.linear(errors + _SUMMING * weight.shape[1] * x, weight.abs())
+        scores = functional.linear(x, weight, bias)
+    return scores, errors
 
 
 class ConcatHead(SiameseHead):
@@ -147,6 +190,9 @@ class ConcatHead(SiameseHead):
     matrices of several queries, one below the other, are one matrix for v.
 
     For the other order, of a symmetric head, the first layer gives (W_u - W_v) (v - u) more.
+
+    |u - v| is 2 max(u, v) - u - v. So `rounded` needs no difference. It rounds u and v alone, because the larger of two
+    rounded numbers is the larger number, rounded.
     """
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
@@ -184,31 +230,40 @@ class ConcatHead(SiameseHead):
             return None
         (weight, bias), *rest = self._layers()
         of_u, of_v, of_product, of_difference = weight.chunk(4, dim=1)
-        size, turn = of_v.shape[1], of_u - of_v
-        gain = math.prod((_norm_bound(layer) for layer, _ in rest), start=queries.new_ones(()))  # ReLU's is 1
-        turned = _Rounded(turn) if self.symmetric else None
-        products = [_Rounded(torch.cat([of_v + of_product * u, of_difference], dim=1)) for u in queries]
-        constants = queries @ of_u.t() + bias
-        # What float32 may change in the constants, here and in the exact outputs.
-        slacks = _SUMMING * size * ((of_u.norm() + turn.norm()) * queries.norm(dim=1) + bias.norm())
+        size, turn, halves = of_v.shape[1], of_u - of_v, queries.bfloat16()
+        of_vs = [of_v + of_product * u for u in queries]
+        products = [_rounded(torch.cat([matrix - of_difference, 2 * of_difference], dim=1)) for matrix in of_vs]
+        constants = queries @ of_u.t() + bias - halves.float() @ of_difference.t()
+        turned, of_turned = _rounded(turn)
+        turns = queries @ turn.t()
+        # What changes the first layer's results: sums in float32, here and in the exact outputs, and the rounding of u;
+        of_us, of_differences = _lengths(queries), _Reach.of_matrix(of_difference)
+        weights = _lengths(of_u) + of_differences.each + _lengths(turn)
+        sums = _SUMMING * size * (weights * of_us[:, None] + bias.abs())
+        roundings = _lengths(queries - halves.float())
+        fixed = [_Reach.of_numbers(x) + of_differences * length for x, length in zip(sums, roundings, strict=True)]
+        # and that of v, for each unit of its length. In the other order, this, that of its product, and of their sum.
+        slopes = [(_Reach.of_matrix(matrix) + of_differences) * _ROUNDING for matrix in of_vs]
+        of_turned += _Reach.of_matrix(turn) * (3 * _ROUNDING)
 
         def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
-            found = list[tuple[Tensor, Tensor]]()
-            x = candidates.new_empty(len(candidates), 2 * size, dtype=torch.bfloat16)
-            x[:, :size] = candidates
-            of_v = torch.linalg.vector_norm(candidates, dim=1)
-            other, more = turned(x[:, :size], of_v) if turned else (0.0, 0.0)  # the other order's
-            for u, constant, product, slack in zip(queries, constants, products, slacks, strict=True):
-                x[:, size:] = difference = torch.sub(candidates, u).abs_()
-                lengths = torch.hypot(of_v, torch.linalg.vector_norm(difference, dim=1))
-                hidden, error = product(x, lengths)
-                hidden = (hidden + constant)[None]  # float32
-                if turned:
-                    hidden = torch.cat([hidden, hidden + (other - turn @ u)])
-                error = error + more / 2 + slack
-                # And what it may change in the layers after the first.
-                error += _SUMMING * len(bias) * torch.linalg.vector_norm(hidden, dim=2).amax(0)
-                found.append((_after_first(hidden, rest).mean(0), gain * error))
+            found, half = list[tuple[Tensor, Tensor]](), candidates.bfloat16()
+            x = half.new_empty(len(half), 2 * size)
+            x[:, :size] = half
+            longest = (1 + _ROUNDING) * _lengths(candidates).amax()
+            other = _product(half, turned).float() if self.symmetric else None
+            for place, (product, changes) in enumerate(products):
+                torch.maximum(half, halves[place], out=x[:, size:])
+                hidden, constant = _product(x, product).float(), constants[place]
+                of_x = torch.hypot(2**0.5 * longest, (1 + _ROUNDING) * of_us[place])  # |v, max(u, v)|
+                off = fixed[place] + slopes[place] * longest + changes * of_x
+                some = [_last_layers(hidden.add_(constant), off, _ROUNDING * constant.abs(), rest)]
+                if other is not None:
+                    hidden, constant = (hidden + other).sub_(turns[place]), constant - turns[place]
+                    off = off + of_turned * longest
+                    some.append(_last_layers(hidden, off, _ROUNDING * constant.abs(), rest))
+                scores, errors = (torch.stack(each).mean(0) for each in zip(*some, strict=True))
+                found.append((scores, errors.amax(1)))
             scores, errors = map(torch.stack, zip(*found, strict=True))
             return scores, errors + _SUMMING * scores.abs().amax(-1)
 
@@ -257,7 +312,8 @@ class ResidualHead(ConcatHead):
 
         def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
             scores, errors = concat(candidates)
-            cosines = units_u @ functional.normalize(candidates[:, -self.top :]).t()
+            lengths = torch.linalg.vector_norm(candidates[:, -self.top :], dim=1).clamp(min=1e-12)  # as in `normalize`
+            cosines = units_u @ candidates[:, -self.top :].t() / lengths
             return scores.addcmul_(cosines.unsqueeze(-1), scale), errors + _SUMMING * self.top * scale.abs().max()
 
         return outputs

@@ -49,7 +49,7 @@ _MULTIPLY: Any = getattr(torch, "_foreach_mul_", None)
 _ZERO: Any = getattr(torch, "_foreach_zero_", None)
 
 
-def linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """states @ weight.T + bias, for float32 on CPU through oneDNN if that is faster.
 
     The weight may be `laid_out`, where no gradient is wanted.
