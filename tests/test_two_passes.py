@@ -144,10 +144,11 @@ def test_the_bound_holds(kind, symmetric, fc_dims):
         assert differ.max() > 1e-3 * errors.max()
 
 
-def one_number(weights: list[float], last: float | None = None) -> torch.nn.Module:
+def one_number(weights: list[float], last: float | None = None, symmetric: bool = False) -> torch.nn.Module:
     """A head for embeddings of one number, without biases; its hidden number's ReLU times `last`, or the number."""
     fc_dims = (1,) if last is None else (1, 1)
-    head = HEADS["concat"](DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=fc_dims))
+    config = DSEConfig({"hidden_size": 1}, pooler_num_top_hidden_layers=1, fc_dims=fc_dims, symmetric=symmetric)
+    head = HEADS["concat"](config)
     with torch.no_grad():
         for layer, values in zip(head.fc_layers, (weights, [last]), strict=False):
             layer.weight.copy_(torch.tensor([values]))
@@ -169,6 +170,8 @@ MORE = 1 + 2.0**-8  # the worst case of bfloat16's 8 bits: it becomes 1
         ([0.0, 0.0, 0.0, 128.0], MORE, 0.0, 128.5, 128.0, 0.5 + 1),
         # W_u u is computed in float32; the product, which is 0 for v = 0, may change by 2^-8 of this constant.
         ([256.0, 0.0, 0.0, 0.0], MORE, 0.0, 257.0, 257.0, 2 * 257 / 256),
+        # The weight changes by 1, for each unit of |(v, max(u, v))|.
+        ([0.0, 256 * MORE, 0.0, 0.0], 0.0, 1.0, 257.0, 256.0, 1 + 1 + 2**0.5),
     ],
 )
 def test_the_bound_by_hand(weights, u, v, exact, rounded, bound):
@@ -176,6 +179,24 @@ def test_the_bound_by_hand(weights, u, v, exact, rounded, bound):
     found, errors = head.rounded(u)(v)
     assert (head.factorised()(u, v).item(), found.item()) == (exact, rounded)
     assert abs(exact - rounded) <= errors.item() == pytest.approx(bound, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("weights", "u", "v", "rounded", "bound"),
+    [
+        # W_u u is 0, but W_u v is 257 and becomes 256. v, this product and its sum with 0 may change by 1 each, and so
+        # may the hidden number.
+        ([256.0, 0.0, 0.0, 0.0], 0.0, MORE, 256.0, 3 + 1),
+        # W_v v is 0, and W_v u a constant: the product may be off by 2^-8 of the hidden number and of this.
+        ([0.0, 256.0, 0.0, 0.0], MORE, 0.0, 257.0, 1 + 1),
+    ],
+)
+def test_the_bound_of_the_other_order_by_hand(weights, u, v, rounded, bound):
+    """The first order gives 0, this one 257."""
+    head, u, v = one_number(weights, symmetric=True), torch.tensor([[u]]), torch.tensor([[v]])
+    found, errors = head.rounded(u)(v)
+    assert (head.factorised()(u, v).item(), found.item()) == (257 / 2, rounded / 2)
+    assert errors.item() == pytest.approx(bound / 2, rel=0.03)
 
 
 @pytest.mark.parametrize(("weight", "exact", "rounded", "bound"), [(256.0, 514.0, 512.0, 2 * 2), (-256.0, 0.0, 0.0, 0)])
@@ -209,6 +230,42 @@ def test_errors_of_many_hidden_numbers_together_are_those_of_one_vector():
     _, errors = head.rounded(torch.zeros(1, 4))(torch.ones(1, 4))
     spectral = 4 ** (1 / 16)  # `_norm_bound` of I
     assert errors.item() == pytest.approx(4 * spectral + 4, rel=0.02)  # and the four products' 1
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("fc_dims", [(1,), (3, 1), (3, 2, 1)])
+def test_the_bound_holds_for_numbers_that_float32_hardly_holds(fc_dims, symmetric):
+    """Weights and embeddings of 1e-30 to 1e30, whose squares and products may be 0 or infinite."""
+    torch.manual_seed(0)
+    config = DSEConfig({"hidden_size": 8}, pooler_num_top_hidden_layers=1, fc_dims=fc_dims, symmetric=symmetric)
+    finite = 0
+    for _ in range(100):
+        head = HEADS["concat"](config)
+        for layer in head.fc_layers:
+            torch.nn.init.normal_(layer.weight, std=10.0 ** torch.randint(-30, 31, ()))
+            layer.bias.data.zero_()
+        u, v = (10.0 ** torch.randint(-30, 31, ()) * torch.randn(count, 8) for count in (1, 20))
+        found, errors = head.rounded(u)(v)
+        differ = (found - head.factorised()(u, v)).abs().amax(dim=-1)
+        assert (differ <= errors).logical_or(~errors.isfinite()).all()
+        finite += errors.isfinite().sum()
+    assert finite > 500
+
+
+def test_a_matrix_that_is_a_difference_of_larger_ones():
+    """W_v + W_p u is 0 where it is computed in two steps, and not where in one: both are right to rounding."""
+    u, product = torch.tensor([[0.01]]), torch.tensor(1.0001) / torch.tensor(0.01)
+    head = one_number([0.0, -(product * u).item(), product.item(), 0.0])
+    found, errors = head.rounded(u)(torch.ones(1, 1))
+    assert abs(found.item() - head.factorised()(u, torch.ones(1, 1)).item()) <= errors.item() < 1e-6
+
+
+def test_a_product_that_overflows_bounds_nothing():
+    head, v = one_number([0.0, 1.8438e19, 0.0, 0.0], 1e-30), torch.tensor([[-1.8438e19]])
+    with torch.no_grad():
+        head.fc_layers[0].bias.fill_(3.402e38)
+    _, errors = head.rounded(torch.zeros(1, 1))(v)
+    assert not errors.isfinite().any()
 
 
 @pytest.mark.parametrize("places", [[0], list(range(100, 110))])
@@ -252,4 +309,4 @@ def test_a_user_that_rounds_float32_gets_one_pass(student, passes):
 def test_the_norm_bound():
     for matrix in (torch.diag(torch.tensor([3.0, 1.0, 0.5])), torch.randn(20, 50), torch.zeros(2, 3), torch.ones(4, 6)):
         norm = torch.linalg.matrix_norm(matrix, 2)
-        assert norm <= _norm_bound(matrix) <= 1.3 * norm
+        assert norm <= _norm_bound(matrix) <= 1.3 * norm + 1e-17

@@ -22,6 +22,7 @@ _PART, _CUDA_PART = 1 << 19, 1 << 26  # numbers in an intermediate result: in a 
 _Layer = tuple[Tensor, Tensor]  # weight and bias
 _ROUNDING = 1.01 * 2.0**-8  # to bfloat16 changes a number by so much of itself, before or after, at most
 _SUMMING = 2.0**-22  # float32 sums change by so much of the sum of the terms' sizes, for each term, at most
+_TINY = 2.0**-59  # 2^-8 of its square is the least number that is surely not taken for 0
 _SETTINGS = threading.Lock()
 Rounded = Callable[[Tensor], tuple[Tensor, Tensor]]  # of `rounded`
 
@@ -105,16 +106,17 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
+    """The Euclidean norms over the last dimension, or little more: squares, and products, may be too small to count."""
+    return torch.linalg.vector_norm(x, dim=-1) + _TINY * x.shape[-1] ** 0.5
 
 
 def _norm_bound(weight: Tensor) -> Tensor:
     """The spectral norm or little more: the 16th root of the sum of the singular values' 16th powers."""
-    size = weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    size = _lengths(weight.flatten())
     power = (weight / size) @ (weight / size).t()
     for _ in range(2):
         power = power @ power
-    return 1.001 * size * power.norm() ** (1 / 8)
+    return 1.001 * size * power.norm() ** (1 / 8) + _TINY * weight.numel() ** 0.5
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class _Reach:
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, _Reach]:
-    """A matrix in bfloat16, laid out, and the reach of what rounding it and adding up change."""
+    """A matrix in bfloat16, laid out, and the reach of what rounding it and adding up, also in float32, change."""
     half = weight.bfloat16()
     of_sums = _Reach.of_numbers(_SUMMING * weight.shape[1] * _lengths(weight))
     return laid_out(half), _Reach.of_matrix(weight - half.float()) + of_sums
@@ -163,15 +165,16 @@ def _last_layers(hidden: Tensor, off: _Reach, of_constant: Tensor, rest: list[_L
     """
     if not rest:
         return hidden, off.each + of_constant + _ROUNDING * hidden.abs()
-    off, of_constant = off * (1 / (1 - _ROUNDING)), of_constant / (1 - _ROUNDING)  # if -h is as large, at most
+    off, of_constant = off * (1 / (1 - _ROUNDING)), of_constant / (1 - _ROUNDING)  # where -h is larger, so is its error
     (weight, bias), *rest = rest
-    x, sizes = hidden.relu(), weight.abs()
+    x, sizes, largest = hidden.relu(), weight.abs(), weight.abs().amax(1, keepdim=True) + _TINY
     active = torch.gt(hidden, -(off.each + of_constant), out=torch.empty_like(hidden))  # 0 or 1
-    both = functional.linear(x, torch.cat([weight, (_ROUNDING + _SUMMING * len(sizes.t())) * sizes]))
+    both = functional.linear(x, torch.cat([weight, (_ROUNDING + _SUMMING * len(of_constant)) * sizes]))
     scores, errors = both.chunk(2, dim=1)
-    of_active = torch.cat([off.each * sizes, of_constant * sizes, weight.square()])
+    of_active = torch.cat([off.each * sizes, of_constant * sizes, (weight / largest).square()])
     each, more, squares = functional.linear(active, of_active).chunk(3, dim=1)
-    scores, errors = scores + bias, errors + more + torch.minimum(each, off.length * squares.sqrt())
+    errors = errors + more + torch.minimum(each, off.length * largest.t() * squares.sqrt())
+    scores, errors = scores + bias, errors + 0 * hidden.amin()  # NaN if that is infinite
     for weight, bias in rest:
         x = scores.relu_()
         errors = functional.linear(errors + _SUMMING * weight.shape[1] * x, weight.abs())
@@ -191,8 +194,8 @@ class ConcatHead(SiameseHead):
 
     For the other order, of a symmetric head, the first layer gives (W_u - W_v) (v - u) more.
 
-    |u - v| is 2 max(u, v) - u - v. So `rounded` needs no difference. It rounds u and v alone, because the larger of two
-    rounded numbers is the larger number, rounded.
+    |u - v| is 2 max(u, v) - u - v. So `rounded` needs no difference. Of its inputs it rounds u and v alone, because the
+    larger of two rounded numbers is the larger number, rounded.
     """
 
     def blocks(self, u: Tensor, v: Tensor) -> Tensor:
@@ -236,14 +239,17 @@ class ConcatHead(SiameseHead):
         constants = queries @ of_u.t() + bias - halves.float() @ of_difference.t()
         turned, of_turned = _rounded(turn)
         turns = queries @ turn.t()
-        # What changes the first layer's results: sums in float32, here and in the exact outputs, and the rounding of u;
+        # What changes the first layer's results in any case: sums in float32, here and in the exact outputs, and the
+        # rounding of u.
         of_us, of_differences = _lengths(queries), _Reach.of_matrix(of_difference)
         weights = _lengths(of_u) + of_differences.each + _lengths(turn)
         sums = _SUMMING * size * (weights * of_us[:, None] + bias.abs())
         roundings = _lengths(queries - halves.float())
         fixed = [_Reach.of_numbers(x) + of_differences * length for x, length in zip(sums, roundings, strict=True)]
-        # and that of v, for each unit of its length. In the other order, this, that of its product, and of their sum.
-        slopes = [(_Reach.of_matrix(matrix) + of_differences) * _ROUNDING for matrix in of_vs]
+        # What changes them for each unit of v's length: its rounding, and the sum that makes its matrix.
+        sums_of = [_Reach.of_numbers(_SUMMING * _lengths(of_product * u)) for u in queries]
+        slopes = [(_Reach.of_matrix(x) + of_differences) * _ROUNDING + y for x, y in zip(of_vs, sums_of, strict=True)]
+        # The other order: v is rounded, the second product is, and the first may be larger than the sum by the second.
         of_turned += _Reach.of_matrix(turn) * (3 * _ROUNDING)
 
         def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +320,7 @@ class ResidualHead(ConcatHead):
             scores, errors = concat(candidates)
             lengths = torch.linalg.vector_norm(candidates[:, -self.top :], dim=1).clamp(min=1e-12)  # as in `normalize`
             cosines = units_u @ candidates[:, -self.top :].t() / lengths
-            return scores.addcmul_(cosines.unsqueeze(-1), scale), errors + _SUMMING * self.top * scale.abs().max()
+            return scores.addcmul_(cosines.unsqueeze(-1), scale), errors + _SUMMING * (self.top + 4) * scale.abs().max()
 
         return outputs
 

@@ -124,6 +124,10 @@ def edited(name: str, **changes: object) -> Spoil:
     return edit
 
 
+def replaced(name: str, old: str, new: str) -> Spoil:
+    return on(name, lambda path: path.write_text(path.read_text().replace(old, new)))
+
+
 def saved(name: str, value: object) -> Spoil:
     return lambda folder: torch.save(value, folder / name)
 
@@ -397,7 +401,8 @@ CASES: list[tuple[str, Spoil | None, dict[str, object], str]] = [
     ("index", text("texts.txt", b"fine\ncaf\xe9\n"), {}, "texts.txt, line 2: byte 0xe9 is not valid UTF-8"),
     ("index", text("new_index/mine.txt", "mine"), {}, "holds other files (mine.txt)"),
     ("index", on("student/model.safetensors", flip), {}, "model.safetensors: corrupt or of another student"),
-    ("score", on("student/config.json", flip), {}, "config.json: corrupt or changed (its hash differs)"),
+    ("score", replaced("student/config.json", "dse_version", "dse_versioj"), {},
+     "config.json: corrupt or changed (its hash differs)"),
     ("score", edited("student/config.json", max_seq_length=31), {}, "this index was made by another model"),
     ("score", on("index/vectors.bin", flip), {}, "vectors.bin: corrupt in rows 0 to 1"),
     ("score", on("index/vectors.bin", cut), {}, "vectors.bin: missing or truncated"),
