@@ -1,5 +1,6 @@
 """A tiny BERT and tiny data in every task's layout, made once per session; nothing is downloaded."""
 
+import gc
 import json
 import logging
 import shutil
@@ -24,6 +25,7 @@ from dse.storage.logits import logits_identity, save_logits
 pytest.register_assert_rewrite("helpers")
 from helpers import as_flags, write_task  # noqa: E402
 
+gc.freeze()  # what the imports made stays, and collections, of which benchmarks make many, need not look at it
 torch.set_num_threads(1)  # for models this small; on a busy machine threads wait for each other for minutes
 
 
