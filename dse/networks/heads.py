@@ -161,7 +161,7 @@ def _last_layers(hidden: Tensor, off: _Reach, of_constant: Tensor, rest: list[_L
     """What the layers after the first make of (candidates, hidden), and how far their outputs may be off.
 
     A hidden number h may be off by `off`, `of_constant`, (hidden,), and _ROUNDING * |h|. If it is so far below 0 that
-    the exact one must be negative, too, ReLU makes both 0, and no error is left. Most of a trained head's are.
+    the exact one must be negative, too, ReLU makes both 0, and no error is left. Most of them are in a trained head.
     """
     if not rest:
         return hidden, off.each + of_constant + _ROUNDING * hidden.abs()
