@@ -50,6 +50,18 @@ def test_only_the_nearest_are_scored(student, exclude):
     assert CandidateIndex.build(model, []).search(QUERIES, 3, shortlist=np.int64(3)) == [[], [], []]
 
 
+@pytest.mark.parametrize("count", [1, 7, 10, 11, 199, 200, 300])
+def test_the_nearest_of_equals_are_the_earlier_rows(student, count):
+    """Each direction occurs 20 times, once in each 10 rows; a block has 10."""
+    few = made_up(student, count=10)
+    rows = np.concatenate([np.roll(few.vectors(0, 10), turn, axis=0) for turn in range(20)])
+    index = CandidateIndex.from_embeddings(few.model, [(rows, [""] * 200)])
+    queries, top = few.model.encode(QUERIES), few.model.network.config.top_size
+    found = index_files.nearest(index.files, torch.from_numpy(queries), count)
+    expected = np.argsort(-seven_bits(queries, rows, top).round(9), axis=1, kind="stable")
+    assert found.tolist() == expected[:, :count].tolist()
+
+
 @pytest.mark.parametrize("kept", [1, 6])
 @pytest.mark.parametrize("longest", [200, 100, 45])
 @pytest.mark.parametrize(("exclude", "many"), [((), 300), (tuple(range(0, 200, 3)), 300), ((), 100)])
@@ -127,11 +139,12 @@ def test_directions_of_any_length():
     np.testing.assert_allclose(1 / factors, [np.hypot(47, 63), 1, np.hypot(47, 63)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("counts", [(50, 3), (3, 50), (1, 50)])
 @pytest.mark.parametrize("size", [1, 2, 30, 384])
-def test_products_of_small_integers(size, monkeypatch):
+def test_products_of_small_integers(size, counts, monkeypatch):
     """Of torch's operator and of floats."""
     rng = np.random.default_rng(0)
-    a, b = (rng.integers(-63, 64, (n, size)).astype(np.int8) for n in (50, 3))
+    a, b = (rng.integers(-63, 64, (n, size)).astype(np.int8) for n in counts)
     for public in (False, True):
         monkeypatch.setattr(kernels, "PUBLIC_ONLY", public)
         found = kernels.int8_products(torch.from_numpy(a), torch.from_numpy(b))

@@ -281,10 +281,13 @@ def nearest(files: IndexFiles, queries: Tensor, count: int) -> Tensor:
     best = torch.full((len(asked), min(count, len(files))), torch.iinfo(torch.int64).min)
     for start in range(0, len(files), _NEAREST_AT_ONCE * BLOCK):
         rows, factors = (stored(files, start, file, _NEAREST_AT_ONCE) for file in (DIRECTIONS, FACTORS))
-        cosines = (int8_products(rows, asked) * factors[:, None]).t()  # times the length of what is asked
-        keys = rank_keys(cosines, torch.arange(start, start + len(rows)))
-        best = torch.cat([best, keys], dim=1).topk(best.shape[1]).values
-    return scores_and_rows(best)[1]
+        cosines = int8_products(asked, rows) * factors  # times the length of what is asked
+        for some, of_query in zip(cosines, best, strict=True):
+            lowest = scores_and_rows(of_query.min())[0]  # NaN as long as there are fewer than `count`
+            places = (~(some < lowest)).nonzero()[:, 0]
+            keys = torch.cat([of_query, rank_keys(some[places], start + places)])
+            of_query.copy_(keys.topk(len(of_query), sorted=False).values)
+    return scores_and_rows(best.sort(descending=True).values)[1]
 
 
 def _rows_on_cuda(device: torch.device, widest: int) -> int:
