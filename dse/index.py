@@ -41,7 +41,8 @@ _QUERIES = 64  # scored at once
 _HITS, _FIRST, _LONGEST = 10, 25, 8000
 _MANY = 500_000  # candidates for which such lists are enough; among n times as many they are n times as long
 _LEAST = torch.iinfo(torch.int64).min  # below all keys
-_LEFT, _WORTH_TWO = BLOCK, 16  # by a first pass, at most; how many times as many candidates make one worth while
+_LEFT = BLOCK  # by a first pass, at most
+_WORTH_TWO = {"cpu": 4, "cuda": 16}  # how many times as many candidates make one worth while
 
 
 class CandidateIndex:
@@ -225,8 +226,9 @@ def _best_of_all(index: CandidateIndex, queries: Tensor, kept: int, *given: Any)
     """The keys of the best candidates of each query, (queries, kept), the best first."""
     # Else float32 products would not have the errors that a first pass reckons with.
     plain = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(queries.device.type)
-    worth_while = len(index) >= _WORTH_TWO * _LEFT and 0 < kept <= _LEFT // 4 and has_bfloat16(queries.device)
-    return (_best_in_two_passes if plain and worth_while else _best_in_one_pass)(index, queries, kept, *given)
+    two = plain and 0 < kept <= _LEFT // 4 and has_bfloat16(queries.device)
+    worth_while = two and len(index) >= _WORTH_TWO[queries.device.type] * _LEFT
+    return (_best_in_two_passes if worth_while else _best_in_one_pass)(index, queries, kept, *given)
 
 
 def _best_in_one_pass(

@@ -21,7 +21,7 @@ def passes(monkeypatch):
     real = index_module._best_in_one_pass
     monkeypatch.setattr(index_module, "_best_in_one_pass", lambda *given: taken.append(1) or real(*given))
     monkeypatch.setattr(index_module, "has_bfloat16", lambda device: True)
-    for name, value in (("_LEFT", 40), ("_WORTH_TWO", 2)):
+    for name, value in (("_LEFT", 40), ("_WORTH_TWO", {"cpu": 2, "cuda": 2})):
         monkeypatch.setattr(index_module, name, value)
     return taken
 
@@ -113,7 +113,7 @@ def test_where_two_passes_are_not_worth_while(student, passes, monkeypatch, head
     index.search(QUERIES, 11 if few else 5)
     assert passes == [1]
     if few:
-        monkeypatch.setattr(index_module, "_WORTH_TWO", 6)
+        monkeypatch.setitem(index_module._WORTH_TWO, "cpu", 6)
         index.search(QUERIES, 5)
         assert passes == [1, 1]
 

@@ -237,8 +237,6 @@ class ConcatHead(SiameseHead):
         of_vs = [of_v + of_product * u for u in queries]
         products = [_rounded(torch.cat([matrix - of_difference, 2 * of_difference], dim=1)) for matrix in of_vs]
         constants = queries @ of_u.t() + bias - halves.float() @ of_difference.t()
-        turned, of_turned = _rounded(turn)
-        turns = queries @ turn.t()
         # What changes the first layer's results in any case: sums in float32, here and in the exact outputs, and the
         # rounding of u.
         of_us, of_differences = _lengths(queries), _Reach.of_matrix(of_difference)
@@ -249,8 +247,10 @@ class ConcatHead(SiameseHead):
         # What changes them for each unit of v's length: its rounding, and the sum that makes its matrix.
         sums_of = [_Reach.of_numbers(_SUMMING * _lengths(of_product * u)) for u in queries]
         slopes = [(_Reach.of_matrix(x) + of_differences) * _ROUNDING + y for x, y in zip(of_vs, sums_of, strict=True)]
-        # The other order: v is rounded, the second product is, and the first may be larger than the sum by the second.
-        of_turned += _Reach.of_matrix(turn) * (3 * _ROUNDING)
+        if self.symmetric:
+            turns, (turned, of_turned) = queries @ turn.t(), _rounded(turn)
+            # v is rounded, the second product is, and the first may be larger than the sum by the second.
+            of_turned += _Reach.of_matrix(turn) * (3 * _ROUNDING)
 
         def outputs(candidates: Tensor) -> tuple[Tensor, Tensor]:
             found, half = list[tuple[Tensor, Tensor]](), candidates.bfloat16()
