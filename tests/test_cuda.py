@@ -87,7 +87,7 @@ def on_cpu(begun) -> dict[str, Any]:
 
 
 def test_the_scenarios_begin(begun):
-    """The first test of all (conftest.py): they take a minute, beside the other tests."""
+    """The first test of a run in one process (conftest.py): they take a minute, beside the other tests."""
     assert set(begun) == {"cpu", "student", "teacher", *PADDINGS, *FLAGS}
 
 
