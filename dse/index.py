@@ -42,7 +42,7 @@ _HITS, _FIRST, _LONGEST = 10, 25, 8000
 _MANY = 500_000  # candidates for which such lists are enough; among n times as many they are n times as long
 _LEAST = torch.iinfo(torch.int64).min  # below all keys
 _LEFT = BLOCK  # by a first pass, at most
-_WORTH_TWO = {"cpu": 4, "cuda": 16}  # how many times as many candidates make one worth while
+_WORTH_TWO = {"cpu": 4, "cuda": 16}  # how many times as many make one worth while; CUDA: measured from there on
 
 
 class CandidateIndex:
