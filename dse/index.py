@@ -42,7 +42,7 @@ _HITS, _FIRST, _LONGEST = 10, 25, 8000
 _MANY = 500_000  # candidates for which such lists are enough; among n times as many they are n times as long
 _LEAST = torch.iinfo(torch.int64).min  # below all keys
 _LEFT = BLOCK  # by a first pass, at most
-_WORTH_TWO = {"cpu": 4, "cuda": 16}  # how many times as many make one worth while; CUDA: measured from there on
+_WORTH_TWO = {"cpu": 4, "cuda": 32}  # how many times as many make one worth while
 
 
 class CandidateIndex:
@@ -152,7 +152,7 @@ class CandidateIndex:
         show_progress: bool | None = False, exclude: Sequence[int] = (), min_score: float | None = None,
         probabilities: bool = False, shortlist: int | str | None = None,
     ) -> list[Hit] | list[list[Hit]]:  # fmt: skip
-        """The best candidates of each query, best first, of equals the earlier row first; all if there are fewer.
+        """The best candidates of each query, best first, of equal scores the earlier row first; all if there are fewer.
 
         Args:
             shortlist: score only so many candidates, the nearest by the cosine of the top layer. "auto": each query's

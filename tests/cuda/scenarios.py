@@ -107,6 +107,9 @@ def use(student: Path, folder: Path) -> dict[str, Any]:
         hits = [index.search(TEXTS[0], 3), *index.search(TEXTS[1:], 30), index.search(TEXTS[0], 3, shortlist=4)]
         with patch.multiple("dse.index", _FIRST=1, _LONGEST=20):  # lists of 10 and 20, and then all
             hits += index.search(TEXTS, 3, shortlist="auto")
+        in_two = {"_LEFT": 24, "_WORTH_TWO": {"cpu": 0, "cuda": 0}, "has_bfloat16": lambda device: True}
+        with patch.multiple("dse.index", **in_two, _best_in_one_pass=None):  # which must not be needed
+            hits += index.search(TEXTS, 3)
         found[f"rows {dtype}"] = [[hit.row for hit in some] for some in hits]
         found[f"hits {dtype}"] = [hit.score for some in hits for hit in some]
         found[f"scores {dtype}"] = index.score(TEXTS).tolist()
