@@ -264,18 +264,24 @@ def order_difference(network: SiameseNetwork, rows: Batches, batch_size: int, de
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients, weights that stay as they are, and the mode from before at the end."""
-    was_training, encoders = model.training, [part for part in model.modules() if isinstance(part, PooledBert)]
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, weights that stay as they are, and then each module's own mode again."""
+    modules = list(model.modules())
+    encoders, training = [part for part in modules if isinstance(part, PooledBert)], {x for x in modules if x.training}
     try:
         for encoder in encoders:
             encoder.kept = {}
+        if training:
+            model.eval()
         with torch.inference_mode():
-            yield model.eval()
+            yield
     finally:
         for encoder in encoders:
             encoder.kept = None
-        model.train(was_training)
+        if training:
+            model.train()
+            for part in modules:
+                part.training = part in training
 
 
 def _of_all(outputs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

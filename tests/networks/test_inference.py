@@ -89,6 +89,20 @@ def test_no_step_has_more_than_its_tokens():
     assert by_length(np.array([500]), 100)[0].tolist() == [0]
 
 
+@pytest.mark.parametrize("root", [True, False])
+def test_each_module_keeps_its_own_mode(root):
+    """A part that its user put into another mode than the rest is in that mode again after an inference."""
+    model = random_student(hidden_dropout_prob=0.5).train(root)
+    model.encoder.train(not root)
+    before, during = [part.training for part in model.modules()], []
+    model.siamese_head.register_forward_pre_hook(lambda *_: during.extend(part.training for part in model.modules()))
+    assert len(set(before)) == 2
+    infer_pairs(model, Batches(separate_rows(), "packed"), 4, torch.device("cpu"), "test")
+    assert during
+    assert not any(during)
+    assert [part.training for part in model.modules()] == before
+
+
 def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
     model, batches = random_student(), Batches(separate_rows())
     expected = infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
