@@ -15,6 +15,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from dse.data.features import batches_of
 from dse.data.tasks import ranked_label
 from dse.models import DSESiameseClassifier, Hit, check_probabilities, check_top_k, finite, make_hits, rank_scores
-from dse.networks.inference import rank_keys, scores_and_rows
+from dse.networks.inference import rank_keys, scores_and_rows, scoring
 from dse.storage.index_files import BLOCK, VECTORS, Embeddings, IndexFiles, Part, nearest
 from dse.storage.student_folder import fingerprint
 from dse.system.device import has_bfloat16
@@ -139,11 +140,13 @@ class CandidateIndex:
         Raises TypeError for anything but text, InputError for a label that the task lacks, or if one must be given,
         IndexError for a row that is not there.
         """
-        texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        wanted = None if rows is None else _row_numbers(rows, "rows", len(self))
-        scores = np.empty((len(texts), len(self) if wanted is None else len(wanted)), np.float32)
-        for row, start, some in _blocks(self, _embedded_queries(self, texts, rank_label), rank_label, False, wanted):
-            scores[row : row + some.shape[0], start : start + some.shape[1]] = finite(some.cpu(), self.folder).numpy()
+        index, texts = copy(self), [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
+        wanted = None if rows is None else _row_numbers(rows, "rows", len(index))
+        scores = np.empty((len(texts), len(index) if wanted is None else len(wanted)), np.float32)
+        embeddings = _embedded_queries(index, texts, rank_label)
+        with scoring(self.model.network.siamese_head, self.model.device):
+            for row, start, some in _blocks(index, embeddings, rank_label, False, wanted):
+                scores[row : row + len(some), start : start + some.shape[1]] = finite(some.cpu(), self.folder).numpy()
         return scores[0] if isinstance(queries, str) else scores
 
     @torch.inference_mode()
@@ -167,14 +170,15 @@ class CandidateIndex:
         """
         check_top_k(top_k)
         check_probabilities(self.model.task, probabilities)
-        texts = [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
-        left_out = np.unique(_row_numbers(exclude, "exclude", len(self)))
-        kept, way = min(top_k, len(self) - len(left_out)), _search_way(self, shortlist, top_k)
-        given = (self, _embedded_queries(self, texts, rank_label), kept, left_out, rank_label, show_progress)
-        best = (way if kept else _best_of_all)(*given)
-        scores, rows = scores_and_rows(best.cpu())  # waits for a GPU, once
+        index, texts = copy(self), [queries] if isinstance(queries, str) else list(checked_texts(queries, "queries"))
+        left_out = np.unique(_row_numbers(exclude, "exclude", len(index)))
+        kept, way = min(top_k, len(index) - len(left_out)), _search_way(index, shortlist, top_k)
+        given = (index, _embedded_queries(index, texts, rank_label), kept, left_out, rank_label, show_progress)
+        with scoring(self.model.network.siamese_head, self.model.device):
+            best = (way if kept else _best_of_all)(*given)
+            scores, rows = scores_and_rows(best.cpu())  # waits for a GPU, once
         found = zip(finite(scores, self.folder), rows.tolist(), strict=True)
-        hits = [make_hits(*each, self.text, self.id, min_score, probabilities) for each in found]
+        hits = [make_hits(*each, index.text, index.id, min_score, probabilities) for each in found]
         return hits[0] if isinstance(queries, str) else hits
 
     def text(self, row: int) -> str:

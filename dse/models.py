@@ -24,7 +24,7 @@ from torch.nn import functional
 from dse.data.features import SeparateFeatures, tokenize_texts
 from dse.data.tasks import MULTICLASS, REGRESSION, Task, ranked_label
 from dse.networks.batches import Batches, pad
-from dse.networks.inference import embed_texts, infer_pairs
+from dse.networks.inference import embed_texts, infer_pairs, scoring
 from dse.networks.student import SiameseNetwork, Student
 from dse.storage.checkpoint import Checkpoint
 from dse.storage.student_folder import read_student, write_student
@@ -120,9 +120,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
             embeddings = functional.normalize(embeddings, eps=torch.finfo(torch.float32).tiny)
         embeddings = embeddings.to(torch.float16 if half else torch.float32)
         embeddings = embeddings.to(self.device) if convert_to == "tensor" else embeddings.numpy()
-        if alone:
-            return embeddings[0]
-        return list(embeddings) if convert_to == "list" else embeddings
+        return embeddings[0] if alone else list(embeddings) if convert_to == "list" else embeddings
 
     def score(self, pairs: Iterable[Pair], batch_size: int = 32, show_progress: bool | None = None) -> np.ndarray:
         """The head's outputs for pairs of texts, the first one being the query if that matters.
@@ -190,8 +188,9 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         check_top_k(top_k)
         texts = list(checked_texts(documents, "documents"))
         embeddings = self.encode([query, *texts], batch_size, convert_to="tensor")
-        outputs = self.network.siamese_head.factorised()
-        parts = [outputs(embeddings[:1], some) for some in embeddings[1:].split(_RANKED_AT_ONCE)]
+        with scoring(self.network.siamese_head, self.device):
+            outputs = self.network.siamese_head.factorised()
+            parts = [outputs(embeddings[:1], some) for some in embeddings[1:].split(_RANKED_AT_ONCE)]
         scores = finite(rank_scores(torch.cat(parts, dim=1), self.task, rank_label)[0].cpu(), "rank")
         rows = scores.argsort(descending=True, stable=True)[:top_k]
         return make_hits(scores[rows], rows.tolist(), texts.__getitem__, lambda row: None, None, probabilities)

@@ -124,6 +124,22 @@ def test_all_ways_to_a_score_agree(altered, tolerance, head, student):
     np.testing.assert_allclose(model.encode(texts, half=True).astype(np.float32), embeddings, rtol=0, atol=rough)
 
 
+def test_a_wrapped_head_drops_nothing_out(student):
+    model, texts = student(), ["lamp", "a car", "the thief hid a lamp in the forest yesterday"]
+    lora_in_the_head(model.network)
+    model.network.siamese_head.fc_layers[0].down = torch.nn.Sequential(
+        torch.nn.Dropout(0.5), model.network.siamese_head.fc_layers[0].down
+    )
+    index = CandidateIndex.build(model, texts)
+    expected = model.score([("a car", text) for text in texts])
+    model.network.train()
+    for computed in (index.score("a car"), index.score("a car", rows=[0, 1, 2])):
+        np.testing.assert_allclose(computed, expected, rtol=1e-5)
+    for hits in (index.search("a car"), model.rank("a car", texts)):
+        np.testing.assert_allclose([hit.score for hit in hits], np.sort(expected)[::-1], rtol=1e-5)
+    assert all(part.training for part in model.network.modules())
+
+
 def test_a_teacher_with_a_wrapped_layer(bert):
     teacher = load_teacher(bert, get_task("mrpc"), fine_tuned=False).eval()
     tokenizer = load_tokenizer(bert, True, "x")

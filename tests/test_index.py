@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CANDIDATES, HEADS, OWN_TASK, QUERIES, TRIO, as_flags, flip, pair_scores
+from helpers import CANDIDATES, HEADS, OWN_TASK, QUERIES, TRIO, as_flags, flip, made_up, pair_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dse_train_runner
@@ -38,6 +38,37 @@ def test_scores_are_the_heads(student, head, fc_dims, extra):
     assert scores.shape == (3, 23)
     assert np.abs(scores - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.ptp(expected) > 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_autocast_rounds_and_keeps_the_order(student, head):
+    index = CandidateIndex.build(student(**HEADS[head]), CANDIDATES[:2])
+    scores, hits = index.score(QUERIES[0]), index.search(QUERIES[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, found = index.score(QUERIES[0]), index.search(QUERIES[0])
+    np.testing.assert_allclose(rounded, scores, rtol=0.1, atol=0.02 * np.abs(scores).max())
+    assert [hit.score for hit in found] == sorted(rounded.tolist(), reverse=True)
+    assert sorted(hit.row for hit in found) == sorted(hit.row for hit in hits) == [0, 1]
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_what_is_appended_meanwhile_does_not_count(student, monkeypatch, two):
+    """A call sees the index as it was when it began."""
+    index = made_up(student)
+    monkeypatch.setattr(index_module, "has_bfloat16", lambda device: two)
+    monkeypatch.setattr(index_module, "_WORTH_TWO", {"cpu": 0})
+    real = index_module._embedded_queries
+
+    def appending(*given):
+        index.append(["one more"])
+        return real(*given)
+
+    for ask in (index.score, partial(index.score, rows=[2]), partial(index.search, top_k=5)):
+        expected, count = np.asarray(ask(QUERIES)), len(index)
+        with monkeypatch.context() as patch:
+            patch.setattr(index_module, "_embedded_queries", appending)
+            np.testing.assert_array_equal(np.asarray(ask(QUERIES)), expected)
+        assert len(index) == count + 1
 
 
 def test_multiclass_ranks_by_the_labels_probability(student):

@@ -1,6 +1,7 @@
 """encode, score and predict: texts of every kind, their order, and what they compare with; the hub."""
 
 import logging
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -154,6 +155,23 @@ def test_nothing_is_dropped_out_in_training_mode(student):
     model.network.train()
     np.testing.assert_array_equal(model.encode(TEXTS), expected[0])
     np.testing.assert_array_equal(model.score(PAIRS), expected[1])
+
+
+def test_threads_drop_nothing_out_in_training_mode(student):
+    """One that ends first does not put the others into training mode."""
+    model, found = student(), []
+    model.network.set_dropout(0.5)
+    expected = model.encode(TEXTS)
+    model.network.train()
+    threads = [threading.Thread(target=lambda: found.extend(model.encode(TEXTS) for _ in range(8))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 24
+    for embeddings in found:
+        np.testing.assert_allclose(embeddings, expected, rtol=0, atol=1e-5)
+    assert model.network.training
 
 
 def test_an_embedding_of_zeros_is_normalized_to_zeros(student):

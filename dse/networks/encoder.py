@@ -12,6 +12,7 @@ torch.autocast around a call, which holds for its thread alone, takes the place 
 """
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,19 +26,27 @@ from dse.networks.packed_bert import converted_weights, laid_out_weights, layer_
 from dse.networks.poolers import Pooler
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SETTING = threading.RLock()
 _MANY = 2048  # tokens of a batch from which on it pays to lay out the weights
 
 
 @contextlib.contextmanager
 def products(precision: str, device: torch.device) -> Iterator[None]:
-    """Products of float32 in the block, of forward or backward, are as `precision` says on the device."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda" and precision in ("auto", "tf32"):
-        torch.set_float32_matmul_precision("high")
-    try:
+    """Products of float32 in the block, of forward or backward, are as `precision` says on the device.
+
+    The setting is the process's, so on CUDA threads take turns.
+    """
+    if device.type != "cuda" or precision in _HALF:
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        return
+    with _SETTING:
+        before = torch.get_float32_matmul_precision()
+        if precision != "fp32":
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 class PooledBert(nn.Module):

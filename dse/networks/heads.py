@@ -337,7 +337,7 @@ class DotHead(SiameseHead):
             products = queries @ candidates.t()
             parts = products.reshape(-1, 1).split(at_once(products.device, len(first[1])))  # by their hidden layer
             scores = [_after_first(functional.linear(part, *first), rest) for part in parts]
-            return torch.cat(scores).view(*products.shape, -1)
+            return torch.cat(scores).view(*products.shape, -1).float()
 
         return outputs
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from dse.data.features import in_batches
 from dse.networks.batches import Batches
-from dse.networks.encoder import PooledBert
+from dse.networks.encoder import PooledBert, products
 from dse.networks.student import SiameseNetwork
 from dse.system import parallel, signals
 from dse.system.errors import InputError, RunError
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _PAIRS_PER_STEP = 4096  # of the head
 _SECONDS_BETWEEN_WRITES = 60
 _LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
+_MODES = threading.RLock()  # held while modules are in another mode than their user's
 TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32768}  # more gain nothing, and take memory
 
 
@@ -244,7 +246,7 @@ def score_stored(
 ) -> np.ndarray:
     """The head's outputs (n, fc_dims[-1]), float32, of rows `first` and `second` (n,) of (texts, size) embeddings."""
     outputs = [np.empty((0, network.config.fc_dims[-1]), np.float32)]
-    with _inference(network):
+    with scoring(network, device):
         for pairs in in_batches(np.arange(len(first)), _PAIRS_PER_STEP):
             u, v = (torch.from_numpy(embeddings[rows[pairs]]).to(device) for rows in (first, second))
             outputs.append(network.siamese_head(u, v).float().cpu().numpy())
@@ -265,23 +267,36 @@ def order_difference(network: SiameseNetwork, rows: Batches, batch_size: int, de
 
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, weights that stay as they are, and then each module's own mode again."""
+    """Evaluation mode without gradients, weights that stay as they are, and then each module's own mode again.
+
+    Threads take turns if their models are in training mode.
+    """
     modules = list(model.modules())
-    encoders, training = [part for part in modules if isinstance(part, PooledBert)], {x for x in modules if x.training}
-    try:
+    encoders = [part for part in modules if isinstance(part, PooledBert)]
+    with contextlib.ExitStack() as held, torch.inference_mode():
+        held.enter_context(_MODES)
+        if training := {part for part in modules if part.training}:
+            model.eval()
+        else:
+            held.close()
         for encoder in encoders:
             encoder.kept = {}
-        if training:
-            model.eval()
-        with torch.inference_mode():
+        try:
             yield
-    finally:
-        for encoder in encoders:
-            encoder.kept = None
-        if training:
-            model.train()
-            for part in modules:
-                part.training = part in training
+        finally:
+            for encoder in encoders:
+                encoder.kept = None
+            if training:
+                model.train()
+                for part in modules:
+                    part.training = part in training
+
+
+@contextlib.contextmanager
+def scoring(head: nn.Module, device: torch.device) -> Iterator[None]:
+    """For calls of a head, or of what its `factorised` gives: evaluation mode, no gradients, float32 products."""
+    with _inference(head), products("fp32", device):
+        yield
 
 
 def _of_all(outputs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -95,11 +95,9 @@ class IndexFiles:
             parts = chain([first], parts)
             content |= {"id_bytes": 0} if isinstance(first, tuple | list) and len(first) == 3 else {}
         content |= {"top": top} if top else {}
-        with contextlib.ExitStack() as held, replace_folder(folder) as beside:
+        with _replaced(folder) as beside:
             _extend(beside, content, parts)
             files = cls(beside, content)
-            if folder.is_dir():  # the two change places when no append is under way
-                held.enter_context(_locked(folder))
         files.folder = folder
         return files
 
@@ -131,7 +129,7 @@ class IndexFiles:
     def save(self, folder: Path) -> None:
         """Write a copy of the opened index, as `create` does, even if another one has taken its place since."""
         check_index_place(folder, str(folder))
-        with replace_folder(folder) as beside:
+        with _replaced(folder) as beside:
             for name, array in self.arrays.items():
                 array.tofile(beside / name)
             write_text(beside / _INDEX, _FORMAT.text(self.content))
@@ -258,6 +256,15 @@ def _locked(folder: Path) -> Iterator[None]:
                 return
 
 
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write to, beside the given one. The two change places when no append is under way."""
+    with contextlib.ExitStack() as held, replace_folder(folder) as beside:
+        yield beside
+        if folder.is_dir():
+            held.enter_context(_locked(folder))
+
+
 def _number(folder: Path) -> int | None:
     """What tells a folder from the one that took its place."""
     with contextlib.suppress(OSError):
@@ -312,22 +319,22 @@ class Embeddings:
 
         A block is valid until the next one is asked for. `hidden` numbers per row are computed from it.
         """
-        if self._held is not None and (self._held[0] is not files or self._held[1].device != device):
-            self._held = None  # candidates were appended, or the model was moved
         if rows := _rows_on_cuda(device, max(files.content["width"], hidden)):
             return self._on_cuda(files, device, rows)
         return ((start, stored(files, start).to(device, torch.float32)) for start in range(0, len(files), BLOCK))
 
     def _on_cuda(self, files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
         """So many rows at a time, from what the GPU holds, or can hold from now on, or else from a stream."""
-        blocks, whole = _streamed(files, device, rows), files.arrays[VECTORS]
-        if self._held is None and whole.nbytes <= _OF_FREE_MEMORY * _free_memory(device):
-            held = torch.empty(whole.shape, dtype=getattr(torch, files.content["dtype"]), device=device)
+        blocks, whole, held = _streamed(files, device, rows), files.arrays[VECTORS], self._held
+        if held is not None and (held[0] is not files or held[1].device != device):
+            held = self._held = None  # candidates were appended, or the model was moved
+        if held is None and whole.nbytes <= _OF_FREE_MEMORY * _free_memory(device):
+            held = files, torch.empty(whole.shape, dtype=getattr(torch, files.content["dtype"]), device=device)
             for start, block in blocks:
-                held[start : start + len(block)] = block
-            self._held = files, held  # whole, or not at all
-        if self._held is not None:
-            blocks = zip(range(0, len(files), rows), self._held[1].split(rows), strict=False)  # none: one empty part
+                held[1][start : start + len(block)] = block
+            self._held = held  # whole, or not at all
+        if held is not None:
+            blocks = zip(range(0, len(files), rows), held[1].split(rows), strict=False)  # none: one empty part
         for start, block in blocks:
             yield start, block.float()  # float16 is widened block by block
 

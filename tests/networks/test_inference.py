@@ -1,5 +1,6 @@
 """Inference in steps: places of a step, the order of rows, rows that are done already."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from helpers import LENGTHS, random_student, separate_rows
 
 from dse.networks import inference
 from dse.networks.batches import Batches
+from dse.networks.encoder import products
 from dse.networks.inference import by_length, embed_texts, infer, infer_pairs
 from dse.system import files, parallel
 from dse.system.errors import RunError
@@ -101,6 +103,28 @@ def test_each_module_keeps_its_own_mode(root):
     assert during
     assert not any(during)
     assert [part.training for part in model.modules()] == before
+
+
+def test_the_precision_of_products_is_one_threads_at_a_time():
+    """It is the process's setting: a thread that ends last must not leave another's behind."""
+    cuda, seen = torch.device("cuda"), []
+    inside = threading.Event()
+
+    def other() -> None:
+        inside.set()
+        with products("fp32", cuda):
+            seen.append(torch.get_float32_matmul_precision())
+
+    thread = threading.Thread(target=other)
+    with products("auto", cuda):
+        thread.start()
+        assert inside.wait(5)
+        thread.join(timeout=0.2)
+        assert thread.is_alive(), "it did not wait"
+        assert torch.get_float32_matmul_precision() == "high"
+    thread.join()
+    assert seen == ["highest"]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):

@@ -84,9 +84,11 @@ def test_a_users_index_json_is_not_taken_for_ours(student, tmp_path):
         index.save(tmp_path / "ours")
 
 
-def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
-    """While candidates are appended another index is built at the same place: it waits, and is whole."""
-    model, built, asked = student(), [], threading.Event()
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch, saved):
+    """While candidates are appended another index is built at, or saved to, the same place: it waits, and is whole."""
+    model, asked = student(), threading.Event()
+    few = CandidateIndex.build(model, CANDIDATES[:3])
 
     class Lock(FileLock):
         def __enter__(self):
@@ -95,7 +97,10 @@ def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
             return super().__enter__()
 
     def rebuild() -> None:
-        built.append(CandidateIndex.build(model, CANDIDATES[:3], tmp_path / "index"))
+        if saved:
+            few.save(tmp_path / "index")
+        else:
+            CandidateIndex.build(model, CANDIDATES[:3], tmp_path / "index")
 
     other = threading.Thread(target=rebuild)
 
@@ -114,7 +119,8 @@ def test_an_append_meets_a_rebuild(student, tmp_path, monkeypatch):
     assert len(index) == 25
     other.join()
     again = CandidateIndex.open(tmp_path / "index", model)
-    assert len(again) == len(built[0]) == 3
+    assert len(again) == 3
+    np.testing.assert_array_equal(again.score(QUERIES), few.score(QUERIES))
     assert [again.text(row) for row in range(3)] == CANDIDATES[:3]
 
 
