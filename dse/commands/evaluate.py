@@ -70,10 +70,12 @@ def read_rows(args: argparse.Namespace) -> tuple[Task, Examples, list[str] | Non
 def run(args: argparse.Namespace) -> None:
     """Score the rows, print what is measured, and write what was asked for."""
     # 1. Refuse what cannot work, and read the rows.
+    task, rows, ids = read_rows(args)
+    used = [Path(args.data_dir or Path(args.data).parent) / entry["file"] for entry in rows.files]
     for flag in ("output", "rows"):
         if path := getattr(args, flag):
-            check_output_file(path, f"--{flag}")
-    task, rows, ids = read_rows(args)
+            check_output_file(path, f"--{flag}", used)
+            used.append(Path(path))
     check_threshold(task, args.threshold)
     known = rows.labelled
     if not known.any():
@@ -86,12 +88,13 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(args.disable_gpu, args.gpu_id, precision)
     score, threshold = load_scorer(args.model, task, device, args.batch_size, precision)
     threshold = threshold if args.threshold is None else args.threshold
+    if args.teacher:
+        teacher, _ = load_scorer(args.teacher, task, device, args.batch_size, precision, "--teacher")
     logger.info("%d rows of %s, %d with a label, on %s", len(rows), task.name, int(known.sum()),
                 describe_device(device, precision))  # fmt: skip
     outputs, labels = score(rows), np.array(rows.labels)
     found = evaluate(task, outputs[known], labels[known], threshold, args.resamples)
     if args.teacher:
-        teacher, _ = load_scorer(args.teacher, task, device, args.batch_size, precision)
         decided = kind_of(task).decisions(teacher(rows))
         found["teacher_agreement"] = kind_of(task).agreement(outputs, decided, threshold)
 
@@ -134,7 +137,8 @@ def row_lines(
     for row, texts in enumerate(zip(*rows.sides, strict=True)):
         label = (rows.labels or [])[row]
         named = None if not known[row] else task.labels[label] if task.labels else label
-        entries: dict[str, Any] = {"row": row, **({} if ids is None else {"id": ids[row]})}
+        entries: dict[str, Any] = {"row": rows.places[row] if rows.places else row}
+        entries |= {} if ids is None else {"id": ids[row]}
         entries |= dict(zip(("text_a", "text_b"), texts, strict=False))
         entries |= {"label": named, "predicted": predicted[row], "score": float(scores[row])}
         entries |= {} if probabilities is None else {"probability": float(probabilities[row])}

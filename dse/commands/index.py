@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.export:
         for path in (Path(args.export), Path(args.export).with_suffix(".ids.txt")):
-            check_output_file(path, "--export")
+            check_output_file(path, "--export", [args.candidates] if args.candidates else [])
             if path.resolve().parent == Path(args.output).resolve():
                 raise InputError(f"--export: {path} is in the index; name another folder")
     if args.candidates is not None:
-        check_texts(args.candidates, "--candidates")
+        check_texts(args.candidates, "--candidates", args.text_column, args.id_column)
     output = Path(args.output).resolve()
     check_writable(output.parent, "--output", output.name)
     from dse.index import CandidateIndex

@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
     # 1. Refuse what cannot work, and read the rows, before anything heavy is loaded.
     task = get_task(args.task_name)
     path = Path(args.output_dir) / f"{GLUE_FILES.get(task.name, task.name)}.tsv"
-    check_output_file(path, "--output_dir")
     if task.test is None:
         raise InputError(f"--task_name: {task.name} has no test file to predict")
+    check_output_file(path, "--output_dir", [Path(args.data_dir) / task.test])
     check_threshold(task, args.threshold)
     # Every row needs an answer: a skipped one would shift the numbers of those after it.
     rows = read_examples(replace(task, skip_short_rows=False), args.data_dir, "test")

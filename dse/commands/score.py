@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(args.shortlist, int) and args.shortlist < wanted:
         raise InputError(f"--shortlist: {args.shortlist} is below the hits per query, {wanted}: give as many, or more")
     if not is_index:
-        check_texts(args.candidates, "--candidates")
+        check_texts(args.candidates, "--candidates", args.text_column, args.id_column)
     if args.output != "-":
-        check_output_file(args.output, "--output")
+        check_output_file(args.output, "--output", (args.queries, args.candidates))
     elif sys.stdout is None:
         raise InputError("--output: standard output is closed; give a file")
     from dse.experiments.predictions import rerank, teacher_scorer

@@ -36,6 +36,7 @@ from dse.system.files import (
     write_json,
     write_text,
 )
+from dse.training.reporting import show_number
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 RECIPES = {"recommended": PRESETS["small"], "paper": PRESETS["large"]}
@@ -179,12 +180,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{'on dev':<10}" + "".join(f"{metric:>16}" for metric in shown_metrics(work)))
     for stage, who in (("teacher", "teacher"), ("dse", "student")):
         values = work.record(stage)["metrics"]["dev"]
-        print(
-            f"{who:<10}"
-            + "".join(
-                f"{values[metric]:>16.3f}" if metric in values else f"{'-':>16}" for metric in shown_metrics(work)
-            )
-        )
+        shown = (show_number(values[metric]) if metric in values else "-" for metric in shown_metrics(work))
+        print(f"{who:<10}" + "".join(f"{cell:>16}" for cell in shown))
     query = shlex.quote(" ".join(work.sets["dev"].first[0].split()))
     print(
         f"\nstudent: {output / STUDENT}\nthe best answers to a question, from the second texts of the pairs:\n\n"

@@ -31,13 +31,15 @@ class Examples:
 
     `second` is None for single sentences. `labels` holds positions in `task.labels`, or scores for regression; None
     without labels. Rows of a user's training file may lack theirs: NO_LABEL, or NO_SCORE. `files` says what was read:
-    {"file": name below data_dir, "sha256": of its bytes}, and of which rows, if not of all.
+    {"file": name below data_dir, "sha256": of its bytes}, and of which rows, if not of all. `places` are the rows' in
+    the file, from 0; None: those of the list.
     """
 
     first: list[str] = field(default_factory=list)
     second: list[str] | None = None
     labels: list[Any] | None = None
     files: list[dict[str, Any]] = field(default_factory=list)
+    places: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -57,7 +59,8 @@ class Examples:
         first, second, labels = (
             column and [column[row] for row in rows] for column in (self.first, self.second, self.labels)
         )
-        return Examples(first or [], second, labels, [{**entry, **about} for entry in self.files])
+        places = rows if self.places is None else [self.places[row] for row in rows]
+        return Examples(first or [], second, labels, [{**entry, **about} for entry in self.files], places)
 
 
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
@@ -71,7 +74,8 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"--data_dir: {data_dir} is not a folder; expected the folder of {task.name}'s files")
-    own, name = task.name not in TASKS, dict(task.also_validate).get(split) or getattr(task, split)
+    splits = {"train": task.train, "dev": task.dev, "test": task.test, **dict(task.also_validate)}
+    own, name = task.name not in TASKS, splits.get(split)
     if own and task.dev is None and split in ("train", "dev"):
         if not (data_dir / _USUAL_DEV).is_file():
             return _without_dev_file(task, _read_file(task, data_dir, "train", str(task.train)), split)
@@ -219,11 +223,12 @@ def _read_cells(
     # in GLUE's files, a last column must not be one of those before it
     needed = width if own else max(used) + (2 if -1 in used else 1)
     first, second, labels = list[str](), list[str](), list[Any]()
-    skipped, uneven, text = 0, 0, ""
-    for number, cells in rows:
+    kept, skipped, uneven, text = list[int](), 0, 0, ""
+    for row, (number, cells) in enumerate(rows):
         if len(cells) < needed and task.skip_short_rows:
             skipped += 1
             continue
+        kept.append(row)
         if len(cells) != needed and (own or len(cells) < needed):
             expected = f"{needed} cells expected, as in line 1" if own else f"at least {needed} columns expected"
             hint = " (is a tab within a text, or is the column of row names not in the header?)" * (len(cells) > needed)
@@ -248,7 +253,8 @@ def _read_cells(
     if not first:
         found = f"no row has the {needed} columns that {task.name} needs" if skipped else "has no rows of data"
         raise InputError(f"{path}: {found}; expected one pair per line")
-    return Examples(first, None if places[1] is None else second, None if places[2] is None else labels), uneven
+    sides = first, None if places[1] is None else second
+    return Examples(*sides, None if places[2] is None else labels, places=kept if skipped else None), uneven
 
 
 def _known_label(path: Path, number: int, task: Task, cell: str | None) -> int | float:

@@ -48,7 +48,7 @@ MOST_QUERIES = 400
 
 
 def load_scorer(
-    name: str, task: Task, device: torch.device, batch_size: int = 32, precision: str = "auto"
+    name: str, task: Task, device: torch.device, batch_size: int = 32, precision: str = "auto", flag: str = "--model"
 ) -> tuple[Scorer, float]:
     """A model's outputs on the rows of a task, and its threshold: of a student that of its training, of a teacher 0.5.
 
@@ -59,7 +59,7 @@ def load_scorer(
     config = folder / "config.json"
     entries = read_json(config, "the model's configuration") if config.is_file() else {}
     if folder.is_dir() and entries.get("format") != STUDENT_FORMAT:
-        return teacher_scorer(folder, task, device, batch_size, precision), DEFAULT_THRESHOLD
+        return teacher_scorer(folder, task, device, batch_size, precision, flag), DEFAULT_THRESHOLD
     model = DSESiameseClassifier.from_pretrained(name).to(device)
     model.network.precision = precision
     return student_scorer(model, task, batch_size), model.threshold

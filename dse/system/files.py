@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -243,8 +243,10 @@ def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
         raise InputError(f"{flag}: {what}: give a folder that can be written") from error
 
 
-def check_output_file(path: str | Path, flag: str) -> None:
-    """Raise InputError unless a file can be written at `path`, which must not be a folder."""
+def check_output_file(path: str | Path, flag: str, used: Iterable[str | Path] = ()) -> None:
+    """Raise InputError unless a file can be written at `path`, which must not be a folder, or one of the `used`."""
+    if Path(path).resolve() in {Path(other).resolve() for other in used}:
+        raise InputError(f"{flag}: {path} has another role in this command; name another file")
     check_writable(Path(path).parent, flag, Path(path).name)
     if Path(path).is_dir():
         raise InputError(f"{flag}: {path} is a folder; give a file")

@@ -133,10 +133,10 @@ def tsv_line(values: Iterable[Any]) -> str:
     return "\t".join(re.sub(r"[\t\r\n]", " ", "" if value is None else str(value)) for value in values) + "\n"
 
 
-def check_texts(path: str, flag: str) -> None:
-    """Raise InputError unless `path` is a pipe, `-` or a readable UTF-8 file, which is read once to find out."""
+def check_texts(path: str, flag: str, column: str | None = None, id_column: str | None = None) -> None:
+    """Raise InputError unless `path` is a pipe, `-` or a file of texts, which is read once to find out."""
     if path != "-" and not (Path(path).is_fifo() or Path(path).is_char_device()):  # these can be read only once
-        for _ in read_lines(path, _TEXTS, flag=flag):
+        for _ in _columns(path, flag, column, id_column)[0]:
             pass
 
 
@@ -148,10 +148,19 @@ def texts_of(
     They are the lines as `read_lines` gives them, or columns of a table, if one is given or the file's name ends as
     that of a table; the usual columns are text and id. Empty texts count, with a warning.
     """
+    if column is None and id_column is None and path.lower().removesuffix(".gz").endswith(".tsv"):
+        logger.warning("%s: each line of %s is one text; a table needs --text_column", flag, path)
+    cells, width = _columns(path, flag, column, id_column)
+    if width == 1:
+        return _warned_of((text for (text,) in cells), flag), None
+    for_texts, for_ids = itertools.tee(cells)
+    return _warned_of((text for text, _ in for_texts), flag), (own for _, own in for_ids)
+
+
+def _columns(path: str, flag: str, column: str | None, id_column: str | None) -> tuple[Iterator[list[str]], int]:
+    """The texts as `texts_of` finds them, each with its id if they have some, and how many cells that makes."""
     if column is None and id_column is None and form_of(path) == "tsv":
-        if path.lower().removesuffix(".gz").endswith(".tsv"):
-            logger.warning("%s: each line of %s is one text; a table needs --text_column", flag, path)
-        return _warned_of(read_lines(path, _TEXTS, flag=flag), flag), None
+        return ([line] for line in read_lines(path, _TEXTS, flag=flag)), 1
     rows = read_table(path, _TEXTS, flag)
     names = next(rows, (0, list[str | None]()))[1]
     wanted = [column or "text", *([id_column or "id"] if id_column or "id" in names else [])]
@@ -159,11 +168,7 @@ def texts_of(
         if names.count(name) != 1:
             mend = "rename one, or for candidates give --text_column and --id_column"
             raise InputError(f"{flag}: {path} has no column {name!r}, or two: {', '.join(map(str, names))}; {mend}")
-    cells = _cells_of(path, rows, [names.index(name) for name in wanted])
-    if len(wanted) == 1:
-        return _warned_of((text for (text,) in cells), flag), None
-    for_texts, for_ids = itertools.tee(cells)
-    return _warned_of((text for text, _ in for_texts), flag), (own for _, own in for_ids)
+    return _cells_of(path, rows, [names.index(name) for name in wanted]), len(wanted)
 
 
 def _cells_of(path: str, rows: Iterator[Row], places: list[int]) -> Iterator[list[str]]:

@@ -149,6 +149,39 @@ def test_what_cannot_be_measured(change, line, world, refused):
     assert re.search(line, refused(main, words))
 
 
+@pytest.mark.parametrize("dev", [None, "dev.csv"])
+def test_rows_have_the_numbers_of_the_file(student, tmp_path, dev):
+    """Where a part of train serves as dev, and where rows without a label are left out."""
+    rng = random.Random(2)
+    labels = [("", "no", "yes")[row % 3] if dev else ("no", "yes")[row % 2] for row in range(60)]
+    pairs = [(f"{row} {make_pair(rng)[1]}", "so") for row in range(60)]
+    lines = ["q,a,good", *(f'"{a}",{b},{label}' for (a, b), label in zip(pairs, labels, strict=True))]
+    (tmp_path / (dev or "pairs.csv")).write_text("\n".join(lines) + "\n")
+    changes = {"kind": "binary", "labels": ["no", "yes"], "train": "pairs.csv"} | ({"dev": dev} if dev else {})
+    task, model = own_task(tmp_path, **{**NAMED, **changes}), student()
+    model.task = get_task(str(task))
+    model.save_pretrained(tmp_path / "student")
+    flags = {"model": tmp_path / "student", "task_name": task, "data_dir": tmp_path, "resamples": 100}
+    main(as_flags({**flags, "rows": tmp_path / "rows.jsonl"}))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["text_a"] for row in rows] == [pairs[row["row"]][0] for row in rows]
+    assert len(rows) == 40 if dev else 2 <= len(rows) <= 20
+    assert rows[-1]["row"] != len(rows) - 1
+
+
+def test_refused_before_anything_is_scored(world, data, refused, tmp_path):
+    argv = world("binary")
+    for flags, line in (
+        (("--rows", tmp_path / "pairs.csv"), r"--rows: .*pairs\.csv has another role in this command"),
+        (("--rows", tmp_path / "found.json"), r"--rows: .*found\.json has another role in this command"),
+        (("--teacher", tmp_path), r"--teacher: .* is not a model folder"),
+    ):
+        assert re.search(line, refused(main, [*argv, *map(str, flags)]))
+    model = ["--model", str(tmp_path / "student"), "--task_name", "mrpc", "--data_dir", str(data("mrpc"))]
+    for split in ("validation", "mm", "label", "name"):
+        assert f"mrpc has no {split} file" in refused(main, [*model, "--split", split])
+
+
 def test_pairs_without_labels(world, refused, tmp_path):
     argv = world("binary")
     (tmp_path / "pairs.csv").write_text("sku,q,a,good\ns,how,so,\n")

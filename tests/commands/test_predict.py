@@ -403,6 +403,12 @@ def test_other_refusals(refusal, tmp_path):
     (folder / "MRPC.tsv").mkdir(parents=True)
     assert "MRPC.tsv is a folder" in refusal("mrpc", output_dir=folder)
     assert "--output_dir: cannot write in" in refusal("mrpc", output_dir=tmp_path / "mine.json")
+    (tmp_path / "faq.json").write_text(
+        '{"kind": "regression", "text_a": 0, "text_b": 1, "label": 2, "test": "faq.tsv"}'
+    )
+    (tmp_path / "faq.tsv").write_text("a\tb\nmine\tyours\n")
+    same = {"task_name": tmp_path / "faq.json", "data_dir": tmp_path, "output_dir": tmp_path}
+    assert "faq.tsv has another role" in refusal("mine", **same)
     assert "--task_name: allnli has no test file to predict" in refusal("allnli")
     assert "--task_name: mine has no test file to predict" in refusal("mine", task_name=tmp_path / "mine.json")
 

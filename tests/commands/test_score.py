@@ -158,6 +158,8 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     assert "no student" in line(score, model=tmp_path)
     assert "is not a label of mrpc: give one of 0, 1" in line(score, rank_label="entailment")
     assert "is a folder" in line(score, output=tmp_path)
+    assert "--output: " in (found := line(score, output=tmp_path / "." / "q.txt"))
+    assert "q.txt has another role in this command; name another file" in found
     assert "0 is below 1" in line(score, top_k=0)
     index = ["index", "--model", saved, "--candidates", queries, "--output", tmp_path / "index"]
     assert "holds other files" in line(index, output=tmp_path)
@@ -242,6 +244,10 @@ def test_unit_vectors_for_a_vector_database(with_ids, saved, tmp_path, refused):
         assert "--candidates: is needed, unless --export" in refused(entry.main, ["index", "--model", saved, *wrong])
     line = "--export: .*units.npy is in the index; name another folder"
     assert re.search(line, refused(entry.main, [*base, str(tmp_path / "index" / "units.npy")]))
+    (tmp_path / "u.ids.txt").write_text("a text\n")
+    argv = [*base, str(tmp_path / "u.npy"), "--candidates", str(tmp_path / "u.ids.txt")]
+    assert "--export: " in (line := refused(entry.main, argv))
+    assert "u.ids.txt has another role" in line
     assert "holds no index of candidates" in refused(
         entry.main, [*base[:4], str(tmp_path / "none"), *base[5:], "y.npy"]
     )
@@ -266,9 +272,12 @@ def test_lines_of_a_tsv_are_texts_with_a_warning(saved, tmp_path, capsys, caplog
         ('{"a": "b"}\n', (), "--candidates: .* has no column 'text', or two: a; rename one"),
         ('{"a": "b"}\n', ("--text_column", "a", "--id_column", "c"), "has no column 'c', or two"),
         ('{"text": "b"}\n{"id": 1}\n', (), r"c\.jsonl, line 2: a text or an id is missing"),
+        ('{"text": "b"}\n{"text": "c', (), r"c\.jsonl, line 2: is not JSON"),
     ],
 )
-def test_tables_of_candidates_that_cannot_be_read(content, flags, line, saved, tmp_path, refused):
+def test_tables_of_candidates_that_cannot_be_read(content, flags, line, saved, tmp_path, refused, monkeypatch):
+    """They are read before anything is embedded."""
+    monkeypatch.setattr("dse.commands.score.load_student", None)
     (tmp_path / "c.jsonl").write_text(content)
     base = ["--model", saved, "--queries", str(tmp_path / "c.jsonl"), "--candidates", str(tmp_path / "c.jsonl")]
     (tmp_path / "q.txt").write_text("a query\n")

@@ -54,7 +54,7 @@ def test_questions_and_answers_that_all_match(flags, tmp_path, capsys, monkeypat
     argv = flags("faq.csv", rows, "--negatives", 3, "--dev_share", 0.3)
     main(argv)
     shown, data = capsys.readouterr().out, tmp_path / "run" / "data"
-    assert re.search(r"on dev +tuned_f1 +tuned_accuracy +mrr.*\nteacher +\d\.\d{3} .*\nstudent +\d\.\d{3} ", shown)
+    assert re.search(r"on dev +tuned_f1 +tuned_accuracy +mrr.*\nteacher +\d\.\d{4} .*\nstudent +\d\.\d{4} ", shown)
     task = get_task(str(data / "task.json"))
     parts = [read_examples(task, data, split) for split in ("train", "dev")]
     texts = {row["question"]: row["answer"] for row in rows}
@@ -78,6 +78,12 @@ def test_questions_and_answers_that_all_match(flags, tmp_path, capsys, monkeypat
     main(argv)
     assert capsys.readouterr().out == shown
     assert "was made with another --max_seq_length" in refused(main, [*argv, "--max_seq_length", "32"])
+
+
+def test_a_correlation_that_dev_does_not_define(flags, capsys):
+    """One row, which such a small file leaves for dev, has none."""
+    main(flags("few.csv", [{"a": a, "b": b, "score": row + 0.5} for row, (_, a, b) in enumerate(pairs_of(5))]))
+    assert re.search(r"\nteacher +undefined .*\nstudent +undefined ", capsys.readouterr().out)
 
 
 def test_json_lines_with_labels_in_words(flags, tmp_path, caplog):
