@@ -375,8 +375,8 @@ def _best_of_enough(
 def _row_numbers(rows: Sequence[int], what: str, count: int) -> np.ndarray:
     """Rows as int64. Raises TypeError for anything but whole numbers, IndexError for a row that is not there."""
     numbers = np.asarray(rows)
-    if numbers.size and numbers.dtype.kind not in "iu":
-        raise TypeError(f"{what}: expected whole numbers, found {numbers.dtype}")
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise TypeError(f"{what}: expected a list of whole numbers, found {numbers.dtype} of shape {numbers.shape}")
     for row in numbers[(numbers < 0) | (numbers >= count)]:
         raise IndexError(f"{what}: row {row}, but there are {count} candidates")
     return numbers.astype(np.int64)

@@ -108,7 +108,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
         convert_to = "tensor" if convert_to_tensor else convert_to
         if convert_to not in ("numpy", "tensor", "list"):
             raise ValueError(f"convert_to: {convert_to!r} is not one of numpy, tensor, list")
-        _check_batch_size(batch_size)
+        _check_count(batch_size, "batch_size")
         alone = isinstance(sentences, str)
         texts = list(checked_texts([sentences] if alone else sentences, "sentences"))
         batches = _batches(self, texts, [])
@@ -135,7 +135,7 @@ class DSESiameseClassifier(Student, ModelHubMixin):
 
         Raises TypeError for anything but pairs of texts, ValueError for wrong arguments, InputError for NaN outputs.
         """
-        _check_batch_size(batch_size)
+        _check_count(batch_size, "batch_size")
         batches, width = _batches(self, *_sides(pairs)), self.network.config.fc_dims[-1]
         outputs = infer_pairs(self.network, batches, batch_size, self.device, "score", show_progress)
         finite(torch.from_numpy(outputs), "score")
@@ -274,9 +274,9 @@ def make_hits(
 
 
 def check_top_k(top_k: int | None) -> None:
-    """Raise ValueError for fewer hits than one."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: {top_k} is below 1")
+    """Raise TypeError for what is not a whole number, ValueError for fewer hits than one; None is all."""
+    if top_k is not None:
+        _check_count(top_k, "top_k")
 
 
 def check_probabilities(task: Task, wanted: bool) -> None:
@@ -285,11 +285,11 @@ def check_probabilities(task: Task, wanted: bool) -> None:
         raise ValueError(f"probabilities: {task.name} is a regression, which has none; leave it out")
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, Integral):
-        raise TypeError(f"batch_size: got {type(batch_size).__name__}, expected a whole number")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} is below 1")
+def _check_count(count: int, what: str) -> None:
+    if not isinstance(count, Integral):
+        raise TypeError(f"{what}: got {type(count).__name__}, expected a whole number")
+    if count < 1:
+        raise ValueError(f"{what}: {count} is below 1")
 
 
 def _sides(pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:

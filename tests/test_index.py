@@ -124,6 +124,8 @@ def test_none_and_few_candidates(student):
     assert empty.search([], 3) == []
     with pytest.raises(ValueError, match="top_k"):
         empty.search(QUERIES, 0)
+    with pytest.raises(TypeError, match="top_k: got float, expected a whole number"):
+        empty.search(QUERIES, 2.0)
 
 
 def test_stored_opened_and_appended_is_as_built_at_once(student, tmp_path):
@@ -495,8 +497,8 @@ def test_a_shortlist_is_scored_as_all_are(student):
             index.score(QUERIES[0], rows=[0, row])
         with pytest.raises(IndexError, match=f"exclude: row {row}, but there are 23 candidates"):
             index.search(QUERIES[0], exclude=[row])
-    for mistaken in ([1.9], [True] * 23):
-        with pytest.raises(TypeError, match="rows: expected whole numbers, found"):
+    for mistaken in ([1.9], [True] * 23, 3, [[0, 1], [2, 3]]):
+        with pytest.raises(TypeError, match="rows: expected a list of whole numbers, found"):
             index.score(QUERIES[0], rows=mistaken)
 
 
