@@ -438,6 +438,13 @@ def test_what_a_gpu_holds_follows_the_candidates(student, as_on_cuda):
     assert (empty.search(QUERIES, 3), empty.score(QUERIES).shape) == ([[], [], []], (3, 0))
 
 
+def test_a_gpus_memory_is_free_after_a_move_to_the_cpu(student):
+    index = CandidateIndex.build(student(), CANDIDATES)
+    index.embeddings._held = index.files, torch.empty(23, index.width, device="meta")
+    assert len(index.search(QUERIES[0], 3)) == 3
+    assert index.embeddings._held is None
+
+
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE)
 def test_a_gpu_is_given_no_corrupt_block(student, as_on_cuda, tmp_path, free):
     """The last of five is: the copies that are under way end before their memory is another's."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from dse import cli
 from dse.commands import logger
-from dse.data.processors import Examples, column_of, read_examples
+from dse.data.processors import Examples, column_of, read_examples, split_files
 from dse.data.tasks import Task, check_threshold, get_task
 from dse.system.device import describe_device, select_device
 from dse.system.errors import InputError
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     """Score the rows, print what is measured, and write what was asked for."""
     # 1. Refuse what cannot work, and read the rows.
     task, rows, ids = read_rows(args)
-    used = [Path(args.data_dir or Path(args.data).parent) / entry["file"] for entry in rows.files]
+    names = [args.data] if args.data else split_files(task).values()
+    used = [Path(args.data_dir or "") / name for name in names if name]
     for flag in ("output", "rows"):
         if path := getattr(args, flag):
             check_output_file(path, f"--{flag}", used)

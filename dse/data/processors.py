@@ -63,6 +63,12 @@ class Examples:
         return Examples(first or [], second, labels, [{**entry, **about} for entry in self.files], places)
 
 
+def split_files(task: Task) -> dict[str, str | None]:
+    """The names of a task's files by split; a user's own task may have a dev file that it does not name."""
+    dev = task.dev or (None if task.name in TASKS else _USUAL_DEV)
+    return {"train": task.train, "dev": dev, "test": task.test, **dict(task.also_validate)}
+
+
 def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     """Read a split in file order: "train", "dev", "test", or a prefix of the task's `also_validate`, such as "mm".
 
@@ -74,12 +80,9 @@ def read_examples(task: Task, data_dir: str | Path, split: str) -> Examples:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"--data_dir: {data_dir} is not a folder; expected the folder of {task.name}'s files")
-    splits = {"train": task.train, "dev": task.dev, "test": task.test, **dict(task.also_validate)}
-    own, name = task.name not in TASKS, splits.get(split)
-    if own and task.dev is None and split in ("train", "dev"):
-        if not (data_dir / _USUAL_DEV).is_file():
-            return _without_dev_file(task, _read_file(task, data_dir, "train", str(task.train)), split)
-        name = name or _USUAL_DEV
+    own, name = task.name not in TASKS, split_files(task).get(split)
+    if own and task.dev is None and split in ("train", "dev") and not (data_dir / _USUAL_DEV).is_file():
+        return _without_dev_file(task, _read_file(task, data_dir, "train", str(task.train)), split)
     if name is None:
         raise InputError(f"--task_name: {task.name} has no {split} file, so it cannot be used here")
     if task.parts:  # one after the other

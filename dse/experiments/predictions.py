@@ -62,23 +62,23 @@ def load_scorer(
         return teacher_scorer(folder, task, device, batch_size, precision, flag), DEFAULT_THRESHOLD
     model = DSESiameseClassifier.from_pretrained(name).to(device)
     model.network.precision = precision
-    return student_scorer(model, task, batch_size), model.threshold
+    return student_scorer(model, task, batch_size, flag), model.threshold
 
 
-def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32) -> Scorer:
+def student_scorer(model: DSESiameseClassifier, task: Task, batch_size: int = 32, flag: str = "--model") -> Scorer:
     """A student's outputs on a task, which must have the labels of the student's own."""
     own = model.task
     check_sentence_pairs(task)
     if (own.kind, own.labels) != (task.kind, task.labels):
         found, wanted = (f"{it.name} ({it.kind}, {list(it.labels)})" for it in (own, task))
-        raise InputError(f"--model: this is a student of {found}; it cannot answer {wanted}")
+        raise InputError(f"{flag}: this is a student of {found}; it cannot answer {wanted}")
     if own.name != task.name:
         logger.warning("a student of %s is used for %s", own.name, task.name)
 
     def score(rows: Examples) -> np.ndarray:
         features = separate_features(task, rows, model.tokenizer, model.max_seq_length)
         batches = Batches(features, "packed")
-        return _checked(infer_pairs(model.network, batches, batch_size, model.device, "student"), task, "--model")
+        return _checked(infer_pairs(model.network, batches, batch_size, model.device, "student"), task, flag)
 
     return score
 

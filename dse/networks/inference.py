@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 _PAIRS_PER_STEP = 4096  # of the head
 _SECONDS_BETWEEN_WRITES = 60
 _LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
-_MODES = threading.RLock()  # held while modules are in another mode than their user's
+_MODES = threading.Condition()  # held while a module's mode is changed
+_TURNED: dict[nn.Module, threading.Thread] = {}  # by whom: in evaluation mode, and in training mode afterwards
 TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32768}  # more gain nothing, and take memory
 
 
@@ -269,27 +270,32 @@ def order_difference(network: SiameseNetwork, rows: Batches, batch_size: int, de
 def _inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, weights that stay as they are, and then each module's own mode again.
 
-    Threads take turns if their models are in training mode.
+    Threads take turns with modules that are in training mode.
     """
     modules = list(model.modules())
-    encoders = [part for part in modules if isinstance(part, PooledBert)]
-    with contextlib.ExitStack() as held, torch.inference_mode():
-        held.enter_context(_MODES)
-        if training := {part for part in modules if part.training}:
+    encoders, me = [part for part in modules if isinstance(part, PooledBert)], threading.current_thread()
+    with _MODES:
+        _MODES.wait_for(lambda: all(by in (me, None) or not by.is_alive() for by in map(_TURNED.get, modules)))
+        training = {part for part in modules if part.training}
+        _TURNED.update(dict.fromkeys(training, me))
+    try:
+        if training:
             model.eval()
-        else:
-            held.close()
         for encoder in encoders:
             encoder.kept = {}
-        try:
+        with torch.inference_mode():
             yield
-        finally:
-            for encoder in encoders:
-                encoder.kept = None
-            if training:
+    finally:
+        for encoder in encoders:
+            encoder.kept = None
+        if training:
+            with _MODES:
                 model.train()
                 for part in modules:
                     part.training = part in training
+                for part in training:
+                    del _TURNED[part]
+                _MODES.notify_all()
 
 
 @contextlib.contextmanager

@@ -319,15 +319,18 @@ class Embeddings:
 
         A block is valid until the next one is asked for. `hidden` numbers per row are computed from it.
         """
-        if rows := _rows_on_cuda(device, max(files.content["width"], hidden)):
-            return self._on_cuda(files, device, rows)
-        return ((start, stored(files, start).to(device, torch.float32)) for start in range(0, len(files), BLOCK))
-
-    def _on_cuda(self, files: IndexFiles, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
-        """So many rows at a time, from what the GPU holds, or can hold from now on, or else from a stream."""
-        blocks, whole, held = _streamed(files, device, rows), files.arrays[VECTORS], self._held
+        held = self._held
         if held is not None and (held[0] is not files or held[1].device != device):
             held = self._held = None  # candidates were appended, or the model was moved
+        if rows := _rows_on_cuda(device, max(files.content["width"], hidden)):
+            return self._on_cuda(files, device, rows, held)
+        return ((start, stored(files, start).to(device, torch.float32)) for start in range(0, len(files), BLOCK))
+
+    def _on_cuda(
+        self, files: IndexFiles, device: torch.device, rows: int, held: tuple[IndexFiles, Tensor] | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """So many rows at a time, from what the GPU holds, or can hold from now on, or else from a stream."""
+        blocks, whole = _streamed(files, device, rows), files.arrays[VECTORS]
         if held is None and whole.nbytes <= _OF_FREE_MEMORY * _free_memory(device):
             held = files, torch.empty(whole.shape, dtype=getattr(torch, files.content["dtype"]), device=device)
             for start, block in blocks:

@@ -127,6 +127,26 @@ def test_the_precision_of_products_is_one_threads_at_a_time():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_other_models_do_not_wait():
+    """Nor a thread for one that has ended, as in a forked child."""
+    training, other, passed = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval(), threading.Event()
+
+    def use() -> None:
+        with inference._inference(other):
+            passed.set()
+
+    with inference._inference(training), inference._inference(training):
+        assert not training.training
+        (thread := threading.Thread(target=use)).start()
+        assert passed.wait(5)
+        thread.join()
+    assert training.training
+    inference._TURNED[training] = thread
+    with inference._inference(training):
+        assert not training.training
+    assert not inference._TURNED
+
+
 def test_pairs_are_scored_in_parts_as_at_once(monkeypatch):
     model, batches = random_student(), Batches(separate_rows())
     expected = infer_pairs(model, batches, 3, torch.device("cpu"), "texts")
