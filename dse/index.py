@@ -47,7 +47,10 @@ _WORTH_TWO = {"cpu": 4, "cuda": 32}  # how many times as many make one worth whi
 
 
 class CandidateIndex:
-    """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`."""
+    """Candidates' embeddings and texts in a folder, and a student to score them with; made by `build` or `open`.
+
+    The student's weights must stay as they are. A call sees the candidates that were there when it began.
+    """
 
     def __init__(self, model: DSESiameseClassifier, files: IndexFiles, keep: Any = None) -> None:
         self.model, self.files, self.folder, self.width = model, files, files.folder, files.content["width"]

@@ -41,7 +41,7 @@ def test_scores_are_the_heads(student, head, fc_dims, extra):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_autocast_rounds_and_keeps_the_order(student, head):
+def test_under_autocast_hits_have_the_scores(student, head):
     index = CandidateIndex.build(student(**HEADS[head]), CANDIDATES[:2])
     scores, hits = index.score(QUERIES[0]), index.search(QUERIES[0])
     with torch.autocast("cpu", torch.bfloat16):

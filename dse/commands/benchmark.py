@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         check_output_file(args.output, "--output")
     if args.plot:
         check_can_plot("--plot")
-        check_output_file(args.plot, "--plot")
+        check_output_file(args.plot, "--plot", [args.output] if args.output else [])
     layers = args.pooler_num_top_hidden_layers
     bert = open_bert(args.bert_model, "--bert_model", args.do_lower_case, args.max_seq_length, layers)
     import torch

@@ -4,9 +4,9 @@
     python -m dse evaluate --model my_run/student --data more_pairs.csv --rows rows.tsv
 
 --data is a file with the columns of the model's own task. Intervals are those of a percentile bootstrap over rows.
---rows has a line per row of the file: row, id (--id_column), texts, label, predicted label, score and probability. The
-last two are the log-odds and the probability of the rank label or, in tasks of three labels or more, of the predicted
-one; a regression has a score alone. Rows without a label do not count in the metrics.
+--rows has a line per row: its number in the file, from 0, id (--id_column), texts, label, predicted label, score and
+probability. The last two are the log-odds and the probability of the rank label or, in tasks of three labels or more,
+of the predicted one; a regression has a score alone. Rows without a label do not count in the metrics.
 """
 
 import argparse

@@ -31,8 +31,8 @@ class Examples:
 
     `second` is None for single sentences. `labels` holds positions in `task.labels`, or scores for regression; None
     without labels. Rows of a user's training file may lack theirs: NO_LABEL, or NO_SCORE. `files` says what was read:
-    {"file": name below data_dir, "sha256": of its bytes}, and of which rows, if not of all. `places` are the rows' in
-    the file, from 0; None: those of the list.
+    {"file": name below data_dir, "sha256": of its bytes}, and of which rows, if not of all. `places` are the numbers
+    of the rows in the file, from 0; None: 0, 1, and so on.
     """
 
     first: list[str] = field(default_factory=list)

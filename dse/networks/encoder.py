@@ -26,7 +26,7 @@ from dse.networks.packed_bert import converted_weights, laid_out_weights, layer_
 from dse.networks.poolers import Pooler
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SETTING = threading.RLock()
+_SETTING = threading.RLock()  # of the precision of float32 products, which is the process's
 _MANY = 2048  # tokens of a batch from which on it pays to lay out the weights
 
 
@@ -34,7 +34,7 @@ _MANY = 2048  # tokens of a batch from which on it pays to lay out the weights
 def products(precision: str, device: torch.device) -> Iterator[None]:
     """Products of float32 in the block, of forward or backward, are as `precision` says on the device.
 
-    The setting is the process's, so on CUDA threads take turns.
+    Threads take turns on CUDA, since the setting is the process's.
     """
     if device.type != "cuda" or precision in _HALF:
         yield

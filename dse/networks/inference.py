@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 _PAIRS_PER_STEP = 4096  # of the head
 _SECONDS_BETWEEN_WRITES = 60
 _LAST_ROW, _MAGNITUDE = (1 << 32) - 1, (1 << 31) - 1  # the low half of a key; all bits of a float32 but its sign
-_MODES = threading.Condition()  # held while a module's mode is changed
-_TURNED: dict[nn.Module, threading.Thread] = {}  # by whom: in evaluation mode, and in training mode afterwards
+_MODES = threading.Condition()  # held while modules change their mode
+_TURNED: dict[nn.Module, threading.Thread] = {}  # modules that a thread has put into evaluation mode, for a while
 TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32768}  # more gain nothing, and take memory
 
 
@@ -268,14 +268,15 @@ def order_difference(network: SiameseNetwork, rows: Batches, batch_size: int, de
 
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, weights that stay as they are, and then each module's own mode again.
+    """Evaluation mode without gradients, for weights that do not change meanwhile; then each module's own mode again.
 
-    Threads take turns with modules that are in training mode.
+    Threads that use the same modules take turns if these are in training mode.
     """
     modules = list(model.modules())
     encoders, me = [part for part in modules if isinstance(part, PooledBert)], threading.current_thread()
     with _MODES:
-        _MODES.wait_for(lambda: all(by in (me, None) or not by.is_alive() for by in map(_TURNED.get, modules)))
+        # A forked child has the entries of threads that it does not have.
+        _MODES.wait_for(lambda: all(by is me or not by.is_alive() for x in modules if (by := _TURNED.get(x))))
         training = {part for part in modules if part.training}
         _TURNED.update(dict.fromkeys(training, me))
     try:
@@ -290,7 +291,7 @@ def _inference(model: nn.Module) -> Iterator[None]:
             encoder.kept = None
         if training:
             with _MODES:
-                model.train()
+                model.train()  # of all, since a module may have a `train` of its own
                 for part in modules:
                     part.training = part in training
                 for part in training:
@@ -299,9 +300,12 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def scoring(head: nn.Module, device: torch.device) -> Iterator[None]:
-    """For calls of a head, or of what its `factorised` gives: evaluation mode, no gradients, float32 products."""
-    with _inference(head), products("fp32", device):
+def scoring(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The context in which a head is called, or what its `factorised` gives; `model` is the head, or contains it.
+
+    Evaluation mode without gradients; no other thread lowers the precision of float32 products.
+    """
+    with _inference(model), products("fp32", device):
         yield
 
 

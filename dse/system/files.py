@@ -244,10 +244,10 @@ def check_writable(folder: str | Path, flag: str, name: str = "x") -> None:
 
 
 def check_output_file(path: str | Path, flag: str, used: Iterable[str | Path] = ()) -> None:
-    """Raise InputError unless a file can be written at `path`, which must not be a folder, or one of the `used`."""
+    """Raise InputError unless a file can be written at `path`. It must not be a folder, nor a file that is `used`."""
     check_writable(Path(path).parent, flag, Path(path).name)
     if os.path.realpath(path) in map(os.path.realpath, used):
-        raise InputError(f"{flag}: {path} has another role in this command; name another file")
+        raise InputError(f"{flag}: {path} is an input of this command, or another flag's output; give another place")
     if Path(path).is_dir():
         raise InputError(f"{flag}: {path} is a folder; give a file")
 

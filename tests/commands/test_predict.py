@@ -408,7 +408,7 @@ def test_other_refusals(refusal, tmp_path):
     )
     (tmp_path / "faq.tsv").write_text("a\tb\nmine\tyours\n")
     same = {"task_name": tmp_path / "faq.json", "data_dir": tmp_path, "output_dir": tmp_path}
-    assert "faq.tsv has another role" in refusal("mine", **same)
+    assert "faq.tsv is an input of this command" in refusal("mine", **same)
     assert "--task_name: allnli has no test file to predict" in refusal("allnli")
     assert "--task_name: mine has no test file to predict" in refusal("mine", task_name=tmp_path / "mine.json")
 

@@ -159,7 +159,7 @@ def test_refusals_of_the_commands(saved, student, tmp_path, refused, monkeypatch
     assert "is not a label of mrpc: give one of 0, 1" in line(score, rank_label="entailment")
     assert "is a folder" in line(score, output=tmp_path)
     assert "--output: " in (found := line(score, output=tmp_path / "." / "q.txt"))
-    assert "q.txt has another role in this command; name another file" in found
+    assert "q.txt is an input of this command, or another flag's output; give another place" in found
     assert "0 is below 1" in line(score, top_k=0)
     index = ["index", "--model", saved, "--candidates", queries, "--output", tmp_path / "index"]
     assert "holds other files" in line(index, output=tmp_path)
@@ -247,7 +247,7 @@ def test_unit_vectors_for_a_vector_database(with_ids, saved, tmp_path, refused):
     (tmp_path / "u.ids.txt").write_text("a text\n")
     argv = [*base, str(tmp_path / "u.npy"), "--candidates", str(tmp_path / "u.ids.txt")]
     assert "--export: " in (line := refused(entry.main, argv))
-    assert "u.ids.txt has another role" in line
+    assert "u.ids.txt is an input of this command" in line
     assert "holds no index of candidates" in refused(
         entry.main, [*base[:4], str(tmp_path / "none"), *base[5:], "y.npy"]
     )

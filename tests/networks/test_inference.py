@@ -127,23 +127,42 @@ def test_the_precision_of_products_is_one_threads_at_a_time():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_module_hears_of_each_change_of_its_mode():
+    """One that puts weights together for evaluation, say, and apart again for training."""
+
+    class Merging(torch.nn.Linear):
+        def train(self, mode: bool = True) -> "Merging":
+            self.merged = not mode
+            return super().train(mode)
+
+    model = Merging(1, 1).train()
+    with inference._inference(model):
+        assert model.merged
+    assert not model.merged
+
+
 def test_other_models_do_not_wait():
     """Nor a thread for one that has ended, as in a forked child."""
-    training, other, passed = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval(), threading.Event()
+    training, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval()
 
-    def use() -> None:
-        with inference._inference(other):
-            passed.set()
+    def in_a_thread(model: torch.nn.Module) -> threading.Thread:
+        def use() -> None:
+            with inference._inference(model):
+                modes.append(model.training)
+
+        modes: list[bool] = []
+        (thread := threading.Thread(target=use, daemon=True)).start()
+        thread.join(5)
+        assert modes == [False]
+        return thread
 
     with inference._inference(training), inference._inference(training):
         assert not training.training
-        (thread := threading.Thread(target=use)).start()
-        assert passed.wait(5)
-        thread.join()
+        ended = in_a_thread(other)
     assert training.training
-    inference._TURNED[training] = thread
-    with inference._inference(training):
-        assert not training.training
+    inference._TURNED[training] = ended
+    in_a_thread(training)
+    assert training.training
     assert not inference._TURNED
 
 
